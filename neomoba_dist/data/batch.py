@@ -1,0 +1,59 @@
+"""Batch: the one thing that data and model share.
+
+T = rows x length: the rows of one micro-batch laid end to end on a flat axis.
+D = most documents a batch can hold (padding at a row's end counts as a document of its own).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of packed rows, of fixed shapes.
+
+    input_ids    int64 [T]
+    labels       int64 [T]; IGNORE_LABEL (-100) = not counted
+    position_ids int64 [T]; restart at 0 at each document
+    cu_seqlens   int32 [D + 1]; document borders on the flat axis, starting with 0. Row borders are document
+                 borders; the padding at a row's end is one document; the tail repeats T so that shapes are fixed.
+    row_ids      int64 [rows]; epoch * rows_in_epoch + row: names the row and its masks
+    num_valid    counted labels of the whole update: all dp ranks, all micro-batches
+    token_type_ids int64 [T] or None
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    row_ids: torch.Tensor
+    num_valid: int
+    token_type_ids: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.row_ids.numel()
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.input_ids.numel() // self.rows
+
+    def local_valid(self) -> int:
+        """Counted labels of this micro-batch alone."""
+        return int((self.labels != IGNORE_LABEL).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        return replace(self, **moved)
