@@ -1,0 +1,37 @@
+"""The one table of optional kernels: what may be missing, how it is probed, and what replaces it.
+
+Nothing here is imported until it is asked for, and a missing kernel never stops the program: the reason is logged once
+and plain torch takes over. triton and flash_attn are imported below this package only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+
+logger = logging.getLogger(__name__)
+
+# name -> (module whose import proves that the compiled kernel works, what runs without it)
+OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
+    "triton": ("triton.language", "the torch implementation of MoBA"),
+    "flash_attn": ("flash_attn.flash_attn_interface", "torch's own attention"),
+}
+
+
+@functools.cache
+def is_available(name: str) -> bool:
+    """True when the optional kernel package `name` (a key of OPTIONAL_KERNELS) imports; logs once with the reason if not."""
+    module, replacement = OPTIONAL_KERNELS[name]
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what a broken CUDA build raises
+        logger.info("%s is not usable (%s: %s); using %s", name, type(error).__name__, error, replacement)
+        return False
+    return True
+
+
+@functools.cache
+def log_choice(what: str, choice: str) -> None:
+    """Log once which implementation was chosen for `what`."""
+    logger.info("%s: %s", what, choice)

@@ -1,0 +1,109 @@
+"""Where the blocks of packed documents lie: one small description shared by routing and every attention kernel.
+
+MoBA counts its blocks from the start of each document; the last block of a document may be short. Blocks of all
+documents are numbered consecutively. The number of blocks depends on the values in `cu_seqlens`, so every array
+over blocks is sized by an upper bound that only depends on shapes: nothing here copies a value from the device.
+
+Legend: T queries, S keys, N blocks (upper bound), docs documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Blocks of all documents. Tensors are int64 on the device of the queries."""
+
+    block_size: int
+    num_blocks: int  # N, static upper bound
+    cu_q: Tensor  # [docs + 1] borders of the documents among the queries
+    cu_k: Tensor  # [docs + 1] borders of the documents among the keys
+    q_offset: Tensor  # [docs] position of each document's first query
+    first_block: Tensor  # [docs + 1] number of each document's first block
+
+    def query_places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Document and position within it of the queries start..stop: two [stop - start]."""
+        index = torch.arange(start, stop, device=self.cu_q.device)
+        document = torch.searchsorted(self.cu_q[1:], index, right=True)
+        position = index - self.cu_q[document] + self.q_offset[document]
+        return document, position
+
+    def own_blocks(self, document: Tensor, position: Tensor) -> Tensor:
+        """Block that holds each query's own position, -1 where the keys of the document end before it."""
+        own = self.first_block[document] + position // self.block_size
+        return torch.where(own < self.first_block[document + 1], own, -1)
+
+    def block_spans(self) -> tuple[Tensor, Tensor]:
+        """First key and length of every block: two [N]; the unused tail of N has length 0."""
+        index = torch.arange(self.num_blocks, device=self.cu_k.device)
+        document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
+        start = self.cu_k[document] + (index - self.first_block[document]) * self.block_size
+        length = (self.cu_k[document + 1] - start).clamp(min=0, max=self.block_size)
+        return start, torch.where(index < self.first_block[-1], length, 0)
+
+    def key_places(self, num_keys: int) -> tuple[Tensor, Tensor]:
+        """Block and position within its document of every key: two [S]."""
+        index = torch.arange(num_keys, device=self.cu_k.device)
+        document = torch.searchsorted(self.cu_k[1:], index, right=True)
+        position = index - self.cu_k[document]
+        return self.first_block[document] + position // self.block_size, position
+
+
+def max_blocks(num_keys: int, block_size: int, documents: int) -> int:
+    """Upper bound on the number of blocks of `documents` documents with `num_keys` keys in all."""
+    return (num_keys + documents * (block_size - 1)) // block_size
+
+
+def make_layout(
+    num_queries: int,
+    num_keys: int,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    q_offset: Tensor | int,
+    device: torch.device,
+) -> BlockLayout:
+    """Build the layout; without cu_seqlens all tokens are one document, without cu_seqlens_k keys lie like queries."""
+    if cu_seqlens is None:
+        cu_q = torch.tensor([0, num_queries], device=device)
+    else:
+        cu_q = cu_seqlens.long()
+    if cu_seqlens_k is not None:
+        cu_k = cu_seqlens_k.long()
+    else:
+        cu_k = torch.tensor([0, num_keys], device=device) if cu_seqlens is None else cu_q
+    documents = cu_q.numel() - 1
+    offset = q_offset.long() if isinstance(q_offset, Tensor) else torch.full((documents,), q_offset, device=device)
+    blocks = (cu_k.diff() + block_size - 1) // block_size
+    first_block = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
+    num_blocks = max_blocks(num_keys, block_size, documents)
+    return BlockLayout(block_size, num_blocks, cu_q, cu_k, offset, first_block)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens") -> None:
+    """Check document borders on the host, once, where a batch is built.
+
+    Args:
+        cu_seqlens: int32 [documents + 1]; empty documents (repeated borders) are legal.
+        total: number of tokens that the documents must cover.
+        name: what the error message calls the argument.
+
+    Raises:
+        ValueError: wrong dtype or shape, first border not 0, last not `total`, or a border below the one before it.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"{name} must be int32 of shape [documents + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != total:
+        raise ValueError(f"{name} must run from 0 to {total} (the number of tokens), got {borders[0]}..{borders[-1]}")
+    for previous, border in pairwise(borders):
+        if border < previous:
+            raise ValueError(f"{name} must not decrease, got {border} after {previous}")
