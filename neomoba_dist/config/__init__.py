@@ -1,6 +1,7 @@
 """One JSON per phase: DeepSpeed's keys and a "neomoba" block, checked key by key and parsed into frozen dataclasses.
 
-Importing this package is cheap: it needs the standard library only, so that `--help` and every refusal come before torch.
+Importing this package is cheap: it needs the standard library only, so that `--help` and every
+refusal come before torch.
 """
 
 from neomoba_dist.config.batch import BatchPlan

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class BatchPlan:
     """The batch of one update on `world_size` ranks; sizes count ranks, rows or positions.
 
-    rows_per_update = micro_batch_size * gradient_accumulation_steps * data_parallel_size (DeepSpeed's train_batch_size).
+    rows_per_update = micro_batch_size * gradient_accumulation_steps * data_parallel_size, DeepSpeed's train_batch_size;
     tokens_per_update = rows_per_update * sequence_length.
     """
 
@@ -29,22 +29,47 @@ class BatchPlan:
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Return the plan for `world_size` ranks; ConfigError names the key and the nearest values that work."""
-    parallel, phase = config.parallel, config.phase
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    pp = parallel.pipeline_model_parallel_size
-    if world_size < 1 or world_size % (tp * cp * pp):
-        raise ConfigError(f"{config.source}: {world_size} ranks cannot hold tp {tp} x cp {cp} x pp {pp}")
-    dp = world_size // (tp * cp * pp)
-    micro = config.micro_batch_size
-    step = micro * phase.sequence_length * dp
-    if phase.tokens_per_update % step:
-        raise ConfigError(f"{config.source}: neomoba.phase.tokens_per_update {phase.tokens_per_update} is not a multiple of {step}")
-    accumulation = phase.tokens_per_update // step
+    phase, micro = config.phase, config.micro_batch_size
+    dp = _data_parallel_size(config, world_size)
+    rows_per_step = micro * dp
+    if phase.tokens_per_update % (rows_per_step * phase.sequence_length):
+        raise ConfigError(
+            f"{config.source}: neomoba.phase.tokens_per_update {phase.tokens_per_update} is not a multiple of "
+            f"train_micro_batch_size_per_gpu {micro} x sequence_length {phase.sequence_length} x {dp} data-parallel ranks; "
+            f"set it to {nearest_multiples(phase.tokens_per_update, rows_per_step * phase.sequence_length)}"
+        )
+    rows = phase.tokens_per_update // phase.sequence_length
+    accumulation = rows // rows_per_step
+    stated = config.deepspeed.get("gradient_accumulation_steps", accumulation)
+    if stated != accumulation:
+        raise ConfigError(
+            f"{config.source}: gradient_accumulation_steps is {stated}, but neomoba.phase.tokens_per_update "
+            f"{phase.tokens_per_update} on {world_size} ranks needs {accumulation}; delete the key, it is derived"
+        )
     return BatchPlan(
         world_size=world_size,
         data_parallel_size=dp,
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        rows_per_update=micro * accumulation * dp,
+        rows_per_update=rows,
         tokens_per_update=phase.tokens_per_update,
     )
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """Return the multiples of `step` next to `value` in words, "2048 or 4096"; the lower one only when positive."""
+    lower = value // step * step
+    return f"{lower} or {lower + step}" if lower else str(step)
+
+
+def _data_parallel_size(config: Config, world_size: int) -> int:
+    """Return the ranks left for data parallelism; ConfigError when the axes do not divide the world."""
+    parallel = config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    if world_size < 1 or world_size % (tp * cp * pp):
+        raise ConfigError(
+            f"{config.source}: {world_size} ranks cannot hold neomoba.parallel (tensor {tp} x context {cp} x pipeline {pp}); "
+            f"start {nearest_multiples(world_size, tp * cp * pp)} ranks"
+        )
+    return world_size // (tp * cp * pp)

@@ -1,16 +1,19 @@
-"""The keys of the "neomoba" block as frozen dataclasses: names, types and defaults. ds_configs/README.md explains each key.
+"""The keys of the "neomoba" block as frozen dataclasses: names, types, ranges and defaults.
 
-A field without a default must be given in the JSON. `Literal` fields list the values that are accepted.
+ds_configs/README.md explains each key. A field without a default must be given in the JSON. The annotations are what
+check.py holds every value against.
 """
 
 import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from neomoba_dist.config.batch import BatchPlan, plan_batch
+from neomoba_dist.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+
+DEFAULT_GRADIENT_CLIPPING: Final = 1.0  # DeepSpeed 0.19's own default; earlier versions took 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,26 +21,26 @@ class ModelConfig:
     """The network, independent of how it is cut over ranks. Sizes count elements, `rope_theta` is the RoPE base."""
 
     objective: Literal["mlm", "clm"] = "mlm"
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 12
-    num_key_value_heads: int = 4
-    head_dim: int | None = None
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-6
+    vocab_size: PositiveInt = 30522
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 28
+    num_attention_heads: PositiveInt = 12
+    num_key_value_heads: PositiveInt = 4
+    head_dim: PositiveInt | None = None
+    intermediate_size: PositiveInt = 3072
+    max_position_embeddings: PositiveInt = 32768
+    rms_norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    moba_block_size: int = 512
-    moba_top_k: int = 3
-    hybrid_layer_count: int = 3
-    initializer_range: float = 0.02
+    rope_theta: PositiveFloat = 10000.0
+    moba_block_size: PositiveInt = 512
+    moba_top_k: PositiveInt = 3
+    hybrid_layer_count: NonNegativeInt = 3
+    initializer_range: PositiveFloat = 0.02
 
     def __post_init__(self) -> None:
-        """Resolve `head_dim`, so that no reader has to know its default."""
-        if self.head_dim is None and self.num_attention_heads > 0:
+        """Resolve `head_dim`, so that no reader has to know its default; None stays when the division leaves a rest."""
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
@@ -50,11 +53,11 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of the parallel axes in ranks; what is left of the world is data parallel."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
 
 
@@ -64,9 +67,9 @@ class DataConfig:
 
     train: str
     validation: str | None = None
-    mlm_probability: float = 0.2
+    mlm_probability: Annotated[float, Range(gt=0, lt=1)] = 0.2
     mlm_scheme: Literal["80/10/10", "all"] = "80/10/10"
-    max_documents_per_row: int = 128
+    max_documents_per_row: PositiveInt = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,33 +77,33 @@ class PhaseConfig:
     """One training phase: its length, batch, optimizer (AdamW), schedule, attention schedule and memory settings."""
 
     name: str
-    steps: int
-    sequence_length: int
-    tokens_per_update: int
-    learning_rate: float
-    min_learning_rate_ratio: float = 0.1
-    warmup_steps: int = 0
+    steps: PositiveInt
+    sequence_length: PositiveInt
+    tokens_per_update: PositiveInt
+    learning_rate: PositiveFloat
+    min_learning_rate_ratio: Fraction = 0.1
+    warmup_steps: NonNegativeInt = 0
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    decay_steps: int | None = None
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    full_attention_fraction: float = 1.0
+    decay_steps: PositiveInt | None = None
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Range(ge=0, lt=1)] = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    full_attention_fraction: Fraction = 1.0
     full_attention_schedule: Literal["tail", "interleave"] = "tail"
     recompute: Literal["none", "full", "selective"] = "none"
-    recompute_every: int = 1
+    recompute_every: PositiveInt = 1
     compile: bool = False
     allow_tf32: bool = True
-    seed: int = 1234
+    seed: Annotated[int, Range(ge=0, lt=2**63)] = 1234
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often a checkpoint is written, in steps, and how many are kept (0 = all)."""
 
-    save_every: int = 1000
-    keep_last: int = 0
+    save_every: PositiveInt = 1000
+    keep_last: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +112,13 @@ class LogConfig:
 
     tensorboard: bool = True
     wandb_project: str | None = None
-    validate_every: int = 500
-    validation_rows: int = 64
+    validate_every: PositiveInt = 500
+    validation_rows: PositiveInt = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One resolved configuration file. `deepspeed` holds DeepSpeed's own keys as given (read-only)."""
+    """One resolved configuration. `deepspeed` holds DeepSpeed's own keys, checked; `source` names the file in errors."""
 
     data: DataConfig
     phase: PhaseConfig
@@ -128,7 +131,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Copy DeepSpeed's keys, so that no later change of the caller's dictionary reaches this object."""
-        object.__setattr__(self, "deepspeed", MappingProxyType(copy.deepcopy(dict(self.deepspeed))))
+        object.__setattr__(self, "deepspeed", copy.deepcopy(dict(self.deepspeed)))
 
     @property
     def micro_batch_size(self) -> int:
@@ -143,14 +146,14 @@ class Config:
     @property
     def dtype_name(self) -> Literal["float32", "bfloat16", "float16"]:
         """Compute dtype, as `torch` names it."""
-        if _enabled(self.deepspeed.get("bf16")):
+        if self.deepspeed.get("bf16", {}).get("enabled", False):
             return "bfloat16"
-        return "float16" if _enabled(self.deepspeed.get("fp16")) else "float32"
+        return "float16" if self.deepspeed.get("fp16", {}).get("enabled", False) else "float32"
 
     @property
     def gradient_clipping(self) -> float:
         """Largest gradient norm; 0 = no clipping."""
-        return float(self.deepspeed.get("gradient_clipping", 0.0))
+        return float(self.deepspeed.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole JSON again with every default resolved; `parse_config` of it gives an equal Config."""
@@ -162,17 +165,11 @@ class Config:
         return plan_batch(self, world_size)
 
 
-BLOCKS: Mapping[str, type] = MappingProxyType(
-    {
-        "model": ModelConfig,
-        "parallel": ParallelConfig,
-        "data": DataConfig,
-        "phase": PhaseConfig,
-        "checkpoint": CheckpointConfig,
-        "log": LogConfig,
-    }
-)
-
-
-def _enabled(block: Mapping[str, Any] | None) -> bool:
-    return bool(block) and bool(block.get("enabled", False)) if block else False
+BLOCKS: Final[Mapping[str, type]] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "phase": PhaseConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}

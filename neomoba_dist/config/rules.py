@@ -1,0 +1,199 @@
+"""Rules between keys: combinations that no engine can run, or that would run and be wrong. Checked once, at load.
+
+Each rule yields the text of what is broken; the first one is raised. The reasons were measured with DeepSpeed 0.19.8.
+"""
+
+from collections.abc import Callable, Iterator
+
+from neomoba_dist.config.batch import nearest_multiples
+from neomoba_dist.config.errors import ConfigError
+from neomoba_dist.config.schema import Config
+
+# Axes whose code has not landed: each must be 1. Take a line out when its axis lands.
+NOT_IN_THIS_VERSION = {
+    "context_parallel_size": "context parallelism",
+    "expert_model_parallel_size": "expert parallelism",
+    "expert_tensor_parallel_size": "tensor parallelism of experts",
+}
+
+
+def check_rules(config: Config) -> None:
+    """Raise ConfigError with the first broken rule of `config`."""
+    for rule in RULES:
+        for problem in rule(config):
+            raise ConfigError(f"{config.source}: {problem}")
+
+
+def axes_that_landed(config: Config) -> Iterator[str]:
+    """Refuse axes whose code is not in this version."""
+    for key, what in NOT_IN_THIS_VERSION.items():
+        if getattr(config.parallel, key) != 1:
+            yield f"{what} is not in this version; set neomoba.parallel.{key} to 1"
+
+
+def zero_stage(config: Config) -> Iterator[str]:
+    """Refuse ZeRO stages that are wrong or that the pipeline engine asserts against."""
+    stage, pp = config.zero_stage, config.parallel.pipeline_model_parallel_size
+    if stage == 0:
+        yield (
+            "zero_optimization.stage is 0, which is wrong in DeepSpeed (bf16 takes a spurious first step, float32 clips by "
+            "a wrong norm); set zero_optimization.stage to 1"
+        )
+    if stage > 1 and pp > 1:
+        yield (
+            f"zero_optimization.stage {stage} cannot be combined with neomoba.parallel.pipeline_model_parallel_size {pp} "
+            "(DeepSpeed's pipeline engine works at stage 1 only); set zero_optimization.stage to 1"
+        )
+    offload = config.deepspeed["zero_optimization"].get("offload_param", {})
+    if stage < 3 and offload.get("device", "none") != "none":
+        yield f"zero_optimization.offload_param works at stage 3 only (stage is {stage}); set its device to none"
+
+
+def precision(config: Config) -> Iterator[str]:
+    """Refuse two compute dtypes at once, and gradient dtypes that lose precision or pick an optimizer that diverges."""
+    bf16, fp16 = (config.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
+    if bf16 and fp16:
+        yield "bf16.enabled and fp16.enabled are both true; set one of them to false"
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype_name]
+    accumulate = config.deepspeed.get("data_types", {}).get("grad_accum_dtype", short)
+    if accumulate not in ("fp32", short):
+        yield f"data_types.grad_accum_dtype is {accumulate} but the model computes in {short}; delete the key"
+    if bf16 and accumulate == "fp32" and config.zero_stage == 1:
+        yield (
+            "data_types.grad_accum_dtype fp32 with bf16 at ZeRO stage 1 selects DeepSpeed's BF16_Optimizer, whose "
+            "replicated weights diverge; delete the key or set zero_optimization.stage to 2"
+        )
+
+
+def model_shape(config: Config) -> Iterator[str]:
+    """Refuse shapes that do not make a network."""
+    model = config.model
+    heads, groups, layers = model.num_attention_heads, model.num_key_value_heads, model.num_hidden_layers
+    if heads % groups:
+        divisors = [size for size in range(1, heads + 1) if heads % size == 0]
+        yield (
+            f"neomoba.model.num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; "
+            f"set num_key_value_heads to one of {divisors}"
+        )
+    if model.head_dim is None:
+        yield (
+            f"neomoba.model.hidden_size {model.hidden_size} is not a multiple of num_attention_heads {heads}; "
+            f"set it to {nearest_multiples(model.hidden_size, heads)}, or give neomoba.model.head_dim"
+        )
+    elif model.head_dim % 2:
+        yield f"neomoba.model.head_dim {model.head_dim} is odd; rotary embedding turns pairs, set it to an even number"
+    if model.hybrid_layer_count > layers:
+        yield (
+            f"neomoba.model.hybrid_layer_count {model.hybrid_layer_count} is larger than num_hidden_layers {layers}; "
+            f"set it to {layers} or less"
+        )
+
+
+def tensor_parallel(config: Config) -> Iterator[str]:
+    """Refuse sizes that do not divide over the tensor-parallel ranks."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    for key, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("intermediate_size", model.intermediate_size),
+    ):
+        if size % tp:
+            yield f"neomoba.model.{key} {size} is not a multiple of {_TP} {tp}; {_fits(size, tp)}"
+    groups = model.num_key_value_heads
+    if groups % tp and tp % groups:
+        yield (
+            f"neomoba.model.num_key_value_heads {groups} neither divides nor is a multiple of {_TP} {tp}; "
+            f"{_fits(groups, tp)}"
+        )
+    if not config.parallel.sequence_parallel:
+        return
+    if tp == 1:
+        yield f"neomoba.parallel.sequence_parallel needs tensor parallelism; set it to false, or {_TP} to 2 or more"
+    positions = config.micro_batch_size * config.phase.sequence_length
+    if positions % tp:
+        yield (
+            f"train_micro_batch_size_per_gpu {config.micro_batch_size} x neomoba.phase.sequence_length "
+            f"{config.phase.sequence_length} is not a multiple of {_TP} {tp}, which sequence_parallel needs; "
+            f"set sequence_length to {nearest_multiples(config.phase.sequence_length, tp)}"
+        )
+
+
+def pipeline(config: Config) -> Iterator[str]:
+    """Refuse more pipeline stages than layers."""
+    layers, pp = config.model.num_hidden_layers, config.parallel.pipeline_model_parallel_size
+    if pp > layers:
+        yield (
+            f"neomoba.parallel.pipeline_model_parallel_size {pp} is larger than neomoba.model.num_hidden_layers "
+            f"{layers}; set it to {layers} or less"
+        )
+
+
+def phase_lengths(config: Config) -> Iterator[str]:
+    """Refuse positions beyond the model's and schedules longer than the phase."""
+    phase, longest = config.phase, config.model.max_position_embeddings
+    if phase.sequence_length > longest:
+        yield (
+            f"neomoba.phase.sequence_length {phase.sequence_length} is larger than "
+            f"neomoba.model.max_position_embeddings {longest}; set max_position_embeddings to {phase.sequence_length}"
+        )
+    if phase.warmup_steps > phase.steps:
+        yield (
+            f"neomoba.phase.warmup_steps {phase.warmup_steps} is larger than neomoba.phase.steps {phase.steps}; "
+            f"set warmup_steps to {phase.steps} or less"
+        )
+    if phase.decay_steps is not None and phase.warmup_steps + phase.decay_steps > phase.steps:
+        yield (
+            f"neomoba.phase.warmup_steps {phase.warmup_steps} + decay_steps {phase.decay_steps} is larger than steps "
+            f"{phase.steps}; set decay_steps to {max(phase.steps - phase.warmup_steps, 0)} or less"
+        )
+
+
+def batch(config: Config) -> Iterator[str]:
+    """Refuse a batch that closes for no number of ranks, and a stated batch size that contradicts it."""
+    phase, micro = config.phase, config.micro_batch_size
+    step = micro * phase.sequence_length
+    if phase.tokens_per_update % step:
+        yield (
+            f"neomoba.phase.tokens_per_update {phase.tokens_per_update} is not a multiple of "
+            f"train_micro_batch_size_per_gpu {micro} x sequence_length {phase.sequence_length}; "
+            f"set it to {nearest_multiples(phase.tokens_per_update, step)}"
+        )
+    rows = phase.tokens_per_update // phase.sequence_length
+    stated = config.deepspeed.get("train_batch_size", rows)
+    if stated != rows:
+        yield (
+            f"train_batch_size is {stated}, but neomoba.phase.tokens_per_update {phase.tokens_per_update} / "
+            f"sequence_length {phase.sequence_length} makes {rows} rows; delete the key, it is derived"
+        )
+
+
+def texts(config: Config) -> Iterator[str]:
+    """Refuse empty names."""
+    for key, text in (
+        ("phase.name", config.phase.name),
+        ("data.train", config.data.train),
+        ("data.validation", config.data.validation),
+        ("log.wandb_project", config.log.wandb_project),
+    ):
+        if text is not None and not text.strip():
+            yield f"neomoba.{key} is empty; give it a value or delete the key"
+
+
+def _fits(size: int, tp: int) -> str:
+    """Return the advice for a size that `tp` does not divide: the next smaller tensor-parallel size that does."""
+    works = max(smaller for smaller in range(1, tp) if size % smaller == 0)
+    return f"set {_TP} to {works}"
+
+
+_TP = "neomoba.parallel.tensor_model_parallel_size"
+
+RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    axes_that_landed,
+    zero_stage,
+    precision,
+    model_shape,
+    tensor_parallel,
+    pipeline,
+    phase_lengths,
+    batch,
+    texts,
+)
