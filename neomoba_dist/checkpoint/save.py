@@ -1,0 +1,124 @@
+"""Write a checkpoint: every rank its own shards, rank 0 the index, then one rename."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from neomoba_dist.checkpoint.layout import FORMAT, KINDS, VERSION, complete_checkpoints, logical_name, step_folder
+from neomoba_dist.config import Config
+from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
+from neomoba_dist.parallel.mesh import Mesh
+
+
+class StateSource(Protocol):
+    """What can be saved: a training engine."""
+
+    config: Config
+    mesh: Mesh
+
+    def parameters(self) -> Any: ...
+    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor: ...
+
+
+def save_checkpoint(output: Path, step: int, source: StateSource, trainer: dict[str, Any], keep_last: int = 0) -> Path:
+    """Write `output`/checkpoints/step_`step`; all ranks call it. Returns the folder.
+
+    source: gives its parameters and, collectively over dp x cp, the full fp32 state of each. trainer: what the training
+    loop needs to go on, JSON. keep_last: older checkpoints beyond this number are removed (0: none).
+    """
+    mesh, final = source.mesh, step_folder(output, step)
+    writing = final.with_name(final.name + ".writing")
+    on_first_rank(mesh, lambda: _make_empty(writing))
+    pieces: dict[str, dict[str, Any]] = {}
+    owned = _owned_names(source)
+    for kind in KINDS:
+        pieces.update(_write_kind(writing, kind, source, owned))
+    all_pieces = all_gather_objects(pieces, mesh, "world")
+    index = {"format": FORMAT, "version": VERSION, "step": step, "config": source.config.to_dict()}
+
+    def finish() -> None:
+        _write_json(writing / "trainer.json", {"step": step, **trainer})
+        _write_json(writing / "index.json", {**index, "tensors": _merge(all_pieces)})
+        _sync(writing)
+        if final.exists():
+            shutil.rmtree(final)
+        writing.rename(final)
+        _sync(final.parent)
+        for old in complete_checkpoints(output)[:-keep_last] if keep_last else []:
+            shutil.rmtree(old)
+
+    on_first_rank(mesh, finish)
+    return final
+
+
+def _owned_names(source: StateSource) -> set[str]:
+    """Logical names whose shards this rank writes: one writer per shard."""
+    mesh = source.mesh
+    mine = [p.shard for p in source.parameters()]
+    by_stage: Sequence[list[str]] = all_gather_objects([shard.name for shard in mine], mesh, "pp")
+    earlier = {name for stage in by_stage[: mesh["pp"].index] for name in stage}  # a tied matrix lives on two stages
+    return {
+        shard.name
+        for shard in mine
+        if mesh["dp_cp"].index == 0 and shard.name not in earlier and (shard.dim is not None or mesh["tp"].index == 0)
+    }
+
+
+def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -> dict[str, dict[str, Any]]:
+    """Write this rank's file of one kind; returns its pieces by logical name."""
+    mesh = source.mesh
+    file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}.safetensors"
+    tensors, pieces = {}, {}
+    for parameter in source.parameters():
+        shard = parameter.shard
+        whole = source.full_state(parameter, kind)
+        if shard.name not in owned or 0 in shard.extent:
+            continue
+        tensors[shard.name] = shard.valid(whole).detach().to("cpu", copy=True).contiguous()
+        piece = {"file": file, "key": shard.name, "offset": list(shard.start), "shape": list(shard.extent)}
+        dtype = str(tensors[shard.name].dtype).removeprefix("torch.")
+        pieces[logical_name(kind, shard.name)] = {"shape": list(shard.shape), "dtype": dtype, "pieces": [piece]}
+    if tensors:
+        save_file(tensors, folder / file)
+        _sync(folder / file)
+    return pieces
+
+
+def _merge(all_pieces: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """One entry per logical tensor with the pieces of all ranks."""
+    merged: dict[str, dict[str, Any]] = {}
+    for pieces in all_pieces:
+        for name, entry in pieces.items():
+            if name in merged:
+                merged[name]["pieces"] += entry["pieces"]
+            else:
+                merged[name] = entry
+    return dict(sorted(merged.items()))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
+    folder.mkdir(parents=True)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,1 @@
+"""NeoBERT-MoBA. Every class runs alone in one process; torch.distributed is never imported here, only a `Mesh`."""

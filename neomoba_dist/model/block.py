@@ -1,0 +1,52 @@
+"""One pre-norm transformer block. Between layers travels a `State`, the same for one process and for a pipeline."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.attention import Attention
+from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.norm import RMSNorm
+
+# hidden [S, H], aux_loss [] (float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1].
+# Fixed shapes, because pipeline stages allocate their receive buffers once.
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    recompute: "full" keeps only the block's input for the backward pass, "selective" recomputes the attention core.
+    """
+
+    def __init__(
+        self, index: int, config: ModelConfig, init: Initializer, *, always_full: bool, recompute: str = "none"
+    ) -> None:
+        super().__init__()
+        name, partial = f"blocks.{index}", init.mesh.sequence_parallel
+        self.recompute = recompute
+        self.attention_norm = RMSNorm(
+            f"{name}.attention_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial
+        )
+        self.attention = Attention(
+            f"{name}.attention", config, init, always_full=always_full, recompute_core=recompute == "selective"
+        )
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
+        self.mlp = SwiGLU(f"{name}.mlp", config, init)
+
+    def forward(self, state: State) -> State:
+        hidden, aux_loss, position_ids, cu_seqlens = state
+        if self.recompute == "full" and torch.is_grad_enabled():
+            hidden = checkpoint(
+                self.transform, hidden, position_ids, cu_seqlens, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden = self.transform(hidden, position_ids, cu_seqlens)
+        return hidden, aux_loss, position_ids, cu_seqlens
+
+    def transform(self, x_SH: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The block proper: [S, H] -> [S, H]."""
+        x_SH = x_SH + self.attention(self.attention_norm(x_SH), position_ids, cu_seqlens)
+        return x_SH + self.mlp(self.mlp_norm(x_SH))

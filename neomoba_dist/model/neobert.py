@@ -1,0 +1,202 @@
+"""NeoBERT-MoBA: the layer list, and the whole model for one pipeline stage.
+
+NeoBERT (arXiv 2502.19587): pre-norm RMSNorm, SwiGLU, RoPE; here with GQA and with MoBA in all but the last
+`hybrid_layer_count` layers (arXiv 2502.13189, section 3.2). Objective "mlm" is a bidirectional encoder, "clm" a causal
+decoder. The same layers, in the same order, make the flat model (`NeoBERT`) and the pipeline (parallel/pipeline.py).
+
+Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.block import Block, State
+from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
+from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.norm import RMSNorm
+from neomoba_dist.parallel.megatron import enter_tensor_parallel, sum_over_tensor_parallel
+from neomoba_dist.parallel.mesh import Mesh
+
+IGNORE_INDEX = -100
+VOCAB_MULTIPLE = 128  # rows per tp rank: whole tensor-core tiles
+
+
+class Inputs(Protocol):
+    """What the model reads of a data.Batch."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
+    """[V, H], rows split over tp and padded with zeros to whole tiles."""
+    multiple = VOCAB_MULTIPLE * init.mesh["tp"].size
+    padded = -(-config.vocab_size // multiple) * multiple
+    return init.weight(name, (config.vocab_size, config.hidden_size), shard_dim=0, padded=padded)
+
+
+class Embedding(nn.Module):
+    """Token embedding: int64 [T] -> State. Its single weight may be tied to the head's."""
+
+    def __init__(self, config: ModelConfig, init: Initializer) -> None:
+        super().__init__()
+        self.mesh = init.mesh
+        self.weight = _vocabulary_matrix("embedding.weight", config, init)
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> State:
+        input_ids, position_ids, cu_seqlens = inputs
+        shard = self.weight.shard
+        local = input_ids - shard.offset
+        owned = (local >= 0) & (local < shard.length)
+        x_TH = F.embedding(local.where(owned, 0), self.weight) * owned[:, None]
+        # a leaf that needs a gradient: pipeline stages send one back for every float tensor of the state
+        aux_loss = torch.zeros((), dtype=torch.float32, device=x_TH.device, requires_grad=x_TH.requires_grad)
+        return sum_over_tensor_parallel(x_TH, self.mesh), aux_loss, position_ids, cu_seqlens
+
+
+class FinalNorm(nn.Module):
+    """The norm after the last block: State -> State."""
+
+    def __init__(self, config: ModelConfig, init: Initializer) -> None:
+        super().__init__()
+        partial = init.mesh.sequence_parallel
+        self.norm = RMSNorm("final_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
+
+    def forward(self, state: State) -> State:
+        hidden, *rest = state
+        return self.norm(hidden), *rest
+
+
+class Head(nn.Module):
+    """Output matrix [V, H]. Losses are computed inside `forward`, where ZeRO-3 has the weight gathered."""
+
+    def __init__(self, config: ModelConfig, init: Initializer, tied: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.mesh = init.mesh
+        self.weight = tied if tied is not None else _vocabulary_matrix("head.weight", config, init)
+
+    def forward(self, hidden_SH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        return token_losses(hidden_SH, self.weight, labels_T, self.mesh)
+
+
+class PipelineHead(Head):
+    """The head as a pipeline layer: DeepSpeed gives the labels to its loss function, so the weight goes there too."""
+
+    def forward(self, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:  # type: ignore[override]
+        return _with_weight(self, state)
+
+
+def token_losses(
+    hidden_SH: torch.Tensor, weight: nn.Parameter, labels_T: torch.Tensor, mesh: Mesh
+) -> torch.Tensor:
+    """Cross entropy of every token, [T] float32 (float64 for float64), 0 where the label is -100.
+
+    Only counted tokens enter the vocabulary product: with MLM at 20 % that saves four fifths of it.
+    """
+    hidden_TH = enter_tensor_parallel(hidden_SH, mesh)
+    counted = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+    losses = vocab_parallel_cross_entropy(hidden_TH[counted], weight, labels_T[counted], mesh)
+    return losses.new_zeros(len(labels_T)).index_put((counted,), losses)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of the layer list: the class and its arguments, so that a pipeline builds only its own stage.
+
+    tied: layers with the same key share the parameter "weight". call: how a pipeline runs the module on what the
+    layer before returned, where that is not `module(state)`.
+    """
+
+    cls: type[nn.Module]
+    kwargs: Mapping[str, Any]
+    tied: str | None = None
+    call: Callable[[nn.Module, State], Any] | None = None
+
+
+def layer_list(
+    config: ModelConfig, init: Initializer, *, recompute: str = "none", recompute_every: int = 1
+) -> list[Layer]:
+    """Embedding, blocks, final norm, head: the order in which `State` travels."""
+    common = {"config": config, "init": init}
+    tied = "embedding" if config.tie_word_embeddings else None
+    first_full = config.num_hidden_layers - config.hybrid_layer_count
+    blocks = [
+        Layer(
+            Block,
+            {
+                **common,
+                "index": i,
+                "always_full": i >= first_full,
+                "recompute": "none" if recompute == "full" and i % recompute_every else recompute,
+            },
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+    return [
+        Layer(Embedding, common, tied),
+        *blocks,
+        Layer(FinalNorm, common),
+        Layer(Embedding, common, tied, call=_with_weight) if tied else Layer(PipelineHead, common),
+    ]
+
+
+def _with_weight(module: nn.Module, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
+    """What the last pipeline stage hands to the loss function: hidden, auxiliary loss and the output matrix."""
+    return state[0], state[1], module.weight
+
+
+class NeoBERT(nn.Module):
+    """The whole model in one pipeline stage.
+
+    seed: of the initial weights. recompute, recompute_every: activation checkpointing (config.PhaseConfig).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        recompute_every: int = 1,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        init = Initializer(mesh, seed, config.initializer_range, dtype)
+        *body, _ = layer_list(config, init, recompute=recompute, recompute_every=recompute_every)
+        embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
+        self.embedding, self.blocks, self.final_norm = embedding, nn.ModuleList(blocks), final_norm
+        self.head = Head(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
+
+    def states(self, batch: Inputs) -> State:
+        """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""
+        state = self.embedding((batch.input_ids, batch.position_ids, batch.cu_seqlens))
+        for block in self.blocks:
+            state = block(state)
+        return self.final_norm(state)
+
+    def hidden_states(self, batch: Inputs) -> torch.Tensor:
+        """Final hidden states [S, H]."""
+        return self.states(batch)[0]
+
+    def token_losses(self, batch: Inputs) -> torch.Tensor:
+        """Cross entropy per token, [T], 0 where the label is -100."""
+        return self.head(self.states(batch)[0], batch.labels)
+
+    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] on a mesh of ones, for decoding and evaluation of few tokens; training never forms them."""
+        return F.linear(hidden_SH, self.head.weight)[:, : self.config.vocab_size]
+
+    def forward(self, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the token losses, auxiliary loss), both scalars."""
+        hidden, aux_loss, *_ = self.states(batch)
+        return self.head(hidden, batch.labels).sum(), aux_loss

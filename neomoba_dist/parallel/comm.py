@@ -1,0 +1,140 @@
+"""The one door for our collectives.
+
+Every call names a mesh axis, never a raw process group. That is what lets us count bytes per axis, time the calls and
+say in which collective a rank is stuck. On an axis of size 1 every function is the identity and costs nothing.
+
+megatron-core (tensor-parallel layers) and DeepSpeed (gradient reduction, pipeline sends) make their own calls; those
+are not counted here.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Iterator
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from neomoba_dist.parallel.mesh import Mesh
+
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class CommunicationError(RuntimeError):
+    """A collective failed or timed out; the message names the operation, the axis and the ranks."""
+
+
+@dataclass
+class Entry:
+    """Running totals of one (axis, operation): calls, bytes received by this rank, seconds on the host."""
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """What this rank has communicated, by (axis, operation), and what it is waiting for now."""
+
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    pending: str | None = None
+
+    @contextmanager
+    def record(self, mesh: "Mesh", axis: str, operation: str, num_bytes: int) -> Iterator[None]:
+        """Count one call and turn its failure into a message that says who waited for whom."""
+        entry = self.entries.setdefault((axis, operation), Entry())
+        self.pending = f"{operation} over {axis} (ranks {list(mesh[axis].ranks)}, {num_bytes} bytes)"
+        start = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {mesh.rank}: {self.pending} failed: {error}") from error
+        entry.calls += 1
+        entry.bytes += num_bytes
+        entry.seconds += time.perf_counter() - start
+        self.pending = None
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Size of the tensor's elements in bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def all_reduce(tensor: torch.Tensor, mesh: "Mesh", axis: str, op: str = "sum") -> torch.Tensor:
+    """Reduce over the axis ("sum", "max" or "min"). Returns a new tensor; not differentiable."""
+    if mesh[axis].size == 1:
+        return tensor
+    result = tensor.detach().clone(memory_format=torch.contiguous_format)
+    with mesh.ledger.record(mesh, axis, "all_reduce", num_bytes(result)):
+        dist.all_reduce(result, op=REDUCE_OPS[op], group=mesh[axis].group)
+    return result
+
+
+def broadcast(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch.Tensor:
+    """Copy the tensor of the axis member number `source` to all members, in place. Returns the tensor."""
+    if mesh[axis].size > 1:
+        with mesh.ledger.record(mesh, axis, "broadcast", num_bytes(tensor)):
+            dist.broadcast(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
+    return tensor
+
+
+def all_gather_objects(value: Any, mesh: "Mesh", axis: str) -> list[Any]:
+    """The small picklable `value` of every member of the axis, in axis order. For start-up and checkpoints only."""
+    if mesh[axis].size == 1:
+        return [value]
+    values: list[Any] = [None] * mesh[axis].size
+    with mesh.ledger.record(mesh, axis, "all_gather_objects", 0):
+        dist.all_gather_object(values, value, group=mesh[axis].group)
+    return values
+
+
+def barrier(mesh: "Mesh", axis: str = "world") -> None:
+    """Wait until every member of the axis has arrived."""
+    if mesh[axis].size > 1:
+        with mesh.ledger.record(mesh, axis, "barrier", 0):
+            dist.barrier(group=mesh[axis].group)
+
+
+def agree(ok: bool, mesh: "Mesh") -> bool:
+    """True where every rank of the world says True: one rank's failure becomes everybody's decision."""
+    flag = torch.tensor([int(ok)], device=mesh.device)
+    return bool(all_reduce(flag, mesh, "world", op="min").item())
+
+
+def on_first_rank(mesh: "Mesh", action: Callable[[], None]) -> None:
+    """Run `action` on global rank 0 while all others wait; its failure is raised everywhere."""
+    error: Exception | None = None
+    if mesh.rank == 0:
+        try:
+            action()
+        except Exception as caught:  # whatever it is, the waiting ranks must learn of it
+            error = caught
+    if not agree(error is None, mesh):
+        raise error or CommunicationError(f"rank {mesh.rank}: rank 0 failed; see its message")
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+        ctx.mesh, ctx.axis = mesh, axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return all_reduce(grads[0], ctx.mesh, ctx.axis), None, None
+
+
+def sum_gradient(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+    """A tensor that all members of the axis hold alike but use on different data: its gradient is their sum.
+
+    Used for parameters that tensor parallelism replicates (norm weights under sequence parallelism, KV projections
+    with fewer heads than ranks). Backward makes one all-reduce over the axis.
+    """
+    if mesh[axis].size == 1:
+        return tensor
+    return _SumGradient.apply(tensor, mesh, axis)

@@ -1,0 +1,190 @@
+"""The process mesh: world = tp x cp x pp x dp, with ep dividing dp x cp.
+
+A `Mesh` is what the rest of the project knows of the machine: for each axis its size, this process's place in it and
+the group to talk to. `Mesh.single()` is the mesh of ones on which every layer is plain torch. This is also the only
+place below launch/ that reads environment variables: the launcher's, to find rank, world size and device.
+"""
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from neomoba_dist.config import ConfigError, ParallelConfig
+from neomoba_dist.parallel.comm import Ledger
+
+AXES = ("tp", "cp", "pp", "dp", "dp_cp", "model", "ep", "world")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis as this process sees it: the global ranks along it and its own index among them."""
+
+    size: int = 1
+    index: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None  # None only on a mesh of ones
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes, by name: `mesh["tp"].size`. "model" is tp x pp, "dp_cp" the group over which ZeRO shards."""
+
+    axes: Mapping[str, Axis]
+    rank: int = 0
+    device: torch.device = torch.device("cpu")
+    sequence_parallel: bool = False
+    ledger: Ledger = field(default_factory=Ledger, compare=False)
+
+    def __getitem__(self, axis: str) -> Axis:
+        return self.axes[axis]
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> "Mesh":
+        """One process, no groups."""
+        return cls(axes={name: Axis() for name in AXES}, device=torch.device(device))
+
+    @classmethod
+    def build(cls, parallel: ParallelConfig, device: torch.device | str = "cpu") -> "Mesh":
+        """The mesh of the running process group, which must exist (`initialize_process_group`)."""
+        if dist.get_world_size() == 1:
+            return cls.single(device)
+        from neomoba_dist.parallel.megatron import initialize_groups
+
+        groups = {**initialize_groups(parallel), "world": dist.group.WORLD}
+        axes = {}
+        for name, group in groups.items():
+            ranks = tuple(dist.get_process_group_ranks(group))
+            axes[name] = Axis(len(ranks), ranks.index(dist.get_rank()), ranks, group)
+        sequence_parallel = parallel.sequence_parallel and axes["tp"].size > 1
+        return cls(axes, dist.get_rank(), torch.device(device), sequence_parallel)
+
+
+class DeepSpeedMPU:
+    """What DeepSpeed asks of a "model parallel unit", answered from the mesh (Megatron's convention).
+
+    The data-parallel group is dp x cp, because gradients are summed over both. There are deliberately no
+    `get_sequence_parallel_*` methods: with them DeepSpeed scales gradients wrongly.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._tp, self._dp = mesh["tp"], mesh["dp_cp"]
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tp.index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._tp.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._dp.index
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._dp.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._dp.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._dp.ranks)
+
+
+def rank_map(parallel: ParallelConfig, world_size: int) -> str:
+    """A table of where every rank stands, one line per rank (only first and last ones of a large world)."""
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    dp = world_size // (tp * cp * pp)
+    lines = [f"world {world_size} = tp {tp} x cp {cp} x dp {dp} x pp {pp}", "rank  pp  dp  cp  tp"]
+    shown = range(world_size) if world_size <= 32 else [*range(16), *range(world_size - 16, world_size)]
+    for rank in shown:
+        rest, tp_index = divmod(rank, tp)
+        rest, cp_index = divmod(rest, cp)
+        pp_index, dp_index = divmod(rest, dp)
+        lines.append(f"{rank:4d} {pp_index:3d} {dp_index:3d} {cp_index:3d} {tp_index:3d}")
+        if world_size > 32 and rank == 15:
+            lines.append(" ...")
+    return "\n".join(lines)
+
+
+def _first_host(node_list: str) -> str:
+    """First host of a SLURM node list: "n[01-04,07],m1" -> "n01"."""
+    head, bracket, tail = node_list.partition("[")
+    if bracket and "," not in head:
+        return head + tail.split("]")[0].split(",")[0].split("-")[0]
+    return node_list.split(",")[0]
+
+
+def map_launcher_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns (rank, world size).
+
+    deepspeed and torchrun set them; SLURM's (srun) and Open MPI's (mpirun) own variables are translated; a plain
+    `python` is a world of one.
+    """
+    found = environment
+    mapped: dict[str, str] = {}
+    if "RANK" in found:
+        pass
+    elif "SLURM_PROCID" in found and int(found.get("SLURM_NTASKS", "1")) > 1:
+        per_node = found.get("SLURM_NTASKS_PER_NODE") or found.get("SLURM_TASKS_PER_NODE") or found["SLURM_NTASKS"]
+        mapped = {
+            "RANK": found["SLURM_PROCID"],
+            "WORLD_SIZE": found["SLURM_NTASKS"],
+            "LOCAL_RANK": found["SLURM_LOCALID"],
+            "LOCAL_SIZE": per_node.split("(")[0].split(",")[0],
+            "MASTER_ADDR": found.get("MASTER_ADDR") or _first_host(found["SLURM_JOB_NODELIST"]),
+            "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + int(found.get("SLURM_JOB_ID", "0")) % 20000),
+        }
+    elif "OMPI_COMM_WORLD_RANK" in found:
+        mapped = {
+            "RANK": found["OMPI_COMM_WORLD_RANK"],
+            "WORLD_SIZE": found["OMPI_COMM_WORLD_SIZE"],
+            "LOCAL_RANK": found["OMPI_COMM_WORLD_LOCAL_RANK"],
+            "LOCAL_SIZE": found["OMPI_COMM_WORLD_LOCAL_SIZE"],
+            "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_PORT": found.get("MASTER_PORT", "29500"),
+        }
+    else:
+        mapped = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    environment.update(mapped)
+    # DeepSpeed counts CPU "devices" by LOCAL_SIZE, else by forking numactl at every call; torchrun does not set it.
+    environment.setdefault("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"))
+    environment.setdefault("LOCAL_RANK", "0")
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at every import
+    return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+
+
+def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group that the launcher described; returns this process's device.
+
+    gloo on a CPU machine; on GPUs gloo for CPU tensors and NCCL for CUDA ones. A world of one needs no launcher: it
+    meets itself through a store in memory.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {device.index} has no GPU: this machine has {torch.cuda.device_count()}; "
+                f"start at most that many ranks on it (deepspeed --num_gpus {torch.cuda.device_count()} ...)"
+            )
+        torch.cuda.set_device(device)
+    arguments: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo"}
+    if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_ADDR" not in os.environ:
+        arguments.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
+    return device

@@ -1,0 +1,49 @@
+"""Pipeline parallelism: a list of layers becomes DeepSpeed's PipelineModule (1F1B schedule, ZeRO-1).
+
+The layers come as objects with `cls`, `kwargs`, `tied` and `call` (model/neobert.py); this module knows nothing else
+of the model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import nn
+
+from neomoba_dist.parallel.mesh import Mesh
+
+# DeepSpeed's defaults here are silently wrong with sequence parallelism and fail with several float outputs.
+PIPELINE_SETTINGS = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+
+
+class LayerLike(Protocol):
+    """What a layer list entry must offer."""
+
+    @property
+    def cls(self) -> type[nn.Module]: ...
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+    @property
+    def tied(self) -> str | None: ...
+    @property
+    def call(self) -> Callable[..., Any] | None: ...
+
+
+def build_pipeline(
+    layers: Sequence[LayerLike], mesh: Mesh, loss_fn: Callable[[Any, Any], Any], balance: str
+) -> PipelineModule:
+    """This rank's stage of `layers`. balance: class name of the layers of which every stage gets an equal number.
+
+    Rank order is the mesh's: pipe is the slowest axis, tp the fastest, dp x cp between them.
+    """
+    specs = [
+        TiedLayerSpec(layer.tied, layer.cls, forward_fn=layer.call, tied_weight_attr="weight", **layer.kwargs)
+        if layer.tied
+        else LayerSpec(layer.cls, **layer.kwargs)
+        for layer in layers
+    ]
+    topology = ProcessTopology(
+        axes=["pipe", "data", "model"], dims=[mesh["pp"].size, mesh["dp_cp"].size, mesh["tp"].size]
+    )
+    return PipelineModule(specs, topology=topology, loss_fn=loss_fn, partition_method=f"type:{balance}$")

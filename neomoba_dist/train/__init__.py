@@ -1,0 +1,1 @@
+"""Training: engines, the loop, schedules, phases, the run log."""

@@ -1,0 +1,210 @@
+"""The two engines behind one interface: DeepSpeed's (pp = 1, ZeRO 1-3) and its pipeline engine (pp > 1, ZeRO-1).
+
+Loss = sum over the valid tokens of the whole update / num_valid. DeepSpeed averages over micro-batches and over the
+dp x cp ranks, so each micro-batch's sum is multiplied by their number before it is divided by num_valid.
+"""
+
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from neomoba_dist.config import BatchPlan, Config, ConfigError
+from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
+from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
+from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
+from neomoba_dist.train.optim import build_optimizer
+
+# DeepSpeed compiles a shared-memory operator at start on a CPU machine (40-150 s that look like a hang, and a killed
+# build leaves a lock that hangs every later run). Training never uses it.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping."""
+
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    skipped: bool  # fp16 only: the loss scale overflowed and no step was taken
+
+
+class Engine(ABC):
+    """What the training loop and checkpoints need. `module` is this rank's part of the model."""
+
+    def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        if config.dtype_name == "float16" and mesh.device.type == "cpu":
+            raise ConfigError("fp16.enabled: DeepSpeed has no fp16 on a CPU; set bf16.enabled instead, or neither")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.phase.allow_tf32
+        _start_deepspeed(mesh)
+        self.module = self._build_module()
+        if config.phase.compile:
+            for name, layer in self.module.named_modules():
+                if type(layer).__name__ == "Block":
+                    layer.compile(dynamic=False)
+        self.optimizer = build_optimizer(self.module, config.phase)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.module,
+            optimizer=self.optimizer,
+            config=self._deepspeed_config(),
+            mpu=self._mpu(),
+        )
+
+    def update(self, batches: Sequence[Batch], learning_rate: float) -> UpdateResult:
+        """One optimizer step over this rank's micro-batches of the update."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.module.train()
+        self._loss_sum.zero_()
+        self._aux_sum.zero_()
+        self._run_update(batches)
+        micro_batches = len(batches) * self.mesh["dp_cp"].size
+        return UpdateResult(
+            loss=self._global_sum(self._loss_sum) / batches[0].num_valid,
+            aux_loss=self._global_sum(self._aux_sum) / micro_batches,
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            skipped=bool(getattr(self.engine.optimizer, "overflow", False)),
+        )
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Sum of the token losses over the micro-batches of all ranks, without gradients."""
+        self.module.eval()
+        self._loss_sum.zero_()
+        with torch.no_grad():
+            self._run_evaluation(batches)
+        return self._global_sum(self._loss_sum)
+
+    def set_full_attention(self, full: bool) -> None:
+        """Switch the MoBA layers to full attention or back."""
+        set_full_attention(self.module, full)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters; each tells its place in the whole model by its `shard`."""
+        return self.module.parameters()
+
+    def scale(self, num_valid: int, micro_batches: int) -> float:
+        """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""
+        return micro_batches * self.mesh["dp_cp"].size / num_valid
+
+    def _global_sum(self, value: torch.Tensor) -> float:
+        # only last pipeline stages have a loss; the other stages add zeros
+        return float(all_reduce(all_reduce(value, self.mesh, "dp_cp"), self.mesh, "pp"))
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's part of the configuration with what we own filled in."""
+        settings = {key: value for key, value in self.config.deepspeed.items() if key != "train_batch_size"}
+        settings["gradient_accumulation_steps"] = self.plan.gradient_accumulation_steps
+        settings["zero_allow_untested_optimizer"] = True
+        settings["zero_force_ds_cpu_optimizer"] = False
+        settings.setdefault("steps_per_print", sys.maxsize)  # our run log has a line per step
+        return settings
+
+    @abstractmethod
+    def _build_module(self) -> nn.Module:
+        """This rank's part of the model, on its device."""
+
+    @abstractmethod
+    def _mpu(self) -> DeepSpeedMPU | None:
+        """What DeepSpeed is told of the layout."""
+
+    @abstractmethod
+    def _run_update(self, batches: Sequence[Batch]) -> None:
+        """Forward, backward and step; adds to `_loss_sum` and `_aux_sum`."""
+
+    @abstractmethod
+    def _run_evaluation(self, batches: Sequence[Batch]) -> None:
+        """Forward; adds to `_loss_sum`."""
+
+
+class FlatEngine(Engine):
+    """pp = 1: the whole model in every process (but for tp), ZeRO 1, 2 or 3 over dp x cp."""
+
+    def _build_module(self) -> nn.Module:
+        phase = self.config.phase
+        return NeoBERT(
+            self.config.model,
+            self.mesh,
+            seed=phase.seed,
+            recompute=phase.recompute,
+            recompute_every=phase.recompute_every,
+        ).to(self.mesh.device)
+
+    def _mpu(self) -> DeepSpeedMPU | None:
+        return DeepSpeedMPU(self.mesh) if self.mesh["world"].size > 1 else None
+
+    def _run_update(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            loss_sum, aux_loss = self.engine(batch.to(self.mesh.device))
+            self._loss_sum += loss_sum.detach()
+            self._aux_sum += aux_loss.detach()
+            self.engine.backward(loss_sum * self.scale(batch.num_valid, len(batches)) + aux_loss)
+            self.engine.step()
+
+    def _run_evaluation(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            self._loss_sum += self.engine(batch.to(self.mesh.device))[0]
+
+
+class PipelineParallelEngine(Engine):
+    """pp > 1: DeepSpeed's 1F1B pipeline over the same layer list."""
+
+    def _build_module(self) -> nn.Module:
+        phase = self.config.phase
+        init = Initializer(self.mesh, phase.seed, self.config.model.initializer_range)
+        layers = layer_list(
+            self.config.model, init, recompute=phase.recompute, recompute_every=phase.recompute_every
+        )
+        return build_pipeline(layers, self.mesh, self._loss, balance="Block")
+
+    def _mpu(self) -> DeepSpeedMPU | None:
+        return None  # PipelineModule brings its own, from the same rank order
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return {**super()._deepspeed_config(), "pipeline": dict(PIPELINE_SETTINGS)}
+
+    def _loss(self, outputs: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The last stage's loss of one micro-batch; `targets` are the labels and the scale."""
+        hidden, aux_loss, weight = outputs
+        labels, scale = targets
+        loss_sum = token_losses(hidden, weight, labels, self.mesh).sum()
+        self._loss_sum += loss_sum.detach()
+        self._aux_sum += aux_loss.detach()
+        return loss_sum * scale + aux_loss
+
+    def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+        for batch in batches:
+            scale = torch.tensor(self.scale(batch.num_valid, len(batches)))
+            yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, scale)
+
+    def _run_update(self, batches: Sequence[Batch]) -> None:
+        self.engine.train_batch(data_iter=self._feed(batches))
+
+    def _run_evaluation(self, batches: Sequence[Batch]) -> None:
+        self.engine.eval_batch(data_iter=self._feed(batches), num_micro_batches=len(batches))
+
+
+def build_engine(config: Config, plan: BatchPlan, mesh: Mesh) -> Engine:
+    """The engine for the layout. torch.distributed must be initialised, also for a world of one."""
+    return (PipelineParallelEngine if mesh["pp"].size > 1 else FlatEngine)(config, plan, mesh)
+
+
+def _start_deepspeed(mesh: Mesh) -> None:
+    """Let DeepSpeed adopt our process group, and keep its many start-up lines out of the run log."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

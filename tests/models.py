@@ -1,0 +1,55 @@
+"""Small models and batches for tests: the smallest case that counts (DESIGN.md, Exactness).
+
+Two MoBA layers and one full layer, three documents in a row with at least six blocks in the longest, top_k 2, two KV
+heads; uneven numbers of counted labels per row.
+"""
+
+import torch
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.data.batch import Batch
+
+LENGTH = 64
+
+
+def tiny_model(**changes: object) -> ModelConfig:
+    """A ModelConfig with blocks of 8 tokens."""
+    settings = {
+        "vocab_size": 151,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 1024,
+        "moba_block_size": 8,
+        "moba_top_k": 2,
+        "hybrid_layer_count": 1,
+        "initializer_range": 0.2,
+        "qk_norm": True,
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def tiny_batch(seed: int, rows: int = 1, objective: str = "mlm", vocab_size: int = 151) -> Batch:
+    """`rows` rows of 64 tokens: documents of 49, 10 and 5 tokens; the share of counted labels differs by row."""
+    generator = torch.Generator().manual_seed(seed)
+    total = rows * LENGTH
+    input_ids = torch.randint(0, vocab_size, (total,), generator=generator)
+    borders = [row * LENGTH + offset for row in range(rows) for offset in (0, 49, 59)] + [total, total]
+    position_ids = torch.cat([torch.arange(b - a) for a, b in zip(borders, borders[1:], strict=False)])
+    if objective == "clm":
+        labels = torch.cat((input_ids[1:], input_ids[:1]))
+        labels[torch.tensor(borders[1:-1]) - 1] = -100
+    else:
+        labels = torch.randint(0, vocab_size, (total,), generator=generator)
+    share = torch.rand((rows,), generator=generator).repeat_interleave(LENGTH) * 0.6 + 0.2
+    labels[torch.rand((total,), generator=generator) > share] = -100
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        row_ids=torch.arange(rows) + seed * rows,
+        num_valid=int((labels != -100).sum()),
+    )
