@@ -7,6 +7,7 @@ D = most documents a batch can hold (padding at a row's end counts as a document
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -51,9 +52,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        moved = {
-            name: tensor.to(device, non_blocking=True)
-            for name, tensor in vars(self).items()
-            if isinstance(tensor, torch.Tensor)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)

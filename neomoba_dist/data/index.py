@@ -1,0 +1,169 @@
+"""What a folder of shards says about itself: `index.json`, and `members.npz` for the byte offsets.
+
+A corpus folder holds `shard-00000.tar ...`, the tokenizer's file, `members.npz` and, written last, `index.json`:
+no index means not finished. The index pins every other file by sha256, so one fingerprint names the whole corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neomoba_dist.data.errors import DataError
+
+INDEX_FILE = "index.json"
+MEMBERS_FILE = "members.npz"
+FORMAT = "neomoba-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One tar file: its size in bytes, its digest, and what it holds."""
+
+    file: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEntry:
+    """The tokenizer of the ids. `special`: role -> id; `reserved_ranges`: [start, stop) of ids that no text yields."""
+
+    file: str
+    kind: str
+    sha256: str
+    vocab_size: int
+    special: dict[str, int | None]
+    reserved_ranges: list[list[int]]
+
+    def reserved_ids(self) -> list[int]:
+        """The reserved ids, sorted."""
+        return [i for start, stop in self.reserved_ranges for i in range(start, stop)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberTable:
+    """One entry per member pair, in corpus order: where its bytes lie in its shard, and their crc32.
+
+    `shard` int32 [M] counts from 0; offsets and sizes int64 [M], in bytes; crc32 uint32 [M].
+    """
+
+    shard: np.ndarray
+    tokens_offset: np.ndarray
+    tokens_size: np.ndarray
+    tokens_crc32: np.ndarray
+    lengths_offset: np.ndarray
+    lengths_size: np.ndarray
+    lengths_crc32: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file; the same table gives the same bytes."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_file(cls, path: Path, sha256: str) -> MemberTable:
+        """Reads the table; DataError if the file is missing or is not the one with `sha256`."""
+        if not path.is_file():
+            raise DataError(f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite")
+        payload = path.read_bytes()
+        if hashlib.sha256(payload).hexdigest() != sha256:
+            raise DataError(f"{path}: not the file that {INDEX_FILE} names (sha256 differs); the corpus is damaged")
+        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+            return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusIndex:
+    """The content of `index.json`.
+
+    dtype           "uint16" or "uint32": type of the stored ids
+    documents, tokens  totals over the shards; tokens include document borders
+    unigram_entropy nats per token over the ordinary tokens: the loss of a model that knows only their frequencies
+    length_histogram pairs [length, documents up to this length and above the one before]; lengths in tokens
+    members_sha256  digest of `members.npz`
+    recipe          digest of what the corpus was made from and how: the same recipe gives the same bytes
+    """
+
+    dtype: str
+    documents: int
+    tokens: int
+    unigram_entropy: float
+    length_histogram: list[list[int]]
+    tokenizer: TokenizerEntry
+    members_sha256: str
+    recipe: str
+    shards: list[ShardEntry]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the tokens and their order: 32 hex digits over the tokenizer's and every shard's digest."""
+        parts = [FORMAT, str(VERSION), self.dtype, self.tokenizer.sha256, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(parts).encode("ascii")).hexdigest()[:32]
+
+    def to_json(self) -> str:
+        """The text of `index.json`."""
+        head = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+        return json.dumps(head | dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> CorpusIndex:
+        """Reads and checks `index.json`; DataError names what is wrong with it."""
+        try:
+            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if raw.pop("format") != FORMAT:
+                raise DataError(f"{path}: not an index of {FORMAT}")
+            if (version := raw.pop("version")) != VERSION:
+                raise DataError(f"{path}: version {version}; this program reads version {VERSION}")
+            fingerprint = raw.pop("fingerprint")
+            raw["tokenizer"] = TokenizerEntry(**raw["tokenizer"])
+            raw["shards"] = [ShardEntry(**shard) for shard in raw["shards"]]
+            index = cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: damaged index ({error}); run data_tools.tokenize_corpus again") from error
+        if index.fingerprint != fingerprint:
+            raise DataError(f"{path}: its entries do not give its fingerprint: it was changed by hand or damaged")
+        return index
+
+
+def ranges(ids: list[int]) -> list[list[int]]:
+    """Sorted ids as [start, stop) runs."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([i, i + 1])
+    return runs
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Writes a file so that it exists whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    rename_durably(temporary, path)
+
+
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Renames, and makes the new name survive a power cut."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
