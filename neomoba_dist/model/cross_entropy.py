@@ -50,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
             target, owned = _local_targets(labels[part], offset, length)
             largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
             normaliser = (logits - largest[:, None]).exp_().sum(dim=-1)
-            target_logit = logits.gather(1, target[:, None]).squeeze(1) * owned
+            target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)  # padding rows are -inf
             normaliser, target_logit = all_reduce(torch.stack((normaliser, target_logit)), mesh, "tp")
             log_normalisers[part] = normaliser.log() + largest
             losses[part] = log_normalisers[part] - target_logit

@@ -14,8 +14,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
+from neomoba_dist.checkpoint.layout import KINDS
+from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
@@ -96,6 +99,73 @@ class Engine(ABC):
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters; each tells its place in the whole model by its `shard`."""
         return self.module.parameters()
+
+    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        """The fp32 weight ("model") or moment ("exp_avg", "exp_avg_sq") of one of `parameters()`, whole but for tp.
+
+        Collective over dp x cp: all ranks ask for the same parameters in the same order.
+        """
+        if kind == "model":
+            state = safe_get_full_fp32_param(parameter)
+        else:
+            self._link_moments()
+            state = safe_get_full_optimizer_state(parameter, kind)
+        return state.view(parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape)
+
+    def load(self, reader: CheckpointReader, *, moments: bool) -> None:
+        """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout."""
+        if moments:
+            self._create_moments(float(reader.trainer()["optimizer_step"]))
+        for parameter in self.parameters():
+            shape = parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape
+            for kind in KINDS if moments else KINDS[:1]:
+                value = torch.zeros(shape, dtype=torch.float32)
+                parameter.shard.valid(value).copy_(reader.read(kind, parameter.shard))
+                self._set_full_state(parameter, kind, value.to(self.mesh.device))
+
+    def optimizer_step(self) -> int:
+        """Number of steps that AdamW has taken (fp16 overflows take none)."""
+        return int(max((float(state["step"]) for state in self._adam_states()), default=0))
+
+    def _adam_states(self) -> list[dict[str, Any]]:
+        """The states of AdamW, one per flat fp32 partition that DeepSpeed made."""
+        return [state for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors that AdamW really steps."""
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _create_moments(self, step: float) -> None:
+        """AdamW makes its state at the first step; a resumed run needs it before."""
+        for flat in self._flat_partitions():
+            self.engine.optimizer.optimizer.state[flat] = {
+                "step": torch.tensor(step, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let every parameter find its moments: DeepSpeed 0.19.8 links those of the first parameter group only."""
+        if self.config.zero_stage < 3:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_full_state(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+        key = None if kind == "model" else kind
+        if self.config.zero_stage < 3:
+            parameter.set_full_hp_param(value, key)
+            if key is None:
+                parameter.data.copy_(value)
+            return
+        # DeepSpeed's safe_set_full_* fails at stage 3 where dp does not divide the size: set the local part
+        part = parameter.ds_tensor
+        padded = torch.nn.functional.pad(value.flatten(), (0, part.numel() * self.mesh["dp_cp"].size - value.numel()))
+        local = padded.narrow(0, part.numel() * self.mesh["dp_cp"].index, part.numel())
+        parameter._z3_optimizer.set_local_hp_param(local, parameter, key)
+        if key is None:
+            part.data.copy_(local)
 
     def scale(self, num_valid: int, micro_batches: int) -> float:
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""

@@ -1,0 +1,72 @@
+"""How a parallel layout is compared with the single process: by logical tensors, put together from all shards."""
+
+import torch
+from torch import nn
+
+from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.init import Shard
+from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.parallel.mesh import Mesh
+
+Pieces = list[tuple[Shard, torch.Tensor]]
+
+
+def pieces(module: nn.Module, of: str) -> Pieces:
+    """(shard, valid part) of every parameter's value ("data") or gradient ("grad")."""
+    return [(p.shard, p.shard.valid(getattr(p, of)).detach().clone()) for p in module.parameters()]
+
+
+def assemble(all_pieces: list[Pieces]) -> dict[str, torch.Tensor]:
+    """Logical tensors from the pieces of all ranks; parts that several ranks hold must agree."""
+    whole: dict[str, torch.Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for rank_pieces in all_pieces:
+        for shard, value in rank_pieces:
+            target = whole.setdefault(shard.name, torch.full(shard.shape, float("nan"), dtype=value.dtype))
+            where = tuple(slice(a, a + n) for a, n in zip(shard.start, shard.extent, strict=True))
+            part = (shard.name, shard.start, shard.extent)
+            if part in seen:
+                torch.testing.assert_close(value, target[where], msg=f"the ranks' copies of {shard.name} differ")
+            seen.add(part)
+            target[where] = value
+    assert not any(t.isnan().any() for t in whole.values()), "a part of some tensor is on no rank"
+    return whole
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
+    """Every logical tensor agrees to `rtol` of its own largest value; reports the worst one."""
+    assert actual.keys() == expected.keys()
+    errors = {
+        name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= rtol, f"{worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
+
+
+def single_process(config: ModelConfig, batches: list[Batch], full: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the yardstick in float64: sum over the valid tokens of all batches / their number."""
+    model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
+    set_full_attention(model, full)
+    num_valid = sum(batch.local_valid() for batch in batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        loss = model(batch)[0] / num_valid
+        loss.backward()
+        total += loss.detach()
+    return float(total), assemble([pieces(model, "grad")])
+
+
+def parallel_rank(config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], full: bool) -> tuple[float, Pieces]:
+    """The same in one rank of a tensor-parallel world; data-parallel ranks take turns with the batches."""
+    mesh = Mesh.build(parallel)
+    model = NeoBERT(config, mesh, dtype=torch.float64, seed=5)
+    set_full_attention(model, full)
+    num_valid = sum(batch.local_valid() for batch in batches)
+    total = 0.0
+    for batch in batches[mesh["dp"].index :: mesh["dp"].size]:
+        loss = model(batch)[0] / num_valid
+        loss.backward()
+        total += float(loss.detach())
+    return total, pieces(model, "grad")

@@ -1,0 +1,141 @@
+"""Every layout through the DeepSpeed engines equals one process in plain torch, in float32.
+
+Three optimizer steps: loss, gradient norm, every gradient (AdamW's first moment after one step is the clipped gradient
+times 1 - beta1), and the weights after the third step.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from neomoba_dist.config import Config, parse_config
+from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.optim import parameter_groups
+from tests.equivalence import Pieces, assemble, assert_same, pieces
+from tests.models import LENGTH, tiny_batch, tiny_model
+from tests.ranks import run_ranks
+
+STEPS = 3
+MICRO_BATCHES = 4  # of the whole update, over all data-parallel ranks
+RATE = 1e-2
+
+
+def make_config(objective: str, layout: dict[str, int | bool], stage: int, clip: float = 1.0) -> Config:
+    model = tiny_model(objective=objective, tie_word_embeddings=objective == "clm")
+    return parse_config(
+        {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": clip,
+            "zero_optimization": {"stage": stage},
+            "neomoba": {
+                "model": vars(model),
+                "parallel": layout,
+                "data": {"train": "unused"},
+                "phase": {
+                    "name": "test",
+                    "steps": STEPS,
+                    "sequence_length": LENGTH,
+                    "tokens_per_update": MICRO_BATCHES * LENGTH,
+                    "learning_rate": RATE,
+                },
+            },
+        }
+    )
+
+
+def updates(objective: str) -> list[list[Batch]]:
+    """The micro-batches of every update, num_valid filled in; the counts differ between all of them."""
+    result = []
+    for step in range(STEPS):
+        batches = [tiny_batch(step * MICRO_BATCHES + i, objective=objective) for i in range(MICRO_BATCHES)]
+        total = sum(batch.local_valid() for batch in batches)
+        assert len({batch.local_valid() for batch in batches}) == MICRO_BATCHES
+        result.append([replace(batch, num_valid=total) for batch in batches])
+    return result
+
+
+def reference(config: Config, full: bool) -> tuple[list[float], list[float], dict, dict]:
+    """Losses, gradient norms, gradients of the first step (clipped) and final weights of a plain loop."""
+    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
+    set_full_attention(model, full)
+    phase = config.phase
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, phase.weight_decay), lr=RATE, betas=(phase.adam_beta1, phase.adam_beta2)
+    )
+    losses, norms, gradients = [], [], {}
+    for batches in updates(config.model.objective):
+        optimizer.zero_grad()
+        parts = [model(batch)[0] / batch.num_valid for batch in batches]
+        torch.stack(parts).sum().backward()
+        losses.append(sum(float(part.detach()) for part in parts))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping or 1e9)))
+        gradients = gradients or assemble([pieces(model, "grad")])
+        optimizer.step()
+    return losses, norms, gradients, assemble([pieces(model, "data")])
+
+
+def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pieces, Pieces, Pieces]:
+    world = torch.distributed.get_world_size()
+    mesh = Mesh.build(config.parallel)
+    engine = build_engine(config, config.plan(world), mesh)
+    engine.set_full_attention(full)
+
+    def state(kind: str) -> Pieces:
+        return [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()]
+
+    initial, first_moment, losses, norms = state("model"), [], [], []
+    dp = mesh["dp"]
+    for batches in updates(config.model.objective):
+        result = engine.update(batches[dp.index :: dp.size], RATE)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        first_moment = first_moment or state("exp_avg")
+    return losses, norms, initial, first_moment, state("model")
+
+
+def check(world: int, config: Config, full: bool = False) -> None:
+    losses, norms, gradients, weights = reference(config, full)
+    results = run_ranks(world, train_rank, config, full)
+    fresh = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
+    assert_same(assemble([r[2] for r in results]), assemble([pieces(fresh, "data")]), rtol=0.0)
+    for rank_losses, rank_norms, *_ in results:
+        assert rank_losses[:2] == pytest.approx(losses[:2], rel=1e-5)
+        assert rank_norms[:2] == pytest.approx(norms[:2], rel=1e-5)
+        assert rank_losses == pytest.approx(losses, rel=2e-4)
+        assert rank_norms == pytest.approx(norms, rel=2e-4)
+    moments = {name: (1 - config.phase.adam_beta1) * grad for name, grad in gradients.items()}
+    assert all(m.abs().max() > 0 for m in moments.values())
+    assert_same(assemble([r[3] for r in results]), moments, rtol=2e-5)
+    assert_same(assemble([r[4] for r in results]), weights, rtol=2e-4)
+
+
+LAYOUTS = {
+    "dp2_zero1": (2, {}, 1),
+    "dp2_zero2": (2, {}, 2),
+    "dp2_zero3": (2, {}, 3),
+    "dp4_zero3": (4, {}, 3),
+    "tp2_zero1": (2, {"tensor_model_parallel_size": 2}, 1),
+    "tp2_sp_dp2_zero2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
+    "tp2_dp2_zero3": (4, {"tensor_model_parallel_size": 2}, 3),
+    "tp4_sp_zero1": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 1),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, 1),
+    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1),
+    "pp3": (3, {"pipeline_model_parallel_size": 3}, 1),
+    "tp2_sp_pp2": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_steps(layout: str, objective: str) -> None:
+    world, parallel, stage = LAYOUTS[layout]
+    check(world, make_config(objective, parallel, stage))
