@@ -35,8 +35,8 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     if phase.tokens_per_update % (rows_per_step * phase.sequence_length):
         raise ConfigError(
             f"{config.source}: neomoba.phase.tokens_per_update {phase.tokens_per_update} is not a multiple of "
-            f"train_micro_batch_size_per_gpu {micro} x sequence_length {phase.sequence_length} x {dp} data-parallel ranks; "
-            f"set it to {nearest_multiples(phase.tokens_per_update, rows_per_step * phase.sequence_length)}"
+            f"train_micro_batch_size_per_gpu {micro} x sequence_length {phase.sequence_length} x {dp} data-parallel "
+            f"ranks; set it to {nearest_multiples(phase.tokens_per_update, rows_per_step * phase.sequence_length)}"
         )
     rows = phase.tokens_per_update // phase.sequence_length
     accumulation = rows // rows_per_step
@@ -59,7 +59,7 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
 def nearest_multiples(value: int, step: int) -> str:
     """Return the multiples of `step` next to `value` in words, "2048 or 4096"; the lower one only when positive."""
     lower = value // step * step
-    return f"{lower} or {lower + step}" if lower else str(step)
+    return f"{lower} or {lower + step}" if lower > 0 else str(step)
 
 
 def _data_parallel_size(config: Config, world_size: int) -> int:
@@ -67,9 +67,10 @@ def _data_parallel_size(config: Config, world_size: int) -> int:
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pp = parallel.pipeline_model_parallel_size
-    if world_size < 1 or world_size % (tp * cp * pp):
+    size = tp * cp * pp
+    if world_size < 1 or world_size % size:
         raise ConfigError(
-            f"{config.source}: {world_size} ranks cannot hold neomoba.parallel (tensor {tp} x context {cp} x pipeline {pp}); "
-            f"start {nearest_multiples(world_size, tp * cp * pp)} ranks"
+            f"{config.source}: {world_size} ranks are not a multiple of tensor {tp} x context {cp} x pipeline {pp} "
+            f"(neomoba.parallel); start {nearest_multiples(world_size, size)} ranks"
         )
-    return world_size // (tp * cp * pp)
+    return world_size // size

@@ -58,7 +58,7 @@ def check_value(annotation: Node, value: Any, path: Path, source: str) -> Any:
 
 def _conform(annotation: Node, value: Any) -> Any:
     """Return the converted value or raise ValueError."""
-    origin = typing.get_origin(annotation)
+    origin: object = typing.get_origin(annotation)
     if origin is Annotated:
         base, bounds = typing.get_args(annotation)
         converted = _conform(base, value)
@@ -100,7 +100,8 @@ def _finite(value: float) -> bool:
 
 def describe(annotation: Node) -> str:
     """Return in words what a key must hold: "an integer of at least 1", "true or false"."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin: object = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
     if origin is Annotated:
         return f"{describe(args[0])} {args[1]}"
     if origin in (Union, types.UnionType):

@@ -144,7 +144,7 @@ _ACCEPTED: Final[Block] = {
     "memory_breakdown": bool,
     "dump_state": bool,
     "disable_python_gc": bool,
-    "log_level": str,
+    "log_level": Literal["debug", "info", "warning", "error", "critical"],
     "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
     "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list[str], "verbose": bool, "debug": bool},
     "flops_profiler": {

@@ -123,7 +123,7 @@ def _override_value(text: str, node: Node) -> Any:
     except (ValueError, RecursionError):
         return text
     takes_string = node is str or str in typing.get_args(node)
-    return text if takes_string and not isinstance(value, str | None) else value
+    return text if takes_string and isinstance(value, int | float) else value
 
 
 def _build(cls: type, given: Mapping[str, Any], path: tuple[str, ...], source: str) -> Any:

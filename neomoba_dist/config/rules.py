@@ -36,13 +36,13 @@ def zero_stage(config: Config) -> Iterator[str]:
     stage, pp = config.zero_stage, config.parallel.pipeline_model_parallel_size
     if stage == 0:
         yield (
-            "zero_optimization.stage is 0, which is wrong in DeepSpeed (bf16 takes a spurious first step, float32 clips by "
-            "a wrong norm); set zero_optimization.stage to 1"
+            "zero_optimization.stage is 0, which DeepSpeed gets wrong (bf16 makes a spurious first step, float32 clips "
+            "by a wrong norm); set zero_optimization.stage to 1"
         )
     if stage > 1 and pp > 1:
         yield (
-            f"zero_optimization.stage {stage} cannot be combined with neomoba.parallel.pipeline_model_parallel_size {pp} "
-            "(DeepSpeed's pipeline engine works at stage 1 only); set zero_optimization.stage to 1"
+            f"zero_optimization.stage {stage} cannot be combined with neomoba.parallel.pipeline_model_parallel_size "
+            f"{pp} (DeepSpeed's pipeline engine works at stage 1 only); set zero_optimization.stage to 1"
         )
     offload = config.deepspeed["zero_optimization"].get("offload_param", {})
     if stage < 3 and offload.get("device", "none") != "none":

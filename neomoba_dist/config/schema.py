@@ -118,7 +118,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One resolved configuration. `deepspeed` holds DeepSpeed's own keys, checked; `source` names the file in errors."""
+    """One resolved configuration. `deepspeed` holds DeepSpeed's own keys, checked; `source` is named in errors."""
 
     data: DataConfig
     phase: PhaseConfig

@@ -11,8 +11,9 @@ _LISTED = 12  # names shown when nothing is near; all of them stand in ds_config
 def closest(name: str, names: Iterable[str]) -> str | None:
     """Return the known name that `name` most resembles, or None. Case and "-" against "_" do not count."""
     folded = {_fold(known): known for known in names}
-    near = difflib.get_close_matches(_fold(name), list(folded), n=1)
-    return folded[near[0]] if near else None
+    near = difflib.get_close_matches(_fold(name), list(folded))
+    swapped = [known for known in near if sorted(known) == sorted(_fold(name))]  # letters swapped: surer than any ratio
+    return folded[(swapped or near)[0]] if near else None
 
 
 def unknown_key(root: Block, block: Block, path: tuple[str, ...], name: str) -> str:

@@ -1,0 +1,193 @@
+"""The rules between keys, the batch arithmetic, and that the values the messages name do work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neomoba_dist.config import BatchPlan, ConfigError, load_config
+from neomoba_dist.config.batch import nearest_multiples
+from tests.configs import build
+
+TP = "neomoba.parallel.tensor_model_parallel_size"
+PP = "neomoba.parallel.pipeline_model_parallel_size"
+
+BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, what the line says, what mends it
+    ({"neomoba.parallel.context_parallel_size": 2}, "context parallelism is not in this version", {}),
+    ({"neomoba.parallel.expert_model_parallel_size": 2}, "expert parallelism is not in this version", {}),
+    ({"neomoba.parallel.expert_tensor_parallel_size": 2}, "neomoba.parallel.expert_tensor_parallel_size to 1", {}),
+    ({"zero_optimization.stage": 0}, "set zero_optimization.stage to 1", {"zero_optimization.stage": 1}),
+    ({"zero_optimization.stage": 2, PP: 2}, "cannot be combined with " + PP, {"zero_optimization.stage": 1}),
+    ({"zero_optimization.stage": 3, PP: 2}, "cannot be combined with " + PP, {PP: 1}),
+    (
+        {"zero_optimization.stage": 2, "zero_optimization.offload_param.device": "cpu"},
+        "zero_optimization.offload_param works at stage 3 only",
+        {"zero_optimization.stage": 3},
+    ),
+    ({"bf16.enabled": True, "fp16.enabled": True}, "bf16.enabled and fp16.enabled", {"fp16.enabled": False}),
+    (
+        {"bf16.enabled": True, "data_types.grad_accum_dtype": "fp32"},
+        "BF16_Optimizer",
+        {"zero_optimization.stage": 2},
+    ),
+    (
+        {"data_types.grad_accum_dtype": "bf16"},
+        "data_types.grad_accum_dtype is bf16 but the model computes in fp32",
+        {"bf16.enabled": True},
+    ),
+    (
+        {"neomoba.model.num_key_value_heads": 5},
+        "num_key_value_heads to one of [1, 2, 3, 4, 6, 12]",
+        {"neomoba.model.num_key_value_heads": 6},
+    ),
+    ({"neomoba.model.hidden_size": 770}, "set it to 768 or 780", {"neomoba.model.head_dim": 64}),
+    ({"neomoba.model.head_dim": 63}, "neomoba.model.head_dim 63 is odd", {"neomoba.model.head_dim": 62}),
+    (
+        {"neomoba.model.hybrid_layer_count": 29},
+        "neomoba.model.hybrid_layer_count 29 is larger than num_hidden_layers 28; set it to 28 or less",
+        {"neomoba.model.hybrid_layer_count": 28},
+    ),
+    ({TP: 5}, f"num_attention_heads 12 is not a multiple of {TP} 5; set {TP} to 4", {TP: 4}),
+    ({TP: 3, "neomoba.model.num_key_value_heads": 2}, "num_key_value_heads 2 neither divides nor", {TP: 2}),
+    (
+        {TP: 4, "neomoba.model.intermediate_size": 3074},
+        f"intermediate_size 3074 is not a multiple of {TP} 4; set {TP} to 2",
+        {TP: 2},
+    ),
+    ({"neomoba.parallel.sequence_parallel": True}, "sequence_parallel needs tensor parallelism", {TP: 2}),
+    (
+        {TP: 4, "neomoba.parallel.sequence_parallel": True, "neomoba.phase.sequence_length": 2,
+         "neomoba.phase.tokens_per_update": 8},
+        "set sequence_length to 4",
+        {"neomoba.phase.sequence_length": 4},
+    ),
+    ({PP: 29}, f"{PP} 29 is larger than neomoba.model.num_hidden_layers 28; set it to 28 or less", {PP: 28}),
+    (
+        {"neomoba.model.max_position_embeddings": 32},
+        "set max_position_embeddings to 64",
+        {"neomoba.model.max_position_embeddings": 64},
+    ),
+    (
+        {"neomoba.phase.warmup_steps": 11},
+        "neomoba.phase.warmup_steps 11 is larger than neomoba.phase.steps 10",
+        {"neomoba.phase.warmup_steps": 10},
+    ),
+    (
+        {"neomoba.phase.schedule": "wsd", "neomoba.phase.warmup_steps": 4, "neomoba.phase.decay_steps": 7},
+        "set decay_steps to 6 or less",
+        {"neomoba.phase.decay_steps": 6},
+    ),
+    (
+        {"neomoba.phase.tokens_per_update": 500},
+        "set it to 448 or 512",
+        {"neomoba.phase.tokens_per_update": 448},
+    ),
+    ({"train_micro_batch_size_per_gpu": 16}, "set it to 1024", {"neomoba.phase.tokens_per_update": 1024}),
+    ({"train_batch_size": 16}, "train_batch_size is 16, but", {"train_batch_size": 8}),
+    ({"neomoba.phase.name": " "}, "neomoba.phase.name is empty", {"neomoba.phase.name": "x"}),
+    ({"neomoba.data.train": ""}, "neomoba.data.train is empty", {"neomoba.data.train": "x"}),
+    ({"neomoba.data.validation": ""}, "neomoba.data.validation is empty", {"neomoba.data.validation": None}),
+    ({"neomoba.log.wandb_project": ""}, "neomoba.log.wandb_project is empty", {"neomoba.log.wandb_project": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("broken", "expected", "mended"), BROKEN, ids=lambda value: str(value)[:60])
+def test_rules(broken: dict[str, Any], expected: str, mended: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(broken)
+    message = str(caught.value)
+    assert message.startswith("FILE: ") and expected in message
+    build({**broken, **mended} if mended else dict.fromkeys(broken, 1))
+
+
+def test_key_value_heads_may_be_fewer_than_tensor_parallel_ranks() -> None:
+    assert build({TP: 4, "neomoba.model.num_key_value_heads": 2}).parallel.tensor_model_parallel_size == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages(stage: int) -> None:
+    assert build({"zero_optimization.stage": stage}).zero_stage == stage
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+def test_plan_of_phase_3_on_8_ranks() -> None:
+    config = load_config(Path(__file__).parents[2] / "ds_configs" / "phase3.json")
+    assert config.plan(8) == BatchPlan(
+        world_size=8,
+        data_parallel_size=8,
+        micro_batch_size=1,
+        gradient_accumulation_steps=8,
+        rows_per_update=64,
+        tokens_per_update=2_097_152,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.integers(1, 4),
+    dp=st.integers(1, 12),
+    micro=st.integers(1, 5),
+    accumulation=st.integers(1, 7),
+    length=st.sampled_from([64, 100, 1024]),
+    stated=st.booleans(),
+)
+def test_plan_arithmetic(tp: int, pp: int, dp: int, micro: int, accumulation: int, length: int, stated: bool) -> None:
+    rows = micro * accumulation * dp
+    changes: dict[str, Any] = {
+        TP: tp,
+        PP: pp,
+        "train_micro_batch_size_per_gpu": micro,
+        "neomoba.phase.sequence_length": length,
+        "neomoba.phase.tokens_per_update": rows * length,
+    }
+    if stated:
+        changes |= {"gradient_accumulation_steps": accumulation, "train_batch_size": rows}
+    plan = build(changes).plan(tp * pp * dp)
+    assert (plan.data_parallel_size, plan.gradient_accumulation_steps, plan.rows_per_update) == (dp, accumulation, rows)
+    assert plan.tokens_per_update == plan.rows_per_update * length
+
+
+@pytest.mark.parametrize("world_size", [0, -4, 1, 6, 9, 15])
+def test_plan_names_the_world_sizes_that_work(world_size: int) -> None:
+    config = build({TP: 2, PP: 2, "neomoba.phase.tokens_per_update": 64 * 4 * 3})
+    with pytest.raises(ConfigError) as caught:
+        config.plan(world_size)
+    message = str(caught.value)
+    assert message.startswith(f"FILE: {world_size} ranks are not a multiple of tensor 2 x context 1 x pipeline 2")
+    for size in re.findall(r"start (.*) ranks", message)[0].split(" or "):
+        assert config.plan(int(size)).world_size == int(size)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(1, 50), dp=st.integers(2, 9), micro=st.integers(1, 3))
+def test_plan_names_the_tokens_that_work(rows: int, dp: int, micro: int) -> None:
+    changes = {"train_micro_batch_size_per_gpu": micro, "neomoba.phase.tokens_per_update": 64 * micro * rows}
+    config = build(changes)
+    if rows % dp == 0:
+        assert config.plan(dp).gradient_accumulation_steps == rows // dp
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.plan(dp)
+    assert "neomoba.phase.tokens_per_update" in str(caught.value)
+    values = re.findall(r"set it to (.*)$", str(caught.value))[0].split(" or ")
+    for value in values:
+        build({**changes, "neomoba.phase.tokens_per_update": int(value)}).plan(dp)
+
+
+def test_stated_accumulation_must_agree() -> None:
+    config = build({"gradient_accumulation_steps": 4})
+    assert config.plan(2).gradient_accumulation_steps == 4
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps is 4, but .* on 4 ranks needs 2"):
+        config.plan(4)
+
+
+@given(value=st.integers(1, 10**6), step=st.integers(1, 10**4))
+def test_nearest_multiples(value: int, step: int) -> None:
+    found = [int(number) for number in nearest_multiples(value, step).split(" or ")]
+    assert all(number > 0 and number % step == 0 and abs(number - value) <= step for number in found)
