@@ -59,7 +59,7 @@ class SpecialIds:
 
 
 class Tokenizer(ABC):
-    """A trained tokenizer. Every id is below `vocab_size`; `payload` is the content of its one file, saved as `file_name`."""
+    """A trained tokenizer. Every id is below `vocab_size`; `payload` is its one file, saved as `file_name`."""
 
     file_name: str
     kind: str

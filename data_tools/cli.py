@@ -1,0 +1,77 @@
+"""What the commands share: argument parsing, one-line errors, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from neomoba_dist.data.errors import DataError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose flags accept `-` and `_` alike and whose errors are DataError: one line, exit code 1."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses `argv`, the arguments after the command's name."""
+        spelt = []
+        for argument in argv:
+            flag, equals, value = argument.partition("=")
+            spelt.append(
+                flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag[:2] == "--" else argument
+            )
+        return self.parse_args(spelt)
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}; see {self.prog} --help")
+
+
+def command_parser(command: str, doc: str | None) -> Parser:
+    """The parser of `python -m data_tools.COMMAND`; `doc` is the module's docstring."""
+    return Parser(
+        prog=f"python -m data_tools.{command}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a command on the program's arguments; bad input ends it with one line and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on where it stopped\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def progress(total: int, description: str, unit: str) -> tqdm[Any]:
+    """A progress bar with rate and remaining time; call `update(n)`, use it as a context manager."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

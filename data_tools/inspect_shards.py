@@ -1,0 +1,103 @@
+"""Shows what is in a folder of shards: counts, document lengths, and rows as training will see them.
+
+Rows are decoded document by document. With --objective mlm a chosen token is written as {original>shown}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_tools.cli import command_parser, positive_int, run
+
+if TYPE_CHECKING:
+    from neomoba_dist.data.batch import Batch
+    from neomoba_dist.data.corpus import Corpus
+    from neomoba_dist.data.tokenizer import Tokenizer
+
+_BAR = 40
+
+
+def summary_lines(corpus: Corpus) -> list[str]:
+    """Counts, tokenizer and length histogram."""
+    index = corpus.index
+    lines = [
+        f"{corpus.folder}: {index.documents} documents, {index.tokens} tokens ({index.dtype}), "
+        f"{len(index.shards)} shards, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB",
+        f"fingerprint {index.fingerprint}, unigram entropy {index.unigram_entropy:.3f} nats/token",
+        f"tokenizer {index.tokenizer.kind}, {index.tokenizer.vocab_size} ids, "
+        + ", ".join(f"{role} {i}" for role, i in index.tokenizer.special.items() if i is not None),
+        "documents by length in tokens:",
+    ]
+    most = max(count for _, count in index.length_histogram)
+    return lines + [
+        f"  up to {length:>9} {count:>10} {'#' * round(_BAR * count / most)}"
+        for length, count in index.length_histogram
+    ]
+
+
+def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int) -> list[str]:
+    """One row, document by document."""
+    used = batch.cu_seqlens[: int((batch.cu_seqlens < batch.length).sum()) + 1].tolist()
+    lines = [f"row {int(batch.row_ids[0])}: {batch.num_valid} of {batch.length} tokens have a label"]
+    padding = tokenizer.special.padding
+    for start, stop in zip(used, used[1:], strict=False):
+        ids, labels = batch.input_ids[start:stop].tolist(), batch.labels[start:stop].tolist()
+        if set(ids) == {padding}:
+            lines.append(f"  [{start}, {stop}) padding")
+            continue
+        text = marked_text(ids, labels, tokenizer) if objective == "mlm" else tokenizer.decode(ids)
+        shown = text if len(text) <= max_characters else text[:max_characters] + " ..."
+        lines.append(f"  [{start}, {stop}) document of {stop - start} tokens: {shown!r}")
+    return lines
+
+
+def marked_text(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> str:
+    """The text of `ids`, every token with a label written as {original>shown}."""
+    parts: list[str] = []
+    run_start = 0
+    for i, label in enumerate([*labels, 0]):
+        if label >= 0:
+            if i > run_start:
+                parts.append(tokenizer.decode(ids[run_start:i]))
+            if i < len(ids):
+                parts.append(f"{{{tokenizer.token(label)}>{tokenizer.token(ids[i])}}}")
+            run_start = i + 1
+    return " ".join(parts)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = command_parser("inspect_shards", __doc__)
+    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("--rows", type=positive_int, default=2, help="rows to show (default: 2)")
+    parser.add_argument("--sequence_length", type=positive_int, default=1024, help="tokens in a row (default: 1024)")
+    parser.add_argument("--objective", choices=("mlm", "clm"), default="mlm", help="labels to show (default: mlm)")
+    parser.add_argument("--seed", type=int, default=1234, help="order and masks (default: 1234)")
+    parser.add_argument("--max_characters", type=positive_int, default=400, help="of each document (default: 400)")
+    args = parser.parse(argv)
+
+    from itertools import islice
+
+    from neomoba_dist.data.corpus import open_corpus
+    from neomoba_dist.data.stream import UpdateStream
+
+    corpus = open_corpus(args.folder, key="folder")
+    print("\n".join(summary_lines(corpus)))
+    stream = UpdateStream(
+        corpus,
+        objective=args.objective,
+        sequence_length=args.sequence_length,
+        micro_batch_size=1,
+        accumulation=1,
+        seed=args.seed,
+    )
+    print(f"{stream.rows_in_epoch} rows of {args.sequence_length} tokens, {stream.padding_share:.2%} padding")
+    tokenizer = corpus.tokenizer()
+    for (batch,), _ in islice(stream, args.rows):
+        print("\n".join(row_lines(batch, tokenizer, args.objective, args.max_characters)))
+
+
+if __name__ == "__main__":
+    run(main)
