@@ -127,6 +127,10 @@ class Engine(ABC):
         """Number of steps that AdamW has taken (fp16 overflows take none)."""
         return int(max((float(state["step"]) for state in self._adam_states()), default=0))
 
+    def loss_scale(self) -> float:
+        """fp16: the dynamic loss scale; 1 otherwise."""
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
+
     def _adam_states(self) -> list[dict[str, Any]]:
         """The states of AdamW, one per flat fp32 partition that DeepSpeed made."""
         return [state for state in self.engine.optimizer.optimizer.state.values() if "step" in state]

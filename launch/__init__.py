@@ -1,0 +1,1 @@
+"""The commands that start processes: thin, so that everything they do can be imported and tested."""

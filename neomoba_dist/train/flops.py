@@ -1,0 +1,56 @@
+"""Floating-point operations of a training step, counted honestly: sparse attention by the pairs that it computes.
+
+Convention of MFU (PaLM, arXiv 2204.02311, appendix B): a multiply-add is two operations, the backward pass costs twice
+the forward pass, recomputation does not count, neither do norms and softmax.
+"""
+
+import torch
+
+from neomoba_dist.config import ModelConfig
+
+
+def attention_pairs(lengths: torch.Tensor, config: ModelConfig, full: bool) -> int:
+    """Query-key pairs per head of one layer over documents of `lengths` tokens, the gate's dot products included.
+
+    A gate score is one dot product where a pair needs two (scores and values), so it counts half a pair.
+    """
+    n = lengths.to(torch.int64)
+    if full:
+        return int((n * (n + 1) // 2 if config.causal else n * n).sum())
+    size, top_k = config.moba_block_size, config.moba_top_k
+    blocks, tail = n // size, n % size
+    others = top_k - 1
+    if config.causal:
+        own = blocks * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+        # a query of block b has b complete blocks behind it and takes min(b, others) of them
+        few = torch.minimum(blocks, torch.tensor(others))
+        chosen = size * size * (few * (few - 1) // 2 + (blocks - few) * others)
+        chosen += tail * size * torch.minimum(blocks, torch.tensor(others))
+        gate = size * blocks * (blocks - 1) // 2 + tail * blocks
+    else:
+        total = blocks + (tail > 0)
+        own = blocks * size * size + tail * tail
+        chosen = n * torch.minimum(total - 1, torch.tensor(others)).clamp(min=0) * size
+        gate = n * total
+    dense = n * (n + 1) // 2 if config.causal else n * n
+    fits = blocks + (tail > 0) <= top_k  # all blocks chosen: the dense path runs, without a gate
+    return int(torch.where(fits, dense, torch.minimum(own + chosen, dense) + gate // 2).sum())
+
+
+def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: bool) -> int:
+    """Operations of forward and backward over documents of `lengths` tokens, `counted` of which enter the loss.
+
+    lengths: int64 [documents]. full: whether the MoBA layers run full attention in this step.
+    """
+    tokens = int(lengths.sum())
+    hidden, head_dim = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    matrices = hidden * (2 * queries + 2 * keys) + 3 * hidden * config.intermediate_size
+    full_layers = config.num_hidden_layers if full else config.hybrid_layer_count
+    pairs = full_layers * attention_pairs(lengths, config, True)
+    if full_layers < config.num_hidden_layers:
+        pairs += (config.num_hidden_layers - full_layers) * attention_pairs(lengths, config, False)
+    forward = 2 * tokens * matrices * config.num_hidden_layers
+    forward += 4 * pairs * queries
+    forward += 2 * counted * hidden * config.vocab_size
+    return 3 * forward

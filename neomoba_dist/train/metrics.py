@@ -1,0 +1,116 @@
+"""The run log: metrics.jsonl (one object per step), TensorBoard, optionally W&B, and a readable line per step."""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from neomoba_dist.config import Config
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Written by one rank. start_step: the step that the run goes on from; what the file holds beyond it is dropped."""
+
+    def __init__(self, output: Path, config: Config, start_step: int, last_step: int) -> None:
+        self.config = config
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path = output / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step] if path.exists() else []
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = _start_wandb(output, config) if config.log.wandb_project else None
+        self._bar = tqdm(total=last_step, initial=start_step, unit="step", desc=config.phase.name, disable=None)
+        self._remaining = last_step - start_step
+        self._seconds = 0.0
+        self._steps = 0
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Record one step. `entry` holds at least the keys that the format promises."""
+        self._file.write(json.dumps(entry) + "\n")
+        scalars = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
+        if self._tensorboard:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, entry["step"])
+        if self._wandb:
+            self._wandb.log(scalars, step=entry["step"])
+        self._steps += 1
+        self._remaining -= 1
+        self._seconds += entry["step_seconds"]
+        self._bar.update(1)
+        tqdm.write(self._line(entry), file=sys.stdout)
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        left = int(self._seconds / self._steps * self._remaining)
+        parts = [
+            f"{entry['phase']} {entry['step']}/{self.config.phase.steps}",
+            f"loss {entry['loss']:.4f}",
+            f"grad norm {entry['grad_norm']:.3f}",
+            f"lr {entry['lr']:.2e}",
+            f"{entry['tokens_per_second']:,.0f} tokens/s",
+            f"{entry['step_seconds']:.2f} s",
+        ]
+        if "validation_loss" in entry:
+            parts.append(f"validation loss {entry['validation_loss']:.4f}")
+        if entry["full_attention"] and self.config.phase.full_attention_fraction < 1.0:
+            parts.append("full attention")
+        parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        return " | ".join(parts)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl. A last line that was cut by a crash is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def is_finite(*values: float) -> bool:
+    """Whether all values are finite numbers."""
+    return all(math.isfinite(value) for value in values)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _start_wandb(output: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        logging.getLogger(__name__).warning("neomoba.log.wandb_project is set but wandb is not installed: pip install wandb")
+        return None
+    return wandb.init(project=config.log.wandb_project, name=output.name, dir=str(output), config=config.to_dict())
