@@ -8,6 +8,7 @@ Shape letters: T tokens (all of them), S tokens of this rank (T / tp with sequen
 input and output features of the whole layer, o and i those of this rank.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,9 @@ def use_cpu_when_there_is_no_gpu() -> None:
 
 def initialize_groups(parallel: "ParallelConfig") -> dict[str, torch.distributed.ProcessGroup]:
     """Build megatron-core's process groups (order tp-cp-ep-dp-pp) and return them by our axis names."""
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # six lines per rank on optional packages that we do not use
+        from megatron.core import parallel_state
 
     use_cpu_when_there_is_no_gpu()
     parallel_state.initialize_model_parallel(

@@ -163,6 +163,8 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
     # DeepSpeed counts CPU "devices" by LOCAL_SIZE, else by forking numactl at every call; torchrun does not set it.
     environment.setdefault("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"))
     environment.setdefault("LOCAL_RANK", "0")
+    # megatron-core overlaps communication with compute only if the GPU takes kernels in the order of their launch
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at every import
     return int(environment["RANK"]), int(environment["WORLD_SIZE"])

@@ -6,6 +6,7 @@ dp x cp ranks, so each micro-batch's sum is multiplied by their number before it
 
 import logging
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -280,5 +281,7 @@ def build_engine(config: Config, plan: BatchPlan, mesh: Mesh) -> Engine:
 def _start_deepspeed(mesh: Mesh) -> None:
     """Let DeepSpeed adopt our process group, and keep its many start-up lines out of the run log."""
     deepspeed_logger.setLevel(logging.WARNING)
+    # torch renamed two collectives that DeepSpeed still calls by their old names, which work
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
