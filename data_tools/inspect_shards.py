@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, positive_int, run
+import itertools
 
 if TYPE_CHECKING:
     from neomoba_dist.data.batch import Batch
@@ -42,7 +43,7 @@ def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters
     used = batch.cu_seqlens[: int((batch.cu_seqlens < batch.length).sum()) + 1].tolist()
     lines = [f"row {int(batch.row_ids[0])}: {batch.num_valid} of {batch.length} tokens have a label"]
     padding = tokenizer.special.padding
-    for start, stop in zip(used, used[1:], strict=False):
+    for start, stop in itertools.pairwise(used):
         ids, labels = batch.input_ids[start:stop].tolist(), batch.labels[start:stop].tolist()
         if set(ids) == {padding}:
             lines.append(f"  [{start}, {stop}) padding")
@@ -81,10 +82,12 @@ def main(argv: Sequence[str]) -> None:
     from itertools import islice
 
     from neomoba_dist.data.corpus import open_corpus
-    from neomoba_dist.data.stream import UpdateStream
 
     corpus = open_corpus(args.folder, key="folder")
-    print("\n".join(summary_lines(corpus)))
+    print("\n".join(summary_lines(corpus)), flush=True)
+
+    from neomoba_dist.data.stream import UpdateStream
+
     stream = UpdateStream(
         corpus,
         objective=args.objective,

@@ -6,6 +6,7 @@ A txt file is one document; a line of jsonl and a row of parquet are one each, w
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,14 +54,15 @@ def standard_library_files() -> list[SourceFile]:
     """Sources, documentation and licence of the Python that runs this, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        skipped = any(part in _SKIPPED_FOLDERS or part.startswith(_SKIPPED_PREFIXES) for part in parts)
-        if path.suffix in (".py", ".txt") and not skipped and path.is_file():
-            files.append(SourceFile(path, "/".join(parts)))
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in (".py", ".txt") and not name.startswith(_SKIPPED_PREFIXES) and path.is_file():
+                files.append(SourceFile(path, path.relative_to(root).as_posix()))
     if not files:
         raise DataError(f"{root}: this Python has no source files of its standard library; give --input instead")
-    return files
+    return sorted(files, key=lambda file: file.name)
 
 
 def read_documents(files: Iterable[SourceFile], report: CleaningReport) -> Iterator[Document]:

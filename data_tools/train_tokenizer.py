@@ -34,10 +34,11 @@ _SENTENCE_CHARACTERS = 1000
 
 def train_wordpiece(texts: list[str], vocab_size: int) -> bytes:
     """BERT's WordPiece as a tokenizer.json."""
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers import BertWordPieceTokenizer, decoders
 
     bert = BertWordPieceTokenizer(lowercase=True)
     bert.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    bert.decoder = decoders.WordPiece(cleanup=False)
     return bert.to_str().encode("utf-8")
 
 

@@ -46,20 +46,21 @@ class MaskedLanguageModel:
     def apply(self, tokens_L: np.ndarray, row_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Masks one row. `tokens_L` int64 [L]; returns (input_ids, labels), int64 [L], labels -100 where not chosen."""
         length = len(tokens_L)
-        words = np.random.Philox(key=np.array([self.seed, row_id], np.uint64)).random_raw(2 * length)
-        # first L words: the upper half chooses, the lower half decides what happens; last L words: the random ids
-        chosen = (words[:length] >> np.uint64(32)) < np.uint64(round(self.probability * 2**32))
+        # one word a token: the upper half chooses, the lower half decides what becomes of the chosen
+        words = np.random.Philox(key=np.array([self.seed, row_id], np.uint64)).random_raw(length)
+        chosen = (words >> np.uint64(32)) < np.uint64(round(self.probability * 2**32))
         chosen &= self.ordinary[tokens_L]
         where = np.flatnonzero(chosen)
 
-        action = (words[where] & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2**32
-        to_mask, to_random = SCHEMES[self.scheme]
+        action = (words[where] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        to_mask, to_random = (round(share * 2**32) for share in SCHEMES[self.scheme])
         input_ids = tokens_L.copy()
         input_ids[where[action < to_mask]] = self.mask_id
-        randomised = where[(action >= to_mask) & (action < to_random)]
-        # 32 random bits times the number of choices, upper half: uniform up to 1e-5
-        draw = ((words[length + randomised] >> np.uint64(32)) * np.uint64(len(self._choices))) >> np.uint64(32)
-        input_ids[randomised] = self._choices[draw.astype(np.int64)]
+        randomised = (action >= to_mask) & (action < to_random)
+        if to_random > to_mask:
+            # where it lies between the two limits is uniform again: 4e8 values, spread over the ordinary ids
+            draw = (action[randomised] - to_mask) * len(self._choices) // (to_random - to_mask)
+            input_ids[where[randomised]] = self._choices[draw]
 
         labels = np.full(length, IGNORE_LABEL, dtype=np.int64)
         labels[where] = tokens_L[where]

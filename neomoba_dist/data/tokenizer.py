@@ -252,6 +252,8 @@ def _bert_json(vocab_file: Path) -> bytes:
     # vocab.txt does not say whether it is cased; a vocabulary with capitals can only be met by cased text
     cased = any(name != name.lower() for name in vocab if not name.startswith("["))
     bert = tokenizers.BertWordPieceTokenizer(vocab, lowercase=not cased)
+    # the library's clean-up on decoding rewrites words ("do not" to "don't")
+    bert.decoder = tokenizers.decoders.WordPiece(cleanup=False)
     return bert.to_str().encode("utf-8")
 
 

@@ -1,0 +1,210 @@
+"""Shards: what is written is read back, WebDataset opens it, and no damage passes unnoticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data_tools import verify_shards
+from neomoba_dist.data.corpus import Corpus, RowReader, open_corpus
+from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable, ranges
+from neomoba_dist.data.shards import MEMBER_TOKENS, ShardReader, ShardWriter, id_dtype
+from tests.corpora import make_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def copy(corpus: Corpus, tmp_path: Path) -> Path:
+    """A folder of shards that a test may damage."""
+    return Path(shutil.copytree(corpus.folder, tmp_path / "shards"))
+
+
+def _documents(dtype: str) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    lengths = [1, 3, 500, MEMBER_TOKENS - 2, 2, 3 * MEMBER_TOKENS + 17, 40_000, 40_000, MEMBER_TOKENS, 5]
+    return [rng.integers(0, np.iinfo(dtype).max, n, dtype=np.int64, endpoint=True) for n in lengths]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("shard_bytes", [1, 300_000, 10**9])
+def test_documents_come_back(tmp_path: Path, dtype: str, shard_bytes: int) -> None:
+    documents = _documents(dtype)
+    writer = ShardWriter(tmp_path, dtype, shard_bytes)
+    for document in documents:
+        writer.add(document)
+    entries, members = writer.close()
+    members = MemberTable.from_file(*_save(tmp_path, members))
+    borders = np.searchsorted(members.shard, np.arange(len(entries) + 1))
+    assert {1: len(documents), 300_000: len(entries), 10**9: 1}[shard_bytes] == len(entries)
+    read = []
+    for i, entry in enumerate(entries):
+        shard = ShardReader(tmp_path, entry, dtype, members, int(borders[i]), int(borders[i + 1]))
+        start = 0
+        for length in shard.document_lengths().tolist():
+            read.append(np.empty(length, np.int64))
+            shard.read(start, read[-1])
+            start += length
+    assert len(read) == len(documents)
+    assert all(np.array_equal(a, b) for a, b in zip(read, documents, strict=True))
+    assert (members.tokens_size <= MEMBER_TOKENS * np.dtype(dtype).itemsize).all()
+
+
+def _save(folder: Path, members: MemberTable) -> tuple[Path, str]:
+    (folder / MEMBERS_FILE).write_bytes(members.to_bytes())
+    return folder / MEMBERS_FILE, hashlib.sha256(members.to_bytes()).hexdigest()
+
+
+def test_webdataset_reads_every_member(corpus: Corpus) -> None:
+    urls = [str(corpus.folder / entry.file) for entry in corpus.index.shards]
+    assert len(urls) > 1
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(len(samples))]
+    ids = np.concatenate([np.frombuffer(sample["u16"], "<u2") for sample in samples])
+    lengths = np.concatenate([np.frombuffer(sample["len"], "<i4") for sample in samples])
+    assert len(ids) == corpus.tokens
+    assert (lengths > 0).sum() == corpus.documents
+    # the same ids as through the index: rows of length 1 are the tokens one by one
+    reader = RowReader(corpus, 1, 1)
+    picked = np.random.default_rng(0).integers(0, reader.rows, 200)
+    assert [int(reader.read(int(row))[0][0]) for row in picked] == ids[picked].tolist()
+
+
+def test_first_document_decodes_to_its_text(corpus: Corpus) -> None:
+    text = (corpus.folder.parent / "text" / "documents.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    length = int(corpus.shards[0].document_lengths()[0])
+    ids = np.empty(length, np.int64)
+    corpus.shards[0].read(0, ids)
+    assert corpus.tokenizer().decode(ids[1:-1]) == json.loads(text)["text"]
+    assert (ids[0], ids[-1]) == (corpus.special.cls, corpus.special.sep)
+
+
+def test_id_dtype_and_ranges() -> None:
+    assert id_dtype(65_536) == "uint16"
+    assert id_dtype(65_537) == "uint32"
+    assert ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
+
+
+def test_intact_corpus_verifies(corpus: Corpus) -> None:
+    assert list(verify_shards.corpus_problems(corpus.folder)) == []
+
+
+def test_missing_index_names_key_and_command(copy: Path) -> None:
+    (copy / INDEX_FILE).unlink()
+    with pytest.raises(DataError, match=r"neomoba.data.validation: no finished corpus .*tokenize_corpus --input"):
+        open_corpus(copy, key="neomoba.data.validation")
+
+
+def _unlink(path: Path) -> None:
+    path.unlink()
+
+
+def _cut_to(size: Callable[[int], int]) -> Callable[[Path], None]:
+    def cut(path: Path) -> None:
+        payload = path.read_bytes()
+        path.write_bytes(payload[: size(len(payload))])
+
+    return cut
+
+
+def _swap(path: Path) -> None:
+    other = path.with_name("shard-00000.tar")
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+def _add(path: Path) -> None:
+    shutil.copy(path, path.with_name("shard-99999.tar"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_unlink, "shard-00001.tar: shard is missing"),
+        (_cut_to(lambda size: size - 1024), "shard-00001.tar: .* bytes, the index says"),
+        (_cut_to(lambda size: 700), r"shard-00001.tar: 700 bytes, .* from offset 700"),
+        (_cut_to(lambda size: size // 2), "shard-00001.tar: .* bytes, the index says"),
+        (_swap, "shard-0000[01].tar: .* bytes, the index says"),
+        (_add, "shard-99999.tar: extra shard"),
+    ],
+)
+def test_structural_damage_is_found_at_opening(copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(copy / "shard-00001.tar")
+    with pytest.raises(DataError, match=message):
+        open_corpus(copy)
+    assert any(line.startswith(str(copy)) for line in verify_shards.corpus_problems(copy))
+
+
+def _flip(path: Path, offset: int) -> None:
+    payload = bytearray(path.read_bytes())
+    payload[offset] ^= 0x10
+    path.write_bytes(payload)
+
+
+@pytest.mark.parametrize("name", ["tokens", "lengths"])
+def test_flipped_payload_is_found_at_reading_and_by_verify(copy: Path, name: str) -> None:
+    members = MemberTable.from_file(copy / MEMBERS_FILE, open_corpus(copy).index.members_sha256)
+    row = int(np.searchsorted(members.shard, 1))
+    offset = int(getattr(members, f"{name}_offset")[row])
+    _flip(copy / "shard-00001.tar", offset + 3)
+    corpus = open_corpus(copy)
+    shard = corpus.shards[1]
+    read = shard.document_lengths if name == "lengths" else lambda: shard.read(0, np.empty(10, np.int64))
+    with pytest.raises(DataError, match=rf"shard-00001.tar: {name} at byte offset {offset} "):
+        read()
+    problems = list(verify_shards.corpus_problems(copy))
+    assert len(problems) == 1
+    assert f"shard-00001.tar: offset {offset}: " in problems[0]
+
+
+def test_flipped_header_is_found_by_verify(copy: Path) -> None:
+    _flip(copy / "shard-00000.tar", 3)
+    (problem,) = verify_shards.corpus_problems(copy)
+    assert "shard-00000.tar: offset 0: tar header damaged" in problem
+
+
+def test_change_between_members_is_found_by_verify(copy: Path) -> None:
+    path = copy / "shard-00000.tar"
+    _flip(path, path.stat().st_size - 1)
+    (problem,) = verify_shards.corpus_problems(copy)
+    assert "shard-00000.tar: sha256 differs" in problem
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (INDEX_FILE, b'"version": 1', b'"version": 9', "version 9; this program reads version 1"),
+        (INDEX_FILE, b'"shards": [', b'"shards": [[', "damaged index"),
+        (INDEX_FILE, b'"dtype": "uint16"', b'"dtype": "uint32"', "changed by hand or damaged"),
+        (INDEX_FILE, b'"recipe"', b'"recipes"', "damaged index"),
+        (MEMBERS_FILE, b"NUMPY", b"NUMPX", "sha256 differs"),
+        ("tokenizer.json", b"{", b" {", "not the tokenizer of these shards"),
+    ],
+)
+def test_damaged_side_files_are_found(copy: Path, file: str, old: bytes, new: bytes, message: str) -> None:
+    path = copy / file
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(DataError, match=message):
+        open_corpus(copy).tokenizer()
+
+
+def test_ids_above_the_vocabulary_are_found_by_verify(copy: Path) -> None:
+    index = open_corpus(copy).index
+    smaller = dataclasses.replace(index.tokenizer, vocab_size=300)
+    (copy / INDEX_FILE).write_text(dataclasses.replace(index, tokenizer=smaller).to_json(), encoding="utf-8")
+    problems = list(verify_shards.corpus_problems(copy))
+    assert problems
+    assert "vocabulary of 300" in problems[0]

@@ -1,0 +1,294 @@
+"""The commands: end to end from the shell, restart, the same bytes for any number of workers, cleaning and sources."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data_tools.blocks as blocks
+import data_tools.tokenize_corpus as tokenize_command
+from data_tools import sample_corpus, train_tokenizer, verify_shards
+from data_tools.clean import CleaningReport, clean_text, decode_utf8
+from data_tools.sources import input_files, read_documents, standard_library_files
+from neomoba_dist.data.corpus import open_corpus
+from neomoba_dist.data.errors import DataError
+from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("sample_corpus", "train_tokenizer", "tokenize_corpus", "verify_shards", "inspect_shards")
+
+
+def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"data_tools.{command}", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def _succeed(command: str, *arguments: object) -> str:
+    result = _run(command, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "byte_bpe")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks from little text."""
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 20_000)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick(command: str) -> None:
+    began = time.monotonic()
+    assert "usage: python -m data_tools." in _succeed(command, "--help")
+    assert time.monotonic() - began < 1.0
+
+
+def test_from_text_to_rows(tmp_path: Path) -> None:
+    text, tokenizer, shards = tmp_path / "text", tmp_path / "tokenizer", tmp_path / "shards"
+    _succeed("sample_corpus", "--output", text, "--max-mb", 0.4)
+    _succeed("train_tokenizer", "--input", text / "train", "--output", tokenizer, "--vocab_size", 1000)
+    said = {}
+    for split in ("train", "validation"):
+        said[split] = _succeed(
+            "tokenize_corpus",
+            "--input",
+            text / split,
+            "--tokenizer",
+            tokenizer,
+            "--output",
+            shards / split,
+            "--workers=2",
+        )
+        corpus = open_corpus(shards / split)
+        assert f"{corpus.documents} documents, {corpus.tokens} tokens in 1 shards" in said[split]
+        assert f"unigram entropy {corpus.unigram_entropy:.3f} nats/token" in said[split]
+        assert 4.0 < corpus.unigram_entropy < 6.9  # ln(1000) = 6.91
+    assert open_corpus(shards / "train").documents > open_corpus(shards / "validation").documents > 0
+    assert "as the index says" in _succeed("verify_shards", shards / "train", shards / "validation")
+    shown = _succeed("inspect_shards", shards / "train", "--sequence_length", 128, "--rows", 3)
+    assert "documents by length" in shown
+    assert ">[MASK]}" in shown
+    assert shown.count("of 128 tokens have a label") == 3
+
+    shard = shards / "train" / "shard-00000.tar"
+    payload = bytearray(shard.read_bytes())
+    payload[2000] ^= 1
+    shard.write_bytes(payload)
+    result = _run("verify_shards", shards / "train")
+    assert result.returncode == 1
+    assert f"{shard}: offset 512: " in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: 1 problems")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample_corpus", "--output", "x", "--input", "none.txt"), "error: --input none.txt: no such file or folder"),
+        (("sample_corpus",), "error: the following arguments are required: --output; see"),
+        (
+            ("train_tokenizer", "--input", "x", "--output", "y", "--kind", "words"),
+            "error: argument --kind: invalid choice",
+        ),
+        (
+            ("tokenize_corpus", "--input", "README.md", "--output", "x", "--tokenizer", "y"),
+            "error: --input README.md: ",
+        ),
+        (
+            ("tokenize_corpus", "--input", "x", "--tokenizer", "y", "--output", "z", "--workers", "0"),
+            "--workers: '0' is",
+        ),
+        (("verify_shards", "none"), "error: none: no finished corpus"),
+        (("inspect_shards", "none"), "error: folder: no finished corpus in none"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(arguments: tuple[str, ...], message: str) -> None:
+    result = _run(*arguments)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_same_bytes_for_any_number_of_workers(tmp_path: Path, tokenizer: Path) -> None:
+    text = write_texts(tmp_path / "text")
+    common = ["--input", str(text), "--tokenizer", str(tokenizer), "--shard_mb", "0.2"]
+    for workers in ("1", "4"):
+        tokenize_command.main([*common, "--output", str(tmp_path / workers), "--workers", workers])
+    digests = folder_digests(tmp_path / "1")
+    assert sum(name.endswith(".tar") for name in digests) > 2
+    assert digests == folder_digests(tmp_path / "4")
+    assert list(verify_shards.corpus_problems(tmp_path / "4")) == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_restart_does_only_what_is_missing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_texts(tmp_path / "text")
+    common = ["--input", str(text), "--tokenizer", str(tokenizer), "--workers", "1"]
+    tokenize_command.main([*common, "--output", str(tmp_path / "whole")])
+    done: list[Path] = []
+    tokenize_block = blocks.tokenize_block
+
+    def stops_after_five(texts: list[str], tokenizer_path: Path, part: Path) -> None:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(part)
+        tokenize_block(texts, tokenizer_path, part)
+
+    def counts(texts: list[str], tokenizer_path: Path, part: Path) -> None:
+        done.append(part)
+        tokenize_block(texts, tokenizer_path, part)
+
+    output = tmp_path / "output"
+    monkeypatch.setattr(blocks, "tokenize_block", stops_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_command.main([*common, "--output", str(output)])
+    with pytest.raises(DataError, match="no finished corpus"):
+        open_corpus(output)
+    monkeypatch.setattr(blocks, "tokenize_block", counts)
+    tokenize_command.main([*common, "--output", str(output)])
+    assert len(done) == len(set(done)) > 10
+    assert folder_digests(output) == folder_digests(tmp_path / "whole")
+
+    blocks_made = len(done)
+    tokenize_command.main([*common, "--output", str(output)])
+    assert len(done) == blocks_made
+    (output / "shard-00000.tar").unlink()
+    tokenize_command.main([*common, "--output", str(output)])
+    assert folder_digests(output) == folder_digests(tmp_path / "whole")
+
+
+def test_another_corpus_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path) -> None:
+    for name, text in (("a.txt", "one text\n"), ("b.txt", "another text\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    common = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "shards"), "--workers", "1", "--input"]
+    tokenize_command.main([*common, str(tmp_path / "a.txt")])
+    first = open_corpus(tmp_path / "shards").fingerprint
+    with pytest.raises(DataError, match="--overwrite"):
+        tokenize_command.main([*common, str(tmp_path / "b.txt")])
+    assert open_corpus(tmp_path / "shards").fingerprint == first
+    tokenize_command.main([*common, str(tmp_path / "b.txt"), "--overwrite"])
+    assert open_corpus(tmp_path / "shards").fingerprint != first
+
+
+def test_trained_tokenizer_is_kept(tmp_path: Path) -> None:
+    text = write_texts(tmp_path / "text")
+    common = ["--input", str(text), "--output", str(tmp_path / "tokenizer"), "--kind", "wordpiece", "--vocab_size"]
+    train_tokenizer.main([*common, "800"])
+    first = folder_digests(tmp_path / "tokenizer")
+    train_tokenizer.main([*common, "800"])
+    assert folder_digests(tmp_path / "tokenizer") == first
+    with pytest.raises(DataError, match="--overwrite"):
+        train_tokenizer.main([*common, "900"])
+    train_tokenizer.main([*common, "900", "--overwrite"])
+    assert folder_digests(tmp_path / "tokenizer") != first
+
+
+def test_sentencepiece_refusal_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too little\n", encoding="utf-8")
+    with pytest.raises(DataError, match="--vocab_size 7"):
+        train_tokenizer.main(
+            ["--input", str(tmp_path), "--output", str(tmp_path / "t"), "--kind", "bpe", "--vocab_size", "7"]
+        )
+
+
+def test_standard_library_sample_is_real_and_deterministic(tmp_path: Path) -> None:
+    names = {file.name for file in standard_library_files()}
+    assert {"argparse.py", "typing.py", "json/decoder.py", "pydoc_data/topics.py"} < names
+    assert not any(name.startswith(("test/", "site-packages/", "encodings/")) for name in names)
+    for folder in ("a", "b"):
+        sample_corpus.main(["--output", str(tmp_path / folder), "--max_mb", "1"])
+    assert folder_digests(tmp_path / "a") == folder_digests(tmp_path / "b")
+    splits = {}
+    for name in ("train", "validation"):
+        lines = (tmp_path / "a" / name / "documents.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        splits[name] = {json.loads(line)["id"] for line in lines}
+    assert splits["train"]
+    assert splits["validation"]
+    assert not splits["train"] & splits["validation"]
+    size = sum((tmp_path / "a" / name / "documents.jsonl").stat().st_size for name in splits)
+    assert 1e6 < size < 1.6e6
+
+
+def test_sample_of_one_document_is_cut_at_a_line(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)), encoding="utf-8")
+    sample_corpus.main(["--output", str(tmp_path / "out"), "--input", str(tmp_path / "one.txt")])
+    texts = [
+        json.loads((tmp_path / "out" / name / "documents.jsonl").read_text(encoding="utf-8"))["text"]
+        for name in ("train", "validation")
+    ]
+    assert "".join(texts) == (tmp_path / "one.txt").read_text(encoding="utf-8")
+    assert texts[1].startswith("line 9")
+
+
+def test_cleaning() -> None:
+    dirty = "\ufeffa\r\nb\rc\x00\x1b[0m e\u0301\x85\ud800\tz\n"
+    clean = "a\nb\nc[0m \u00e9\ufffd\tz\n"
+    assert clean_text(dirty) == clean
+    assert clean_text(clean) == clean
+    report = CleaningReport()
+    assert decode_utf8(b"\xef\xbb\xbfgood\nb\xffd\nok\n\xfe", "f.txt", report) == "good\nb\ufffdd\nok\n\ufffd"
+    assert report.invalid_lines == ["f.txt:2", "f.txt:4"]
+    assert "f.txt:2, f.txt:4" in report.lines()[0]
+
+
+def test_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_bytes(b"text a\n")
+    (folder / "sub" / "b.jsonl").write_text('{"text": "b1"}\n{"id": 7, "content": "b2"}\n', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["c1", None, "c2"]}), folder / "c.parquet")
+    (folder / "ignored.md").write_text("no", encoding="utf-8")
+    report = CleaningReport()
+    documents = {d.id: d.text for d in read_documents(input_files([folder]), report)}
+    assert documents == {
+        "a.txt": "text a\n",
+        "c.parquet:0": "c1",
+        "c.parquet:1": "",
+        "c.parquet:2": "c2",
+        "sub/b.jsonl:1": "b1",
+        "7": "b2",
+    }
+    for content, message in (('{"text": 1}', r"bad.jsonl:1: no text under"), ("{", r"bad.jsonl:1: not a JSON object")):
+        (tmp_path / "bad.jsonl").write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            list(read_documents(input_files([tmp_path / "bad.jsonl"]), report))
+    (tmp_path / "bad.parquet").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match="not a parquet file"):
+        list(read_documents(input_files([tmp_path / "bad.parquet"]), report))
+
+
+def test_a_book_with_bom_and_crlf(tmp_path: Path, tokenizer: Path) -> None:
+    """Real novels where they are present, else a text made like them."""
+    book = SHARED_DATA / "text" / "novels" / "Cbronte_Jane_1847.txt"
+    if not book.is_file():
+        book = tmp_path / "book.txt"
+        source = Path(blocks.__file__).read_text(encoding="utf-8") * 100
+        book.write_bytes(b"\xef\xbb\xbf" + source.replace("\n", "\r\n").encode("utf-8"))
+    tokenize_command.main(
+        ["--input", str(book), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "s"), "--workers", "1"]
+    )
+    corpus = open_corpus(tmp_path / "s")
+    assert corpus.documents == 1
+    assert corpus.tokens > 3 * 65_536
+    assert len(corpus.shards[0].member_ends) > 3
+    ids = np.empty(corpus.tokens, np.int64)
+    corpus.shards[0].read(0, ids)
+    assert corpus.tokenizer().decode(ids[1:-1]) == clean_text(book.read_bytes().decode("utf-8"))
