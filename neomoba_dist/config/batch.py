@@ -38,6 +38,7 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
             f"train_micro_batch_size_per_gpu {micro} x sequence_length {phase.sequence_length} x {dp} data-parallel "
             f"ranks; set it to {nearest_multiples(phase.tokens_per_update, rows_per_step * phase.sequence_length)}"
         )
+    _check_hpz(config, world_size)
     rows = phase.tokens_per_update // phase.sequence_length
     accumulation = rows // rows_per_step
     stated = config.deepspeed.get("gradient_accumulation_steps", accumulation)
@@ -60,6 +61,16 @@ def nearest_multiples(value: int, step: int) -> str:
     """Return the multiples of `step` next to `value` in words, "2048 or 4096"; the lower one only when positive."""
     lower = value // step * step
     return f"{lower} or {lower + step}" if lower > 0 else str(step)
+
+
+def _check_hpz(config: Config, world_size: int) -> None:
+    """Refuse a secondary ZeRO-3 partition that does not divide the ranks."""
+    size = config.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if world_size % size:
+        raise ConfigError(
+            f"{config.source}: zero_optimization.zero_hpz_partition_size {size} does not divide {world_size} ranks; "
+            "set it to the number of GPUs of one machine"
+        )
 
 
 def _data_parallel_size(config: Config, world_size: int) -> int:

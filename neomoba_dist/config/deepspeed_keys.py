@@ -15,6 +15,7 @@ _FLOAT32_MASTER = Refused("master weights and optimizer moments are always float
 _QUANTIZED = Refused("quantized communication changes the result; losses would differ between layouts")
 _REMOVED = Refused("DeepSpeed 0.19 removed it; delete the key")
 _REPLACED_BY_OFFLOAD = Refused("deprecated; use zero_optimization.offload_optimizer or zero_optimization.offload_param")
+_LEAF = Refused("leaf modules of ZeRO stage 3 do not gather the weights of this model's layers")
 _NO_EFFECT = Refused("it has no effect with ZeRO; delete the key")
 
 
@@ -61,18 +62,18 @@ _ZERO: Final[Block] = {
     "stage3_model_persistence_threshold": NonNegativeInt,
     "stage3_max_live_parameters": NonNegativeInt,
     "stage3_max_reuse_distance": NonNegativeInt,
-    "stage3_module_granularity_threshold": NonNegativeInt,
     "stage3_use_all_reduce_for_fetch_params": bool,
     "stage3_allgather_sequential": bool,
     "ignore_unused_parameters": bool,
-    "round_robin_gradients": bool,
     "parameter_alignment": bool,
-    "zero_hpz_partition_size": NonNegativeInt,
+    "zero_hpz_partition_size": PositiveInt,
     "memory_efficient_linear": bool,
     "override_module_apply": bool,
     "log_trace_cache_warnings": bool,
     "enable_sanity_checks": bool,
-    "leaf_module": {"classes": list[str], "names": list[str], "name_suffixes": list[str]},
+    "leaf_module": _LEAF,
+    "stage3_module_granularity_threshold": _LEAF,
+    "round_robin_gradients": Refused("DeepSpeed then hands out the wrong weights for checkpoints"),
     "compute_grad_norm": Refused("the gradient norm is part of every step's log"),
     "zenflow": Refused("ZenFlow changes the optimizer's result"),
     "zero_quantized_weights": _QUANTIZED,
@@ -94,7 +95,7 @@ _ZERO: Final[Block] = {
     "model_persistence_threshold": _renamed("zero_optimization.stage3_model_persistence_threshold"),
     "max_live_parameters": _renamed("zero_optimization.stage3_max_live_parameters"),
     "max_reuse_distance": _renamed("zero_optimization.stage3_max_reuse_distance"),
-    "module_granularity_threshold": _renamed("zero_optimization.stage3_module_granularity_threshold"),
+    "module_granularity_threshold": _LEAF,
     "use_all_reduce_for_fetch_params": _renamed("zero_optimization.stage3_use_all_reduce_for_fetch_params"),
     "allgather_sequential": _renamed("zero_optimization.stage3_allgather_sequential"),
     "mics_shard_size": _REMOVED,

@@ -4,17 +4,22 @@ Each rule yields the text of what is broken; the first one is raised. The reason
 """
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.schema import Config
 
 # Axes whose code has not landed: each must be 1. Take a line out when its axis lands.
-NOT_IN_THIS_VERSION = {
+NOT_IN_THIS_VERSION: Final = {
     "context_parallel_size": "context parallelism",
     "expert_model_parallel_size": "expert parallelism",
     "expert_tensor_parallel_size": "tensor parallelism of experts",
 }
+
+
+_TP: Final = "neomoba.parallel.tensor_model_parallel_size"
+_PP: Final = "neomoba.parallel.pipeline_model_parallel_size"
 
 
 def check_rules(config: Config) -> None:
@@ -41,12 +46,18 @@ def zero_stage(config: Config) -> Iterator[str]:
         )
     if stage > 1 and pp > 1:
         yield (
-            f"zero_optimization.stage {stage} cannot be combined with neomoba.parallel.pipeline_model_parallel_size "
-            f"{pp} (DeepSpeed's pipeline engine works at stage 1 only); set zero_optimization.stage to 1"
+            f"zero_optimization.stage {stage} cannot be combined with {_PP} {pp} (DeepSpeed's pipeline "
+            "engine works at stage 1 only); set zero_optimization.stage to 1"
         )
     offload = config.deepspeed["zero_optimization"].get("offload_param", {})
     if stage < 3 and offload.get("device", "none") != "none":
         yield f"zero_optimization.offload_param works at stage 3 only (stage is {stage}); set its device to none"
+    tp = config.parallel.tensor_model_parallel_size
+    if config.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) > 1 and (stage < 3 or tp > 1):
+        yield (
+            f"zero_optimization.zero_hpz_partition_size works at stage 3 with {_TP} 1 only (not {stage} and {tp}); "
+            "DeepSpeed groups neighbouring ranks, which would mix the shards of tensor parallelism; set it to 1"
+        )
 
 
 def precision(config: Config) -> Iterator[str]:
@@ -118,13 +129,17 @@ def tensor_parallel(config: Config) -> Iterator[str]:
 
 
 def pipeline(config: Config) -> Iterator[str]:
-    """Refuse more pipeline stages than layers."""
+    """Refuse more pipeline stages than layers, and timers that DeepSpeed's pipeline engine starts twice."""
     layers, pp = config.model.num_hidden_layers, config.parallel.pipeline_model_parallel_size
     if pp > layers:
-        yield (
-            f"neomoba.parallel.pipeline_model_parallel_size {pp} is larger than neomoba.model.num_hidden_layers "
-            f"{layers}; set it to {layers} or less"
-        )
+        yield (f"{_PP} {pp} is larger than neomoba.model.num_hidden_layers {layers}; set it to {layers} or less")
+    timed = {
+        "wall_clock_breakdown": config.deepspeed.get("wall_clock_breakdown", False),
+        "flops_profiler.enabled": config.deepspeed.get("flops_profiler", {}).get("enabled", False),
+    }
+    for key, is_on in timed.items():
+        if is_on and pp > 1:
+            yield f"{key} does not work in DeepSpeed's pipeline engine; set it to false, or {_PP} to 1"
 
 
 def phase_lengths(config: Config) -> Iterator[str]:
@@ -184,9 +199,7 @@ def _fits(size: int, tp: int) -> str:
     return f"set {_TP} to {works}"
 
 
-_TP = "neomoba.parallel.tensor_model_parallel_size"
-
-RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     axes_that_landed,
     zero_stage,
     precision,

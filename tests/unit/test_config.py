@@ -192,7 +192,6 @@ def test_overrides_that_are_taken(tmp_path: Path) -> None:
             "neomoba.data.validation=null",
             "neomoba.data.mlm_scheme=80/10/10",
             "zero_optimization.offload_optimizer.device=cpu",
-            'zero_optimization.leaf_module={"names": ["a"]}',
             "neomoba.parallel.tensor_model_parallel_size=2",
         ],
     )

@@ -27,6 +27,14 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
         "zero_optimization.offload_param works at stage 3 only",
         {"zero_optimization.stage": 3},
     ),
+    (
+        {"zero_optimization.stage": 3, "zero_optimization.zero_hpz_partition_size": 2, TP: 2},
+        "zero_optimization.zero_hpz_partition_size works at stage 3 with " + TP,
+        {TP: 1},
+    ),
+    ({"zero_optimization.zero_hpz_partition_size": 2}, "(not 1 and 1)", {"zero_optimization.stage": 3}),
+    ({"wall_clock_breakdown": True, PP: 2}, "wall_clock_breakdown does not work", {PP: 1}),
+    ({"flops_profiler.enabled": True, PP: 2}, "flops_profiler.enabled does not", {"flops_profiler.enabled": False}),
     ({"bf16.enabled": True, "fp16.enabled": True}, "bf16.enabled and fp16.enabled", {"fp16.enabled": False}),
     (
         {"bf16.enabled": True, "data_types.grad_accum_dtype": "fp32"},
@@ -185,6 +193,13 @@ def test_stated_accumulation_must_agree() -> None:
     assert config.plan(2).gradient_accumulation_steps == 4
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps is 4, but .* on 4 ranks needs 2"):
         config.plan(4)
+
+
+def test_hpz_must_divide_the_ranks() -> None:
+    config = build({"zero_optimization.stage": 3, "zero_optimization.zero_hpz_partition_size": 4})
+    assert config.plan(8).data_parallel_size == 8
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size 4 does not divide 2 ranks"):
+        config.plan(2)
 
 
 @given(value=st.integers(1, 10**6), step=st.integers(1, 10**4))

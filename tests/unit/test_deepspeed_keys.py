@@ -49,7 +49,6 @@ def models() -> dict[tuple[str, ...], Any]:
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
         DeepSpeedZeroOffloadParamConfig,
@@ -60,7 +59,6 @@ def models() -> dict[tuple[str, ...], Any]:
         ("zero_optimization",): DeepSpeedZeroConfig,
         ("zero_optimization", "offload_param"): DeepSpeedZeroOffloadParamConfig,
         ("zero_optimization", "offload_optimizer"): DeepSpeedZeroOffloadOptimizerConfig,
-        ("zero_optimization", "leaf_module"): DeepSpeedZeroLeafModuleConfig,
         ("bf16",): DeepSpeedBF16Config,
         ("fp16",): DeepSpeedFP16Config,
         ("comms_logger",): CommsLoggerConfig,
