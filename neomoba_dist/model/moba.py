@@ -15,10 +15,11 @@ from typing import Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.kernels import ops
 from neomoba_dist.model.kernels.dense import full_attention
 from neomoba_dist.model.kernels.layout import check_cu_seqlens, make_layout
 from neomoba_dist.model.kernels.reference import attend_reference
-from neomoba_dist.model.kernels.routing import GATES, POOLINGS, block_means_torch, route_torch
+from neomoba_dist.model.kernels.routing import GATES, POOLINGS
 
 __all__ = ["attend", "block_means", "check_cu_seqlens", "full_attention", "moba_attention", "route"]
 
@@ -32,7 +33,7 @@ class Places(TypedDict):
     q_offset: Tensor | int
 
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 
 @overload
@@ -116,6 +117,9 @@ def moba_attention(
         ValueError: an argument is out of range, or shapes do not match; the message names the argument.
     """
     check_arguments(q, k, v, block_size, top_k, cu_seqlens, cu_seqlens_k, gate, pooling, impl)
+    plain = cu_seqlens_k is None and q_offset_is_zero(q_offset)
+    if plain and q.shape[0] == k.shape[0] <= block_size * top_k and not return_lse and impl != "reference":
+        return full_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
     places = Places(block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset)
     cu_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling)
@@ -130,9 +134,7 @@ def block_means(k: Tensor, *, block_size: int, cu_seqlens: Tensor | None = None,
     Blocks of all documents are numbered consecutively; a short last block is pooled over its true length. N is an upper
     bound, `max_blocks(S, block_size, documents)`; rows past the last block are zero.
     """
-    k = k.detach()
-    layout = make_layout(0, k.shape[0], block_size, cu_seqlens, cu_seqlens, 0, k.device)
-    return block_means_torch(k, layout, pooling)
+    return ops.block_means(k.detach(), block_size, cu_seqlens, pooling)
 
 
 def route(
@@ -160,10 +162,11 @@ def route(
         num_keys: S, needed where q_offset or the keys make it differ from T; None: T.
         others: as in `moba_attention`.
     """
-    q, means = q.detach(), means.detach()
     total = q.shape[0] if num_keys is None else num_keys
-    layout = make_layout(q.shape[0], total, block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
-    return route_torch(q, means, layout, top_k=top_k, causal=causal, gate=gate, pooling=pooling)
+    offset = offset_tensor(q_offset, q, cu_seqlens)
+    return ops.route(
+        q.detach(), means.detach(), total, block_size, top_k, causal, cu_seqlens, cu_seqlens_k, offset, gate, pooling
+    )
 
 
 def attend(
@@ -179,7 +182,7 @@ def attend(
     q_offset: Tensor | int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query over the keys of its routed blocks; differentiable in q, k, v through out and lse.
+    """Softmax attention of each query over the keys of its routed blocks, differentiable through both results.
 
     Args:
         q: [T, Hq, D]; k, v: [S, Hkv, D].
@@ -190,8 +193,24 @@ def attend(
     Returns:
         out [T, Hq, D] in the dtype of q and lse [T, Hq] of the scaled logits in float32 (float64 for float64).
     """
-    layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
-    return attend_reference(q, k, v, routes, layout, causal=causal)
+    offset = offset_tensor(q_offset, q, cu_seqlens)
+    if impl == "reference":
+        layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, offset, q.device)
+        return attend_reference(q, k, v, routes, layout, causal=causal)
+    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset)
+
+
+def q_offset_is_zero(q_offset: Tensor | int) -> bool:
+    """True for the integer 0; a tensor's values are not looked at."""
+    return not isinstance(q_offset, Tensor) and q_offset == 0
+
+
+def offset_tensor(q_offset: Tensor | int, q: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """`q_offset` as [documents] on the device of q, None for 0."""
+    if isinstance(q_offset, Tensor):
+        return q_offset
+    documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.full((documents,), q_offset, device=q.device) if q_offset else None
 
 
 def check_arguments(

@@ -21,7 +21,7 @@ OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
 
 @functools.cache
 def is_available(name: str) -> bool:
-    """True when the optional kernel package `name` (a key of OPTIONAL_KERNELS) imports; logs once with the reason if not."""
+    """True when the optional package `name` (a key of OPTIONAL_KERNELS) imports; logs once with the reason if not."""
     module, replacement = OPTIONAL_KERNELS[name]
     try:
         importlib.import_module(module)

@@ -1,19 +1,23 @@
-"""Full attention over packed documents, without a [T, T] mask where a kernel allows it.
+"""Full attention over packed documents: the fastest kernel of the device, without a [T, T] mask where one allows it.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, D head_dim.
+Legend: T tokens, Hq/Hkv query and KV heads, D head_dim.
 """
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neomoba_dist.model.kernels import is_available, ops
+from neomoba_dist.model.kernels.layout import one_document
+
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None) -> Tensor:
     """Softmax attention within each document, scaled by 1 / sqrt(D).
+
+    CPU: torch's flash kernel document by document. GPU in half precision: flash-attn where it is installed, else the
+    flash kernel within torch, both on the packed documents. GPU otherwise: SDPA, with a [T, T] mask if packed.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], Hkv divides Hq, any floating dtype.
@@ -23,19 +27,35 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
     Returns:
         [T, Hq, D] in the dtype of q.
     """
-    if cu_seqlens is None:
-        return document_attention(q, k, v, causal)
-    borders = cu_seqlens.tolist()
-    parts = [
-        document_attention(q[start:stop], k[start:stop], v[start:stop], causal)
-        for start, stop in pairwise(borders)
-        if stop > start
-    ]
-    return torch.cat(parts) if parts else torch.empty_like(q)
+    if q.device.type == "cpu":
+        return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None)[0]
+    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+        return _flash_varlen(q, k, v, causal, cu_seqlens)
+    return _sdpa(q, k, v, causal, cu_seqlens)
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """SDPA over one document, tokens first."""
+def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """T stands for the longest document: an upper bound is all the kernels need, and it asks nothing of the device."""
+    borders = one_document(q.shape[0], q.device).int() if cu_seqlens is None else cu_seqlens
+    longest = q.shape[0]
+    if is_available("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=causal)
+    return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, 0.0, causal, False)[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+    mask = None
+    if cu_seqlens is not None:
+        index = torch.arange(q.shape[0], device=q.device)
+        document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+        mask = document[:, None] == document
+        if causal:
+            mask &= index[:, None] >= index
     q_BHTD, k_BHSD, v_BHSD = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+    )
     return out[0].transpose(0, 1)

@@ -60,30 +60,30 @@ def max_blocks(num_keys: int, block_size: int, documents: int) -> int:
     return (num_keys + documents * (block_size - 1)) // block_size
 
 
+def one_document(tokens: int, device: torch.device) -> Tensor:
+    """Borders int64 [2] of a single document, made on the device."""
+    return torch.arange(2, device=device) * tokens
+
+
 def make_layout(
     num_queries: int,
     num_keys: int,
     block_size: int,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | int,
+    q_offset: Tensor | None,
     device: torch.device,
 ) -> BlockLayout:
     """Build the layout; without cu_seqlens all tokens are one document, without cu_seqlens_k keys lie like queries."""
     if cu_seqlens is None:
-        cu_q = torch.tensor([0, num_queries], device=device)
+        cu_q, cu_k = one_document(num_queries, device), one_document(num_keys, device)
     else:
         cu_q = cu_seqlens.long()
-    if cu_seqlens_k is not None:
-        cu_k = cu_seqlens_k.long()
-    else:
-        cu_k = torch.tensor([0, num_keys], device=device) if cu_seqlens is None else cu_q
+        cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
     documents = cu_q.numel() - 1
-    offset = q_offset.long() if isinstance(q_offset, Tensor) else torch.full((documents,), q_offset, device=device)
-    blocks = (cu_k.diff() + block_size - 1) // block_size
-    first_block = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
-    num_blocks = max_blocks(num_keys, block_size, documents)
-    return BlockLayout(block_size, num_blocks, cu_q, cu_k, offset, first_block)
+    offset = torch.zeros(documents, dtype=torch.int64, device=device) if q_offset is None else q_offset.long()
+    first_block = torch.nn.functional.pad(((cu_k.diff() + block_size - 1) // block_size).cumsum(0), (1, 0))
+    return BlockLayout(block_size, max_blocks(num_keys, block_size, documents), cu_q, cu_k, offset, first_block)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens") -> None:

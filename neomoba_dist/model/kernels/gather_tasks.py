@@ -1,0 +1,120 @@
+"""The tasks of MoBA's CPU path, independent of each other: one KV head of one document, or of a range of its queries.
+
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the routing; a row
+of a task is one (query token, query head of the group) pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.kernels.gather_head import Head, backward_head, forward_head
+from neomoba_dist.model.kernels.gather_plan import HeadPlan, Span, plan_head
+from neomoba_dist.model.kernels.layout import BlockLayout
+from neomoba_dist.model.kernels.routing import score_dtype
+
+
+class Problem(NamedTuple):
+    """One call: q [T, Hq, D], k and v [S, Hkv, D], routes int32 [T, R, columns] or None for full attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Tensor | None
+    layout: BlockLayout
+    causal: bool
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+
+class Document(NamedTuple):
+    """One document with queries and keys: where they lie, and how it is computed."""
+
+    queries: slice
+    keys: slice
+    position: int  # of the first query
+    first_block: int
+    method: str  # "full", "masked" or "gathered"
+
+    @property
+    def num_queries(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys.stop - self.keys.start
+
+
+def head_pieces(problem: Problem, doc: Document) -> Iterator[tuple[int, slice]]:
+    """(KV head, queries): whole heads, or parts of their queries where there are fewer heads than threads."""
+    block_size, num_kv_heads = problem.layout.block_size, problem.k.shape[1]
+    blocks = -(-doc.num_queries // block_size)
+    pieces = min(-(-torch.get_num_threads() // num_kv_heads), max(1, blocks // 4))
+    height = -(-blocks // pieces) * block_size
+    for head in range(num_kv_heads):
+        for start in range(doc.queries.start, doc.queries.stop, height):
+            yield head, slice(start, min(start + height, doc.queries.stop))
+
+
+def forward_task(problem: Problem, doc: Document, head: int, rows: slice, out: Tensor, lse: Tensor) -> None:
+    """Write the head's share of out [T, Hq, D] and lse [T, Hq]."""
+    values_RD, lse_R = forward_head(_load(problem, doc, head, rows), _plan(problem, doc, head, rows))
+    heads = slice(head * problem.group, (head + 1) * problem.group)
+    out[rows, heads] = values_RD.unflatten(0, (-1, problem.group)).to(out.dtype)
+    lse[rows, heads] = lse_R.unflatten(0, (-1, problem.group))
+
+
+def backward_task(
+    problem: Problem,
+    doc: Document,
+    head: int,
+    rows: slice,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the head's share of dq [T, Hq, D]; return its dk and dv, [S, D] each."""
+    group = problem.group
+    grad_RD = _head_rows(grad_out, head, group, rows)
+    delta_R = (_head_rows(out, head, group, rows) * grad_RD).sum(-1)
+    if grad_lse is not None:
+        delta_R -= _head_rows(grad_lse, head, group, rows)
+    plan = _plan(problem, doc, head, rows)
+    lse_R = _head_rows(lse, head, group, rows)
+    dq_RD, dk_SD, dv_SD = backward_head(_load(problem, doc, head, rows), plan, lse_R, delta_R, grad_RD)
+    dq[rows, head * group : (head + 1) * group] = dq_RD.unflatten(0, (-1, group)).to(dq.dtype)
+    return dk_SD, dv_SD
+
+
+def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
+    """Contiguous copies of one KV head in the dtype of the scores, queries scaled for exp2."""
+    dtype = score_dtype(problem.q.dtype)
+    q_RD = _head_rows(problem.q, head, problem.group, rows).mul_(math.log2(math.e) * problem.q.shape[2] ** -0.5)
+    k_SD, v_SD = (x[doc.keys, head].to(dtype).contiguous() for x in (problem.k, problem.v))
+    return Head(q_RD, k_SD, v_SD, problem.group, doc.position + rows.start - doc.queries.start)
+
+
+def _head_rows(x: Tensor, head: int, group: int, rows: slice) -> Tensor:
+    """A contiguous copy [tokens * G, ...] of one KV head's queries in the dtype of the scores."""
+    part = x[rows, head * group : (head + 1) * group]
+    return part.to(score_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _plan(problem: Problem, doc: Document, head: int, rows: slice) -> HeadPlan:
+    """The work list of one task."""
+    group, routes = problem.group, problem.routes
+    assert routes is not None
+    first_head, heads = (head * group, group) if routes.shape[1] == problem.q.shape[1] else (head, 1)
+    chosen_TGC = routes[rows, first_head : first_head + heads].expand(-1, group, -1)
+    position = doc.position + rows.start - doc.queries.start
+    span = Span(rows.start, rows.stop, position, doc.num_keys, problem.layout.block_size, problem.causal)
+    return plan_head(span, chosen_TGC, doc.first_block)
