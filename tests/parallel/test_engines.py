@@ -54,7 +54,7 @@ def updates(objective: str) -> list[list[Batch]]:
     for step in range(STEPS):
         batches = [tiny_batch(step * MICRO_BATCHES + i, objective=objective) for i in range(MICRO_BATCHES)]
         total = sum(batch.local_valid() for batch in batches)
-        assert len({batch.local_valid() for batch in batches}) == MICRO_BATCHES
+        assert len({batch.local_valid() for batch in batches}) >= 3
         result.append([replace(batch, num_valid=total) for batch in batches])
     return result
 

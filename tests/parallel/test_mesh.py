@@ -1,0 +1,137 @@
+"""The launcher's environment, the rank map, the groups of all axes, and what collectives say when they fail."""
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neomoba_dist.config import ParallelConfig
+from neomoba_dist.parallel.comm import CommunicationError, agree, all_gather_objects, all_reduce, broadcast, on_first_rank
+from neomoba_dist.parallel.mesh import Mesh, map_launcher_environment, rank_map
+from tests.ranks import RankError, run_ranks
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_TASKS_PER_NODE": "4(x4)",
+    "SLURM_JOB_NODELIST": "gpu[07-09,12],login1",
+    "SLURM_JOB_ID": "4711",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}),
+        (
+            {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"},
+            {"RANK": "3", "LOCAL_SIZE": "4"},
+        ),
+        (SLURM, {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_ADDR": "gpu07"}),
+        ({**SLURM, "SLURM_NTASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}),  # sbatch's own shell, no srun
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        ),
+    ],
+    ids=["python", "torchrun", "slurm", "sbatch", "mpirun"],
+)
+def test_environment(given: dict[str, str], expected: dict[str, str]) -> None:
+    environment = dict(given)
+    rank, world = map_launcher_environment(environment)
+    assert {key: environment[key] for key in expected} == expected
+    assert (rank, world) == (int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a1", "a1"), ("a1,b2", "a1"), ("n[3-7]", "n3"), ("n[03,05]", "n03"), ("x,n[1-2]", "x")]
+)
+def test_first_slurm_host(nodes: str, first: str) -> None:
+    environment = {**SLURM, "SLURM_JOB_NODELIST": nodes}
+    map_launcher_environment(environment)
+    assert environment["MASTER_ADDR"] == first
+
+
+def axis_ranks(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
+    mesh = Mesh.build(parallel)
+    for axis in mesh.axes:
+        total = all_reduce(torch.tensor([float(mesh.rank)]), mesh, axis)
+        assert float(total) == sum(mesh[axis].ranks)
+        assert mesh[axis].ranks[mesh[axis].index] == mesh.rank
+        source = torch.tensor([mesh.rank])
+        assert int(broadcast(source, mesh, axis, mesh[axis].size - 1)) == mesh[axis].ranks[-1]
+        assert all_gather_objects(mesh.rank, mesh, axis) == list(mesh[axis].ranks)
+    assert mesh.ledger.entries[("world", "all_reduce")].bytes == 4
+    return {axis: mesh[axis].ranks for axis in mesh.axes}
+
+
+def test_groups_follow_the_rank_map() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    results = run_ranks(8, axis_ranks, parallel)
+    table = {}
+    for line in rank_map(parallel, 8).splitlines()[2:]:
+        rank, pp, dp, cp, tp = map(int, line.split())
+        table[rank] = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+    for rank, axes in enumerate(results):
+        for axis in ("tp", "pp", "dp", "cp"):
+            along = [r for r, place in table.items() if all(place[a] == table[rank][a] for a in place if a != axis)]
+            assert axes[axis] == tuple(along), (rank, axis)
+        assert axes["dp_cp"] == axes["dp"]
+        assert axes["world"] == tuple(range(8))
+
+
+def decide() -> tuple[bool, bool, str]:
+    mesh = Mesh.build(ParallelConfig())
+
+    def fail() -> None:
+        raise ValueError("the disk is full")
+
+    try:
+        on_first_rank(mesh, fail)
+    except (ValueError, CommunicationError) as error:
+        message = str(error)
+    return agree(True, mesh), agree(mesh.rank == 0, mesh), message
+
+
+def test_one_failure_is_everybodys() -> None:
+    assert run_ranks(2, decide) == [
+        (True, False, "the disk is full"),
+        (True, False, "rank 1: rank 0 failed; see its message"),
+    ]
+
+
+def one_rank_stays_away() -> str:
+    mesh = Mesh.build(ParallelConfig())
+    short = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    mesh = replace(mesh, axes={**mesh.axes, "dp": replace(mesh["dp"], group=short)})
+    if mesh.rank == 1:
+        time.sleep(2.0)
+        return ""
+    try:
+        all_reduce(torch.zeros(3), mesh, "dp")
+    except CommunicationError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_failed_collective_is_named() -> None:
+    message, _ = run_ranks(2, one_rank_stays_away, timeout=30)
+    assert message.startswith("rank 0: all_reduce over dp (ranks [0, 1], 12 bytes) failed: ")
+
+
+def test_a_hung_rank_shows_its_stack() -> None:
+    with pytest.raises(RankError, match=r"(?s)hung ranks: \[0, 1\].*in time_sleeper"):
+        run_ranks(2, time_sleeper, timeout=1)
+
+
+def time_sleeper() -> None:
+    time.sleep(60)

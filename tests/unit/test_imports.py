@@ -1,0 +1,101 @@
+"""The import rules of the architecture, read off the syntax trees (docs: CONTRIBUTING.md, "Import rules")."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# a package may import those of lower levels and itself
+LEVELS = {"config": 0, "parallel": 1, "model": 2, "data": 2, "checkpoint": 3, "generate": 3, "train": 4}
+TOPS = ("launch", "evals", "data_tools", "tests")
+
+# heavy or optional libraries and the only places that may import them
+DOORS = {
+    "deepspeed": ("neomoba_dist/train/engine.py", "neomoba_dist/parallel/pipeline.py"),
+    "megatron": ("neomoba_dist/parallel/",),
+    "webdataset": ("neomoba_dist/data/", "data_tools/"),
+    "triton": ("neomoba_dist/model/kernels/",),
+    "flash_attn": ("neomoba_dist/model/kernels/",),
+    "apex": ("neomoba_dist/model/kernels/",),
+    "torch.distributed": ("neomoba_dist/parallel/",),
+}
+FREE = ("tests/", "evals/bench/")
+
+
+def source_files() -> list[Path]:
+    folders = ("neomoba_dist", "launch", "data_tools", "evals", "tests")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_names(path: Path) -> list[str]:
+    """Dotted names that a file imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def violations(file: str, names: list[str]) -> list[str]:
+    """What in `names` the file at `file` (relative to the root) may not import."""
+    found = []
+    parts = file.split("/")
+    level = LEVELS.get(parts[1], -1) if parts[0] == "neomoba_dist" and len(parts) > 2 else 99
+    for name in names:
+        words = name.split(".")
+        if level < 99 and words[0] in TOPS:
+            found.append(f"{file} imports {name}: the library knows nothing of its users")
+        if words[0] == "neomoba_dist" and len(words) > 1 and words[1] in LEVELS and level < 99:
+            same = words[1] == parts[1]
+            if not same and LEVELS[words[1]] >= level:
+                found.append(f"{file} imports {name}: wrong direction")
+        for door, places in DOORS.items():
+            if (name == door or name.startswith(door + ".")) and not file.startswith((*places, *FREE)):
+                found.append(f"{file} imports {name}: only {', '.join(places)} may")
+    return found
+
+
+def test_arrows() -> None:
+    found = [v for path in source_files() for v in violations(path.relative_to(ROOT).as_posix(), imported_names(path))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("neomoba_dist/parallel/mesh.py", "neomoba_dist.model.neobert"),
+        ("neomoba_dist/data/batch.py", "neomoba_dist.model.init"),
+        ("neomoba_dist/model/block.py", "torch.distributed"),
+        ("neomoba_dist/train/trainer.py", "deepspeed"),
+        ("neomoba_dist/model/moba.py", "triton.language"),
+        ("neomoba_dist/config/load.py", "launch.pretrain"),
+        ("evals/load.py", "megatron.core"),
+    ],
+)
+def test_the_check_can_fail(file: str, name: str) -> None:
+    assert violations(file, [name])
+
+
+def test_environment_is_read_in_two_places_only() -> None:
+    allowed = ("launch/", "tests/", "neomoba_dist/parallel/mesh.py")
+    for path in source_files():
+        file = path.relative_to(ROOT).as_posix()
+        if not file.startswith(allowed):
+            assert "os.environ" not in path.read_text(encoding="utf-8"), f"{file} reads the environment"
+
+
+@pytest.mark.parametrize(
+    "module", ["neomoba_dist.config", "neomoba_dist.model.neobert", "neomoba_dist.data.stream", "evals", "launch.pretrain"]
+)
+def test_imports_no_engine(module: str) -> None:
+    """Models, data and command lines start without DeepSpeed, megatron-core or triton."""
+    code = f"import sys, {module}; print([m for m in ('deepspeed', 'megatron', 'triton') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
