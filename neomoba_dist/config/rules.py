@@ -8,7 +8,7 @@ from typing import Final
 
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.errors import ConfigError
-from neomoba_dist.config.schema import Config
+from neomoba_dist.config.schema import Config, ModelConfig
 
 # Axes whose code has not landed: each must be 1. Take a line out when its axis lands.
 NOT_IN_THIS_VERSION: Final = {
@@ -103,18 +103,10 @@ def model_shape(config: Config) -> Iterator[str]:
 def tensor_parallel(config: Config) -> Iterator[str]:
     """Refuse sizes that do not divide over the tensor-parallel ranks."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    for key, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("intermediate_size", model.intermediate_size),
-    ):
-        if size % tp:
-            yield f"neomoba.model.{key} {size} is not a multiple of {_TP} {tp}; {_fits(size, tp)}"
-    groups = model.num_key_value_heads
-    if groups % tp and tp % groups:
-        yield (
-            f"neomoba.model.num_key_value_heads {groups} neither divides nor is a multiple of {_TP} {tp}; "
-            f"{_fits(groups, tp)}"
-        )
+    for problem in _not_divisible(model, tp):
+        smaller = range(1, min(tp, model.num_attention_heads + 1))
+        works = max(size for size in smaller if not any(_not_divisible(model, size)))
+        yield f"neomoba.model.{problem} {_TP} {tp}; set {_TP} to {works}"
     if not config.parallel.sequence_parallel:
         return
     if tp == 1:
@@ -193,10 +185,14 @@ def texts(config: Config) -> Iterator[str]:
             yield f"neomoba.{key} is empty; give it a value or delete the key"
 
 
-def _fits(size: int, tp: int) -> str:
-    """Return the advice for a size that `tp` does not divide: the next smaller tensor-parallel size that does."""
-    works = max(smaller for smaller in range(1, tp) if size % smaller == 0)
-    return f"set {_TP} to {works}"
+def _not_divisible(model: ModelConfig, tp: int) -> Iterator[str]:
+    """Yield what does not divide over `tp` ranks; key/value heads may also be copied to several ranks."""
+    if model.num_attention_heads % tp:
+        yield f"num_attention_heads {model.num_attention_heads} is not a multiple of"
+    if model.num_key_value_heads % tp and tp % model.num_key_value_heads:
+        yield f"num_key_value_heads {model.num_key_value_heads} neither divides nor is a multiple of"
+    if model.intermediate_size % tp:
+        yield f"intermediate_size {model.intermediate_size} is not a multiple of"
 
 
 RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (

@@ -60,6 +60,7 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
     ),
     ({TP: 5}, f"num_attention_heads 12 is not a multiple of {TP} 5; set {TP} to 4", {TP: 4}),
     ({TP: 3, "neomoba.model.num_key_value_heads": 2}, "num_key_value_heads 2 neither divides nor", {TP: 2}),
+    ({TP: 8}, f"num_attention_heads 12 is not a multiple of {TP} 8; set {TP} to 4", {TP: 4}),
     (
         {TP: 4, "neomoba.model.intermediate_size": 3074},
         f"intermediate_size 3074 is not a multiple of {TP} 4; set {TP} to 2",
