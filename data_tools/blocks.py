@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
@@ -89,14 +93,17 @@ def _key(texts: list[str], tokenizer_sha256: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    """Loaded once in each worker process."""
-    return load_tokenizer(path)
+def _worker_tokenizer(path: Path, sha256: str) -> Tokenizer:
+    """Loaded once in each worker process; the digest tells apart what stood at a path at different times."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{path}: changed while the corpus was made; run the same command again")
+    return tokenizer
 
 
-def tokenize_block(texts: list[str], tokenizer_path: Path, part: Path) -> None:
+def tokenize_block(texts: list[str], tokenizer_path: Path, tokenizer_sha256: str, part: Path) -> None:
     """Cleans and tokenises a block's texts, without truncation, and writes its part."""
-    tokenizer = _worker_tokenizer(tokenizer_path)
+    tokenizer = _worker_tokenizer(tokenizer_path, tokenizer_sha256)
     ids: list[np.ndarray] = []
     digests = bytearray()
     dtype = np.dtype(id_dtype(tokenizer.vocab_size))
@@ -115,35 +122,56 @@ def tokenize_block(texts: list[str], tokenizer_path: Path, part: Path) -> None:
     write_atomically(part, buffer.getvalue())
 
 
+def _start_worker() -> None:
+    """Ctrl-C is for the parent to handle; a parent that was killed takes its workers with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=leave_with_parent, daemon=True).start()
+
+
 def tokenize_blocks(
-    blocks: Iterable[Block], tokenizer_path: Path, folder: Path, workers: int, done: Callable[[Block], None]
+    blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path, workers: int, done: Callable[[Block], None]
 ) -> list[str]:
-    """Makes the missing parts in `folder`; calls `done` for each block in order and returns their keys."""
+    """Makes the missing parts in `folder`; calls `done` for each block in order and returns their keys.
+
+    The workers read the tokenizer from `folder`.
+    """
+    tokenizer_path = tokenizer.save(folder)
     keys: list[str] = []
+
+    def finish(block: Block) -> None:
+        keys.append(block.key)
+        done(block)
+
     if workers == 1:
         for block in blocks:
             if not block.part(folder).is_file():
-                tokenize_block(block.texts, tokenizer_path, block.part(folder))
-            keys.append(block.key)
-            done(block)
+                tokenize_block(block.texts, tokenizer_path, tokenizer.sha256, block.part(folder))
+            finish(block)
         return keys
 
+    # spawn: forking after the tokenizer library has started its threads can hang
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
     waiting: deque[tuple[Block, Future[None] | None]] = deque()
 
     def finish_first() -> None:
         block, future = waiting.popleft()
         if future is not None:
             future.result()
-        keys.append(block.key)
-        done(block)
+        finish(block)
 
-    # spawn: forking after the tokenizer library has started its threads can hang
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         for block in blocks:
-            missing = not block.part(folder).is_file()
-            arguments = (block.texts, tokenizer_path, block.part(folder))
-            waiting.append((block, pool.submit(tokenize_block, *arguments) if missing else None))
+            future = None
+            if not (part := block.part(folder)).is_file():
+                future = pool.submit(tokenize_block, block.texts, tokenizer_path, tokenizer.sha256, part)
+            waiting.append((block, future))
             if len(waiting) > workers * _AHEAD:
                 finish_first()
         while waiting:

@@ -5,12 +5,12 @@ Rows are decoded document by document. With --objective mlm a chosen token is wr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, positive_int, run
-import itertools
 
 if TYPE_CHECKING:
     from neomoba_dist.data.batch import Batch

@@ -97,9 +97,11 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
     from neomoba_dist.data import index as layout
     from neomoba_dist.data.shards import ShardWriter, id_dtype
 
+    # the index goes first: without it nothing in the folder counts as finished
     (output / layout.INDEX_FILE).unlink(missing_ok=True)
-    for stale in (*output.glob("*.tar"), *output.glob(".*.tmp")):
+    for stale in (*output.glob("*.tar"), *output.glob(".*.tmp"), *output.glob("tokenizer.*")):
         stale.unlink()
+    tokenizer.save(output)
     dtype = id_dtype(tokenizer.vocab_size)
     writer = ShardWriter(output, dtype, shard_bytes)
     counts = _Counts(np.zeros(tokenizer.vocab_size, np.int64), [])
@@ -153,7 +155,6 @@ def tokenize_corpus(
 
     parts_folder = output / _PARTS
     parts_folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_path = tokenizer.save(output)
     parts: list[Path] = []
     report = CleaningReport()
     with progress(total_bytes(files), "tokenize", "B") as bar:
@@ -163,7 +164,7 @@ def tokenize_corpus(
             bar.update(block.raw_bytes)
 
         blocks = divide(read_documents(files, report), tokenizer.sha256)
-        keys = tokenize_blocks(blocks, tokenizer_path, parts_folder, workers, done)
+        keys = tokenize_blocks(blocks, tokenizer, parts_folder, workers, done)
     for line in report.lines():
         print(line)
     index = write_shards(output, parts, tokenizer, shard_bytes, recipe_of(keys, shard_bytes))

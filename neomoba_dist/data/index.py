@@ -132,7 +132,9 @@ class CorpusIndex:
             raw["shards"] = [ShardEntry(**shard) for shard in raw["shards"]]
             index = cls(**raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged index ({error}); run data_tools.tokenize_corpus again") from error
+            raise DataError(
+                f"{path}: damaged index ({error}); run data_tools.tokenize_corpus with --overwrite"
+            ) from error
         if index.fingerprint != fingerprint:
             raise DataError(f"{path}: its entries do not give its fingerprint: it was changed by hand or damaged")
         return index

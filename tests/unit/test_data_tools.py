@@ -146,15 +146,15 @@ def test_restart_does_only_what_is_missing(tmp_path: Path, tokenizer: Path, monk
     done: list[Path] = []
     tokenize_block = blocks.tokenize_block
 
-    def stops_after_five(texts: list[str], tokenizer_path: Path, part: Path) -> None:
+    def stops_after_five(texts: list[str], tokenizer_path: Path, sha256: str, part: Path) -> None:
         if len(done) == 5:
             raise KeyboardInterrupt
         done.append(part)
-        tokenize_block(texts, tokenizer_path, part)
+        tokenize_block(texts, tokenizer_path, sha256, part)
 
-    def counts(texts: list[str], tokenizer_path: Path, part: Path) -> None:
+    def counts(texts: list[str], tokenizer_path: Path, sha256: str, part: Path) -> None:
         done.append(part)
-        tokenize_block(texts, tokenizer_path, part)
+        tokenize_block(texts, tokenizer_path, sha256, part)
 
     output = tmp_path / "output"
     monkeypatch.setattr(blocks, "tokenize_block", stops_after_five)
@@ -186,6 +186,15 @@ def test_another_corpus_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Pa
     assert open_corpus(tmp_path / "shards").fingerprint == first
     tokenize_command.main([*common, str(tmp_path / "b.txt"), "--overwrite"])
     assert open_corpus(tmp_path / "shards").fingerprint != first
+
+    # another tokenizer at the same place, in the same process
+    other = make_tokenizer(tmp_path / "other", "bpe", vocab_size=600)
+    common[1] = str(other)
+    tokenize_command.main([*common, str(tmp_path / "b.txt"), "--overwrite"])
+    corpus = open_corpus(tmp_path / "shards")
+    assert corpus.tokenizer().file_name == "tokenizer.model"
+    assert not (tmp_path / "shards" / "tokenizer.json").exists()
+    assert list(verify_shards.corpus_problems(corpus.folder)) == []
 
 
 def test_trained_tokenizer_is_kept(tmp_path: Path) -> None:
