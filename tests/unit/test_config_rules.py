@@ -108,7 +108,8 @@ def test_rules(broken: dict[str, Any], expected: str, mended: dict[str, Any]) ->
     with pytest.raises(ConfigError) as caught:
         build(broken)
     message = str(caught.value)
-    assert message.startswith("FILE: ") and expected in message
+    assert message.startswith("FILE: ")
+    assert expected in message
     build({**broken, **mended} if mended else dict.fromkeys(broken, 1))
 
 

@@ -66,7 +66,7 @@ def models() -> dict[tuple[str, ...], Any]:
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The keys that DeepSpeed's own parser asks for, of the root ("") and of the blocks that are no pydantic models."""
     from deepspeed.runtime import config as deepspeed_config
