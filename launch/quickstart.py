@@ -1,0 +1,138 @@
+"""The whole system on a laptop, in minutes: `make quickstart`.
+
+Real text -> tokenizer -> tar shards -> phase 1 (dp 4) -> phase 2 (tp 2 x dp 2) -> phase 3 (pp 2 x dp 2, MoBA) through
+the deepspeed launcher on four CPU ranks -> evaluation of the sharded checkpoints -> report.html. Every line that it
+runs is printed and can be run by hand; interrupted, it goes on where it stopped.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 4
+PHASES = (1, 2, 3)
+# the short version: the same path, too few steps to learn anything
+FEW = ["neomoba.phase.steps=4", "neomoba.phase.warmup_steps=1", "neomoba.checkpoint.save_every=2"]
+
+
+class Quickstart:
+    """The commands, run one after the other with their times."""
+
+    def __init__(self, output: Path, inputs: list[str], few: bool) -> None:
+        self.output, self.inputs, self.few = output, inputs, few
+        self.times: list[tuple[str, float]] = []
+
+    def run(self, title: str, *command: str | Path) -> None:
+        """Print and run one command; a failure ends the quickstart with the command's own message."""
+        words = [str(word) for word in command]
+        print(f"\n== {title}\n$ {shlex.join(words)}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(words, cwd=ROOT, check=False).returncode
+        if code:
+            sys.exit(f"error: the step '{title}' failed (exit code {code}); its last lines are above")
+        self.times.append((title, time.monotonic() - start))
+
+    def module(self, title: str, name: str, *arguments: str | Path) -> None:
+        """Run one of the project's commands with this Python."""
+        self.run(title, sys.executable, "-m", name, *arguments)
+
+    def corpus(self) -> None:
+        """Text, tokenizer and shards."""
+        text, tokenizer = self.output / "text", self.output / "tokenizer"
+        source = ["--input", *self.inputs] if self.inputs else []
+        self.module("text", "data_tools.sample_corpus", "--output", text, *source)
+        self.module(
+            "tokenizer", "data_tools.train_tokenizer", "--input", text / "train", "--output", tokenizer,
+            "--vocab_size", "8192",
+        )  # fmt: skip
+        for part in ("train", "validation"):
+            self.module(
+                f"{part} shards", "data_tools.tokenize_corpus", "--input", text / part, "--tokenizer", tokenizer,
+                "--output", self.output / "corpus" / part, "--workers", "2",
+            )  # fmt: skip
+
+    def phase(self, number: int) -> None:
+        """One phase on four ranks, from the weights of the phase before."""
+        settings = [f"neomoba.data.{part}={self.output / 'corpus' / part}" for part in ("train", "validation")]
+        start = ["--init_from", self.output / f"phase{number - 1}"] if number > 1 else []
+        self.run(
+            f"phase {number}", Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS),
+            "launch/pretrain.py", "--ds_config", f"ds_configs/quickstart_phase{number}.json",
+            "--output_dir", self.output / f"phase{number}", *start, "--set", *settings, *(FEW if self.few else []),
+        )  # fmt: skip
+
+    def evaluate(self) -> None:
+        """Loss by position before and after phase 3, needle after it, and the report."""
+        border = str(_sequence_length(2))
+        length = str(_sequence_length(3))
+        common = ["--length", length, "--border", border]
+        self.module(
+            "evaluation before phase 3", "evals", "run", "--tasks", "position_loss", *common,
+            "--checkpoint", self.output / "phase2", "--output", self.output / "evals" / "phase2",
+        )  # fmt: skip
+        self.module(
+            "evaluation after phase 3", "evals", "run", "--tasks", "position_loss,needle", *common,
+            "--checkpoint", self.output / "phase3", "--output", self.output / "evals" / "phase3",
+        )  # fmt: skip
+        runs = [self.output / f"phase{number}" for number in PHASES]
+        self.module(
+            "report", "evals", "report", "--run", *runs, "--eval", self.output / "evals" / "phase3",
+            "--output", self.output / "report.html",
+        )  # fmt: skip
+
+    def summary(self) -> None:
+        """What came out, where it lies, and how long it took."""
+        index = _read(self.output / "corpus" / "validation" / "index.json")
+        print(f"\n== summary\nunigram entropy of the validation text: {index['unigram_entropy']:.3f} nats per token")
+        for number in PHASES:
+            lines = (self.output / f"phase{number}" / "metrics.jsonl").read_text().splitlines()
+            losses = [entry["validation_loss"] for entry in map(json.loads, lines) if "validation_loss" in entry]
+            print(f"phase {number}: validation loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+        for number, when in ((2, "before"), (3, "after")):
+            result = _read(self.output / "evals" / f"phase{number}" / "position_loss.json")["summary"]
+            print(f"loss within / beyond {_sequence_length(2)} tokens {when} phase 3: {_within_beyond(result)}")
+        for title, seconds in self.times:
+            print(f"{seconds:7.1f} s  {title}")
+        print(f"{sum(seconds for _, seconds in self.times):7.1f} s  in all")
+        for what in ("corpus", "tokenizer", *(f"phase{n}/checkpoints" for n in PHASES), "evals", "report.html"):
+            print(f"{what:20s} {self.output / what}")
+
+
+def _sequence_length(number: int) -> int:
+    config = _read(ROOT / "ds_configs" / f"quickstart_phase{number}.json")
+    return config["neomoba"]["phase"]["sequence_length"]
+
+
+def _within_beyond(result: dict[str, Any]) -> str:
+    return ", ".join(f"{mode} {value['within']:.3f} / {value['beyond']:.3f}" for mode, value in result.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Parse, run all steps, print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", choices=("all", "few"), default="all", help="few: a short run of every step")
+    parser.add_argument("--input", nargs="+", default=[], help="your own txt, jsonl or parquet files or folders")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/quickstart, few: runs/quickstart_few)")
+    arguments = parser.parse_args()
+    few = arguments.steps == "few"
+    output = arguments.output or Path("runs") / ("quickstart_few" if few else "quickstart")
+    quickstart = Quickstart(output, arguments.input, few)
+    quickstart.corpus()
+    for number in PHASES:
+        quickstart.phase(number)
+    quickstart.evaluate()
+    quickstart.summary()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""A checkpoint of any layout loads into any other: the same weights and moments, bit for bit; damage is named."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neomoba_dist.checkpoint.layout import CheckpointError
+from neomoba_dist.checkpoint.load import CheckpointReader, load_model
+from neomoba_dist.model.init import Shard
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.engine import build_engine
+from tests.equivalence import Pieces, assemble
+from tests.ranks import run_ranks
+from tests.runs import run_config, train_here
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "one": (1, {}, 1),
+    "dp2_zero3": (2, {}, 3),
+    "tp4_sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 1),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One training step by each layout, saved."""
+    folders = {}
+    for name, (world, layout, stage) in LAYOUTS.items():
+        output = tmp_path_factory.mktemp(name)
+        run_ranks(world, train_here, run_config(layout, stage), output, 1)
+        folders[name] = output / "checkpoints" / "step_1"
+    return folders
+
+
+def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All logical tensors of a checkpoint."""
+    reader = CheckpointReader(folder)
+    tensors = {}
+    for name, entry in reader.index["tensors"].items():
+        kind, _, rest = name.removeprefix("optimizer.").partition(".")
+        tensors[name] = reader.read(kind, Shard(rest, tuple(entry["shape"])))
+    return tensors
+
+
+def load_and_collect(config: Any, folder: Path) -> dict[str, Pieces]:
+    engine = build_engine(config, config.plan(dist.get_world_size()), Mesh.build(config.parallel))
+    engine.load(CheckpointReader(folder), moments=True)
+    return {
+        kind: [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()]
+        for kind in ("model", "exp_avg", "exp_avg_sq")
+    }
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", ["dp2_zero3", "tp4_sp", "tp2_pp2"])
+def test_any_to_any(saved: dict[str, Path], source: str, target: str) -> None:
+    world, layout, stage = LAYOUTS[target]
+    results = run_ranks(world, load_and_collect, run_config(layout, stage), saved[source])
+    expected = whole_tensors(saved[source])
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        for name, tensor in assemble([r[kind] for r in results]).items():
+            logical = f"model.{name}" if kind == "model" else f"optimizer.{kind}.{name}"
+            assert torch.equal(tensor, expected[logical]), logical
+            assert tensor.abs().max() > 0
+
+
+def test_layouts_write_the_same_names(saved: dict[str, Path]) -> None:
+    indexes = [json.loads((folder / "index.json").read_text())["tensors"] for folder in saved.values()]
+    for index in indexes[1:]:
+        assert {n: e["shape"] for n, e in index.items()} == {n: e["shape"] for n, e in indexes[0].items()}
+
+
+def test_load_model(saved: dict[str, Path]) -> None:
+    model, config = load_model(saved["tp2_pp2"])
+    assert config.parallel.pipeline_model_parallel_size == 2
+    assert not model.training
+    expected = whole_tensors(saved["tp2_pp2"])
+    for parameter in model.parameters():
+        assert torch.equal(parameter.shard.valid(parameter), expected[f"model.{parameter.shard.name}"])
+    newest, _ = load_model(saved["tp2_pp2"].parents[1])
+    assert torch.equal(newest.head.weight, model.head.weight)
+
+
+def damage_index(folder: Path, change: Any) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "no index": (lambda f: (f / "index.json").unlink(), "no checkpoint here"),
+    "cut index": (lambda f: (f / "index.json").write_text('{"form'), "index.json: not valid JSON"),
+    "other format": (lambda f: damage_index(f, lambda i: i.update(version=9)), "not a checkpoint of format"),
+    "missing file": (lambda f: (f / "model.pp0-tp1.safetensors").unlink(), "model.pp0-tp1.safetensors"),
+    "cut file": (
+        lambda f: (f / "model.pp1-tp0.safetensors").write_bytes((f / "model.pp1-tp0.safetensors").read_bytes()[:900]),
+        "model.pp1-tp0.safetensors",
+    ),
+    "missing piece": (
+        lambda f: damage_index(f, lambda i: i["tensors"]["model.head.weight"]["pieces"].pop()),
+        "model.head.weight is incomplete",
+    ),
+    "missing tensor": (
+        lambda f: damage_index(f, lambda i: i["tensors"].pop("model.final_norm.weight")),
+        "holds no tensor model.final_norm.weight",
+    ),
+    "other shape": (
+        lambda f: damage_index(f, lambda i: i["config"]["neomoba"]["model"].update(intermediate_size=64)),
+        "has shape [48, 32], this model wants [64, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_line(saved: dict[str, Path], tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    folder = tmp_path / "step_1"
+    shutil.copytree(saved["tp2_pp2"], folder)
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
