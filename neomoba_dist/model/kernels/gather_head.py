@@ -74,11 +74,11 @@ def forward_head(head: Head, plan: HeadPlan) -> tuple[Tensor, Tensor]:
     """Output [R, D] and logsumexp [R] of one head."""
     state = OnlineSoftmax(head)
     if plan.diagonal_tiles:
-        bias = causal_bias(plan.tile, head)
+        later = later_keys(plan.tile, head)
         for rows, keys in diagonal_batches(head, plan):
             count = (keys.stop - keys.start) // plan.tile
             q, k, v = tiles(head.q_RD, rows, count), tiles(head.k_SD, keys, count), tiles(head.v_SD, keys, count)
-            state.add(rows, torch.bmm(q, k.transpose(1, 2)).add_(bias), v)
+            state.add(rows, torch.bmm(q, k.transpose(1, 2)).masked_fill_(later, -torch.inf), v)
     for item in plan.items:
         keys = slice(item.key_start, item.key_stop)
         logits = linear(take(head.q_RD, item.rows), head.k_SD[keys])
@@ -104,13 +104,13 @@ def backward_head(head: Head, plan: HeadPlan, lse_R: Tensor, delta_R: Tensor, gr
     dq = torch.zeros_like(head.q_RD)
     dk_DS, dv_DS = (torch.zeros_like(x.t(), memory_format=torch.contiguous_format) for x in (head.k_SD, head.v_SD))
     if plan.diagonal_tiles:
-        bias = causal_bias(plan.tile, head)
+        later = later_keys(plan.tile, head)
         for rows, keys in diagonal_batches(head, plan):
             count = (keys.stop - keys.start) // plan.tile
             q_n, grad_n, k_n, v_n = (
                 tiles(x, part, count) for x, part in ((q, rows), (grad, rows), (k, keys), (v, keys))
             )
-            weights = torch.bmm(q_n, k_n.transpose(1, 2)).add_(bias).exp2_()
+            weights = torch.bmm(q_n, k_n.transpose(1, 2)).masked_fill_(later, -torch.inf).exp2_()
             dv_DS[:, keys] += torch.bmm(weights.transpose(1, 2), grad_n[..., :dim]).flatten(0, 1).t()
             slope = torch.bmm(grad_n, v_n.transpose(1, 2)).mul_(weights)
             dk_DS[:, keys] += torch.bmm(slope.transpose(1, 2), q_n[..., :dim]).flatten(0, 1).t()
@@ -129,9 +129,9 @@ def backward_head(head: Head, plan: HeadPlan, lse_R: Tensor, delta_R: Tensor, gr
     return dq.mul_(dim**-0.5), dk_DS.t().mul(math.log(2)), dv_DS.t()
 
 
-def causal_bias(tile: int, head: Head) -> Tensor:
-    """[tile * G, tile]: -inf on the keys after each row's token."""
-    return head.q_RD.new_full((tile, tile), -torch.inf).triu_(1).repeat_interleave(head.group, dim=0)
+def later_keys(tile: int, head: Head) -> Tensor:
+    """bool [tile * G, tile]: the keys of a diagonal tile after each row's token."""
+    return torch.ones(tile, tile, dtype=torch.bool).triu_(1).repeat_interleave(head.group, dim=0)
 
 
 def diagonal_batches(head: Head, plan: HeadPlan) -> list[tuple[slice, slice]]:

@@ -102,7 +102,11 @@ def _cheapest_method(problem: Problem, doc: Document, routes: Tensor) -> str:
     pairs = num_heads * doc.num_queries * doc.num_keys
     sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, routes.shape[2] * block_size)
     gathered = sparse_pairs * NS_PER_GATHERED_PAIR + blocks * problem.k.shape[1] * NS_PER_BLOCK
-    return "gathered" if gathered < pairs * NS_PER_FLASH_PAIR else "masked"
+    if gathered < pairs * NS_PER_FLASH_PAIR:
+        return "gathered"
+    # An additive mask does not hide a key that is not a number.
+    finite = problem.q[doc.queries].isfinite().all() & problem.k[doc.keys].isfinite().all()
+    return "masked" if bool(finite) else "gathered"
 
 
 def _all_chosen(routes_TRC: Tensor, blocks: int, block_size: int, causal: bool) -> bool:
