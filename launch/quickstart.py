@@ -60,7 +60,7 @@ class Quickstart:
     def phase(self, number: int) -> None:
         """One phase on four ranks, from the weights of the phase before."""
         settings = [f"neomoba.data.{part}={self.output / 'corpus' / part}" for part in ("train", "validation")]
-        start = ["--init_from", self.output / f"phase{number - 1}"] if number > 1 else []
+        start: list[str | Path] = ["--init_from", self.output / f"phase{number - 1}"] if number > 1 else []
         self.run(
             f"phase {number}", Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS),
             "launch/pretrain.py", "--ds_config", f"ds_configs/quickstart_phase{number}.json",

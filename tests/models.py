@@ -4,6 +4,8 @@ Two MoBA layers and one full layer, three documents in a row with at least six b
 heads; uneven numbers of counted labels per row.
 """
 
+from itertools import pairwise
+
 import torch
 
 from neomoba_dist.config import ModelConfig
@@ -37,7 +39,7 @@ def tiny_batch(seed: int, rows: int = 1, objective: str = "mlm", vocab_size: int
     total = rows * LENGTH
     input_ids = torch.randint(0, vocab_size, (total,), generator=generator)
     borders = [row * LENGTH + offset for row in range(rows) for offset in (0, 49, 59)] + [total, total]
-    position_ids = torch.cat([torch.arange(b - a) for a, b in zip(borders, borders[1:], strict=False)])
+    position_ids = torch.cat([torch.arange(b - a) for a, b in pairwise(borders)])
     if objective == "clm":
         labels = torch.cat((input_ids[1:], input_ids[:1]))
         labels[torch.tensor(borders[1:-1]) - 1] = -100

@@ -1,1 +1,1 @@
-"""Checkpoints that any layout can read: safetensors and JSON, every tensor under its logical name. Nothing is pickled."""
+"""Checkpoints that any layout can read: safetensors and JSON, tensors under logical names. Nothing is pickled."""

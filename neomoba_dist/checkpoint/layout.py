@@ -59,7 +59,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, use another one") from error
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}); the checkpoint is damaged, use another one"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object; the checkpoint is damaged, use another one")
     return value

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from neomoba_dist.checkpoint.layout import CheckpointError, find_checkpoint, logical_name, read_index, read_json
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import Shard
+from neomoba_dist.model.init import Shard, shard_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -69,14 +69,17 @@ class CheckpointReader:
                 self._files[file] = safe_open(path, framework="pt")
             return self._files[file].get_slice(key)[where]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one") from error
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one"
+            ) from error
 
 
 def load_weights(reader: CheckpointReader, module: torch.nn.Module) -> None:
     """Fill the parameters of `module` (any layout) in place with the checkpoint's weights."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.shard.valid(parameter).copy_(reader.read("model", parameter.shard))
+            shard = shard_of(parameter)
+            shard.valid(parameter).copy_(reader.read("model", shard))
 
 
 def load_model(

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from neomoba_dist.checkpoint.layout import FORMAT, KINDS, VERSION, complete_checkpoints, logical_name, step_folder
 from neomoba_dist.config import Config
+from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -23,7 +24,7 @@ class StateSource(Protocol):
     config: Config
     mesh: Mesh
 
-    def parameters(self) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor: ...
 
 
@@ -61,7 +62,7 @@ def save_checkpoint(output: Path, step: int, source: StateSource, trainer: dict[
 def _owned_names(source: StateSource) -> set[str]:
     """Logical names whose shards this rank writes: one writer per shard."""
     mesh = source.mesh
-    mine = [p.shard for p in source.parameters()]
+    mine = [shard_of(p) for p in source.parameters()]
     by_stage: Sequence[list[str]] = all_gather_objects([shard.name for shard in mine], mesh, "pp")
     earlier = {name for stage in by_stage[: mesh["pp"].index] for name in stage}  # a tied matrix lives on two stages
     return {
@@ -77,7 +78,7 @@ def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -
     file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}.safetensors"
     tensors, pieces = {}, {}
     for parameter in source.parameters():
-        shard = parameter.shard
+        shard = shard_of(parameter)
         whole = source.full_state(parameter, kind)
         if shard.name not in owned or 0 in shard.extent:
             continue
@@ -120,5 +121,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

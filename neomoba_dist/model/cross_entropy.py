@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
+from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -19,7 +21,7 @@ CHUNK_TOKENS = 1024  # 1024 x 30,522 float32 logits are 125 MB; larger chunks we
 
 
 def vocab_parallel_cross_entropy(
-    hidden_NH: torch.Tensor, weight_vH: torch.Tensor, labels_N: torch.Tensor, mesh: Mesh
+    hidden_NH: torch.Tensor, weight_vH: nn.Parameter, labels_N: torch.Tensor, mesh: Mesh
 ) -> torch.Tensor:
     """-log softmax(hidden W^T)[label] for every token.
 
@@ -27,7 +29,7 @@ def vocab_parallel_cross_entropy(
     vocabulary rows, a parameter made by `Initializer.weight` with shard_dim 0 (its `shard` tells which rows are real).
     labels_N: int64 in [0, vocab_size), no ignored ones. Returns [N], float32 (float64 for float64 input).
     """
-    shard = weight_vH.shard
+    shard = shard_of(weight_vH)
     offset, length = (shard.offset, shard.length) if shard.dim == 0 else (0, shard.shape[0])
     return _CrossEntropy.apply(hidden_NH, weight_vH, labels_N, mesh, offset, length)
 

@@ -43,6 +43,11 @@ class Shard:
         return tensor if self.dim is None else tensor.narrow(self.dim, 0, self.length)
 
 
+def shard_of(parameter: nn.Parameter) -> Shard:
+    """The `Shard` of a parameter that an `Initializer` made."""
+    return parameter.shard  # type: ignore[attr-defined] - a plain attribute: DeepSpeed keeps the object
+
+
 @dataclass(frozen=True)
 class Initializer:
     """Creates parameters. std: standard deviation of the normal draw (`initializer_range`); dtype: of the result."""
@@ -71,8 +76,7 @@ class Initializer:
     def _place(self, name: str, whole: torch.Tensor, shard_dim: int | None, padded: int) -> nn.Parameter:
         tp = self.mesh["tp"]
         if shard_dim is None:
-            parameter = nn.Parameter(whole)
-            parameter.shard = Shard(name, tuple(whole.shape))
+            parameter, shard = nn.Parameter(whole), Shard(name, tuple(whole.shape))
         else:
             total = whole.shape[shard_dim]
             local = (padded or total) // tp.size
@@ -81,8 +85,8 @@ class Initializer:
             shape = [local if d == shard_dim else n for d, n in enumerate(whole.shape)]
             part = whole.new_zeros(shape)
             part.narrow(shard_dim, 0, length).copy_(whole.narrow(shard_dim, offset, length))
-            parameter = nn.Parameter(part)
-            parameter.shard = Shard(name, tuple(whole.shape), shard_dim, offset, length)
+            parameter, shard = nn.Parameter(part), Shard(name, tuple(whole.shape), shard_dim, offset, length)
+        parameter.shard = shard  # type: ignore[attr-defined]
         # DeepSpeed sums the squared norms of marked parameters over tp and counts all others once
-        parameter.tensor_model_parallel = shard_dim is not None and tp.size > 1
+        parameter.tensor_model_parallel = shard_dim is not None and tp.size > 1  # type: ignore[attr-defined]
         return parameter

@@ -18,7 +18,7 @@ from torch import nn
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
-from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import RMSNorm
 from neomoba_dist.parallel.megatron import enter_tensor_parallel, sum_over_tensor_parallel
 from neomoba_dist.parallel.mesh import Mesh
@@ -30,10 +30,14 @@ VOCAB_MULTIPLE = 128  # rows per tp rank: whole tensor-core tiles
 class Inputs(Protocol):
     """What the model reads of a data.Batch."""
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def labels(self) -> torch.Tensor: ...
+    @property
+    def position_ids(self) -> torch.Tensor: ...
+    @property
+    def cu_seqlens(self) -> torch.Tensor: ...
 
 
 def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
@@ -53,7 +57,7 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> State:
         input_ids, position_ids, cu_seqlens = inputs
-        shard = self.weight.shard
+        shard = shard_of(self.weight)
         local = input_ids - shard.offset
         owned = (local >= 0) & (local < shard.length)
         x_TH = F.embedding(local.where(owned, 0), self.weight) * owned[:, None]

@@ -36,7 +36,7 @@ class Mesh:
 
     axes: Mapping[str, Axis]
     rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sequence_parallel: bool = False
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 

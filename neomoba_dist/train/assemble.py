@@ -9,7 +9,6 @@ from neomoba_dist.config import BatchPlan, Config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.stream import UpdateStream, validation_batches
-from neomoba_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)

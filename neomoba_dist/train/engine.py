@@ -23,7 +23,7 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
-from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
@@ -58,7 +58,7 @@ class Engine(ABC):
         _start_deepspeed(mesh)
         self.module = self._build_module()
         if config.phase.compile:
-            for name, layer in self.module.named_modules():
+            for layer in self.module.modules():
                 if type(layer).__name__ == "Block":
                     layer.compile(dynamic=False)
         self.optimizer = build_optimizer(self.module, config.phase)
@@ -111,18 +111,22 @@ class Engine(ABC):
         else:
             self._link_moments()
             state = safe_get_full_optimizer_state(parameter, kind)
-        return state.view(parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape)
+        return state.view(self._shape(parameter))
 
     def load(self, reader: CheckpointReader, *, moments: bool) -> None:
         """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout."""
         if moments:
             self._create_moments(float(reader.trainer()["optimizer_step"]))
         for parameter in self.parameters():
-            shape = parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape
             for kind in KINDS if moments else KINDS[:1]:
-                value = torch.zeros(shape, dtype=torch.float32)
-                parameter.shard.valid(value).copy_(reader.read(kind, parameter.shard))
+                value = torch.zeros(self._shape(parameter), dtype=torch.float32)
+                shard = shard_of(parameter)
+                shard.valid(value).copy_(reader.read(kind, shard))
                 self._set_full_state(parameter, kind, value.to(self.mesh.device))
+
+    def _shape(self, parameter: Any) -> torch.Size:
+        """Its shape before ZeRO-3 took it apart."""
+        return parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape
 
     def optimizer_step(self) -> int:
         """Number of steps that AdamW has taken (fp16 overflows take none)."""
@@ -139,7 +143,9 @@ class Engine(ABC):
     def _flat_partitions(self) -> list[torch.Tensor]:
         """The flat fp32 tensors that AdamW really steps."""
         zero = self.engine.optimizer
-        return zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        return (
+            zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        )
 
     def _create_moments(self, step: float) -> None:
         """AdamW makes its state at the first step; a resumed run needs it before."""
@@ -157,7 +163,7 @@ class Engine(ABC):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _set_full_state(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    def _set_full_state(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
         key = None if kind == "model" else kind
         if self.config.zero_stage < 3:
             parameter.set_full_hp_param(value, key)
@@ -241,9 +247,7 @@ class PipelineParallelEngine(Engine):
     def _build_module(self) -> nn.Module:
         phase = self.config.phase
         init = Initializer(self.mesh, phase.seed, self.config.model.initializer_range)
-        layers = layer_list(
-            self.config.model, init, recompute=phase.recompute, recompute_every=phase.recompute_every
-        )
+        layers = layer_list(self.config.model, init, recompute=phase.recompute, recompute_every=phase.recompute_every)
         return build_pipeline(layers, self.mesh, self._loss, balance="Block")
 
     def _mpu(self) -> DeepSpeedMPU | None:
@@ -252,7 +256,9 @@ class PipelineParallelEngine(Engine):
     def _deepspeed_config(self) -> dict[str, Any]:
         return {**super()._deepspeed_config(), "pipeline": dict(PIPELINE_SETTINGS)}
 
-    def _loss(self, outputs: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _loss(
+        self, outputs: tuple[torch.Tensor, torch.Tensor, nn.Parameter], targets: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
         """The last stage's loss of one micro-batch; `targets` are the labels and the scale."""
         hidden, aux_loss, weight = outputs
         labels, scale = targets

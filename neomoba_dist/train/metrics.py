@@ -111,6 +111,8 @@ def _start_wandb(output: Path, config: Config) -> Any:
     try:
         import wandb
     except ImportError:
-        logging.getLogger(__name__).warning("neomoba.log.wandb_project is set but wandb is not installed: pip install wandb")
+        logging.getLogger(__name__).warning(
+            "neomoba.log.wandb_project is set but wandb is not installed: pip install wandb"
+        )
         return None
     return wandb.init(project=config.log.wandb_project, name=output.name, dir=str(output), config=config.to_dict())

@@ -1,18 +1,22 @@
 """AdamW (arXiv 1711.05101) over parameter groups, and the learning rate of every step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from neomoba_dist.config import PhaseConfig
+from neomoba_dist.model.init import shard_of
+from neomoba_dist.model.kernels import is_available
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices get weight decay; norms and embeddings do not. Empty groups are left out (small pipeline stages)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
-        is_matrix = parameter.ndim >= 2 and not parameter.shard.name.startswith("embedding")
+        is_matrix = parameter.ndim >= 2 and not shard_of(parameter).name.startswith("embedding")
         (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
@@ -24,8 +28,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(module: nn.Module, phase: PhaseConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW, or apex's where its compiled module imports. Call after the module is on its device."""
     groups = parameter_groups(module, phase.weight_decay)
-    settings = {"lr": phase.learning_rate, "betas": (phase.adam_beta1, phase.adam_beta2), "eps": phase.adam_eps}
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    betas = (phase.adam_beta1, phase.adam_beta2)
+    if torch.cuda.is_available() and is_available("apex"):
+        from neomoba_dist.model.kernels.apex import FusedAdam
+
+        return FusedAdam(groups, lr=phase.learning_rate, betas=betas, eps=phase.adam_eps, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=phase.adam_eps, fused=True)
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:

@@ -1,6 +1,6 @@
 """Which steps of a phase run full attention in all layers.
 
-Hybrid training (arXiv 2502.13189, section 3.2 and figure 5): most of the tokens with MoBA, the rest with full attention.
+Hybrid training (arXiv 2502.13189, section 3.2): most of the tokens with MoBA, the rest with full attention.
 """
 
 import math

@@ -138,6 +138,6 @@ class Trainer:
         if entry["skipped"] or is_finite(entry["loss"], entry["grad_norm"]):
             return
         raise TrainingError(
-            f"step {entry['step']}: loss {entry['loss']}, gradient norm {entry['grad_norm']} are not finite; nothing was "
-            "saved since the last checkpoint: resume from it with a lower neomoba.phase.learning_rate"
+            f"step {entry['step']}: loss {entry['loss']}, gradient norm {entry['grad_norm']} are not finite; nothing "
+            "was saved since the last checkpoint: resume from it with a lower neomoba.phase.learning_rate"
         )

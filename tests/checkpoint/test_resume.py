@@ -39,8 +39,10 @@ def test_bit_for_bit(layout: str, tmp_path: Path) -> None:
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
     whole, parts = (folder_state(tmp_path / run / "checkpoints" / "step_6") for run in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and len(whole) > 3
+    assert whole.keys() == parts.keys()
+    assert len(whole) > 3
     assert whole.pop("trainer") == parts.pop("trainer")
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
-        assert value.dtype == torch.float32 and value.abs().max() > 0, name
+        assert value.dtype == torch.float32
+        assert value.abs().max() > 0, name
