@@ -1,0 +1,1 @@
+"""Evaluation of trained checkpoints: `python -m evals run | report | bench`, see `__main__.py`."""

@@ -1,0 +1,84 @@
+"""What the commands of `python -m evals` share: argument parsing, one-line errors, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+
+class EvalError(Exception):
+    """An evaluation that cannot be run: one line that names the flag or file and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without abbreviations whose errors are EvalError."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise EvalError(f"{message}; see {self.prog} --help")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def natural_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def percent(text: str) -> float:
+    """argparse type: a number from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 100.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return value
+
+
+def list_of(item: Callable[[str], Number]) -> Callable[[str], list[Number]]:
+    """argparse type: a comma-separated list without repetitions, in rising order."""
+
+    def parse(text: str) -> list[Number]:
+        return sorted({item(part.strip()) for part in text.split(",")})
+
+    return parse
+
+
+def print_table(lines: Sequence[Sequence[str]]) -> None:
+    """Print a header and rows in aligned columns: labels to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            f"{line[0]:{widths[0]}}",
+            *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells))
+
+
+def progress(items: Iterable[T], total: int, description: str, unit: str) -> tqdm[T]:
+    """`items` under a progress bar with rate and remaining time."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True)
