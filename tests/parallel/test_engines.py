@@ -25,12 +25,14 @@ MICRO_BATCHES = 4  # of the whole update, over all data-parallel ranks
 RATE = 1e-2
 
 
-def make_config(objective: str, layout: dict[str, int | bool], stage: int, clip: float = 1.0) -> Config:
-    model = tiny_model(objective=objective, tie_word_embeddings=objective == "clm")
+def make_config(objective: str, layout: dict[str, int | bool], stage: int, **phase: object) -> Config:
+    # untied for one objective, tied for the other, so that both heads meet every layout; a layer for every stage
+    stages = int(layout.get("pipeline_model_parallel_size", 1))
+    model = tiny_model(objective=objective, tie_word_embeddings=objective == "clm", num_hidden_layers=max(3, stages))
     return parse_config(
         {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": clip,
+            "gradient_clipping": 1.0,
             "zero_optimization": {"stage": stage},
             "neomoba": {
                 "model": vars(model),
@@ -42,6 +44,7 @@ def make_config(objective: str, layout: dict[str, int | bool], stage: int, clip:
                     "sequence_length": LENGTH,
                     "tokens_per_update": MICRO_BATCHES * LENGTH,
                     "learning_rate": RATE,
+                    **phase,
                 },
             },
         }
@@ -125,7 +128,7 @@ LAYOUTS = {
     "tp4_sp_zero1": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 1),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, 1),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1),
-    "pp3": (3, {"pipeline_model_parallel_size": 3}, 1),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}, 1),
     "tp2_sp_pp2": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
@@ -139,3 +142,35 @@ LAYOUTS = {
 def test_three_steps(layout: str, objective: str) -> None:
     world, parallel, stage = LAYOUTS[layout]
     check(world, make_config(objective, parallel, stage))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_full_steps(layout: str, objective: str) -> None:
+    world, parallel, stage = LAYOUTS[layout]
+    check(world, make_config(objective, parallel, stage), full=True)
+
+
+@pytest.mark.parametrize("layout", ["dp2_zero2", "tp2_sp_pp2"])
+def test_full_attention_and_recompute(layout: str) -> None:
+    """The full steps of phase 3, with every layer recomputed; and the attention core alone."""
+    world, parallel, stage = LAYOUTS[layout]
+    check(world, make_config("mlm", parallel, stage, recompute="full", recompute_every=2), full=True)
+    check(world, make_config("clm", parallel, stage, recompute="selective"))
+
+
+def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
+    engine = build_engine(config, config.plan(1), Mesh.build(config.parallel))
+    losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return losses, dict(torch._dynamo.utils.counters["graph_break"]), graphs
+
+
+def test_compile() -> None:
+    """neomoba.phase.compile: the same losses, no graph break, and one graph per kind of block, so no recompilation."""
+    config = make_config("clm", {}, 1, compile=True)
+    losses, graph_breaks, graphs = run_ranks(1, compiled_rank, config, timeout=280)[0]
+    assert losses == pytest.approx(reference(config, False)[0], rel=2e-4)
+    assert graph_breaks == {}
+    assert graphs == 2
