@@ -38,14 +38,14 @@ def assemble(all_pieces: list[Pieces]) -> dict[str, torch.Tensor]:
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
     """Every logical tensor agrees to `rtol` of its own largest value; reports the worst one."""
     assert actual.keys() == expected.keys()
-    errors = {
-        name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
-    }
+    errors = {name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= rtol, f"{worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
 
 
-def single_process(config: ModelConfig, batches: list[Batch], full: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+def single_process(
+    config: ModelConfig, batches: list[Batch], full: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the yardstick in float64: sum over the valid tokens of all batches / their number."""
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
     set_full_attention(model, full)
@@ -58,7 +58,9 @@ def single_process(config: ModelConfig, batches: list[Batch], full: bool = False
     return float(total), assemble([pieces(model, "grad")])
 
 
-def parallel_rank(config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], full: bool) -> tuple[float, Pieces]:
+def parallel_rank(
+    config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], full: bool
+) -> tuple[float, Pieces]:
     """The same in one rank of a tensor-parallel world; data-parallel ranks take turns with the batches."""
     mesh = Mesh.build(parallel)
     model = NeoBERT(config, mesh, dtype=torch.float64, seed=5)

@@ -65,9 +65,7 @@ def _rank_main(rank: int, world_size: int, folder: Path, function: Callable[...,
     code = 0
     try:
         torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size)
-        )
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size))
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(function(*args)))
         dist.barrier()

@@ -26,7 +26,9 @@ def shared_corpus() -> Path:
     return make_corpus(Path(keeper.name)).folder
 
 
-def run_config(layout: dict[str, Any], stage: int = 1, *, deepspeed: dict[str, Any] | None = None, **phase: Any) -> Config:
+def run_config(
+    layout: dict[str, Any], stage: int = 1, *, deepspeed: dict[str, Any] | None = None, **phase: Any
+) -> Config:
     """Two MoBA layers and a full one on rows of 128 real tokens, 8 rows per update, half of the steps full."""
     corpus = str(shared_corpus())
     settings = {
@@ -57,7 +59,9 @@ def run_config(layout: dict[str, Any], stage: int = 1, *, deepspeed: dict[str, A
     )
 
 
-def train_here(config: Config, output: Path, last_step: int, resume: Path | None = None, init: Path | None = None) -> None:
+def train_here(
+    config: Config, output: Path, last_step: int, resume: Path | None = None, init: Path | None = None
+) -> None:
     """One rank of a training run; for `run_ranks`."""
     plan = config.plan(dist.get_world_size())
     mesh = Mesh.build(config.parallel)

@@ -122,6 +122,8 @@ class Trainer:
             "skipped": result.skipped,
         }
         if self.validation and (step % self.config.log.validate_every == 0 or step == last_step):
+            # always with the phase's usual attention, or the curve would jump at every full step
+            self.engine.set_full_attention(phase.full_attention_fraction == 1.0)
             entry["validation_loss"] = self.engine.evaluate(self.validation) / self._validation_count
         return entry
 

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 
 from neomoba_dist.config import ParallelConfig
-from neomoba_dist.parallel.comm import CommunicationError, agree, all_gather_objects, all_reduce, broadcast, on_first_rank
+from neomoba_dist.parallel.comm import (
+    CommunicationError,
+    agree,
+    all_gather_objects,
+    all_reduce,
+    broadcast,
+    on_first_rank,
+)
 from neomoba_dist.parallel.mesh import Mesh, map_launcher_environment, rank_map
 from tests.ranks import RankError, run_ranks
 

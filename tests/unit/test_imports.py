@@ -92,7 +92,8 @@ def test_environment_is_read_in_two_places_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["neomoba_dist.config", "neomoba_dist.model.neobert", "neomoba_dist.data.stream", "evals", "launch.pretrain"]
+    "module",
+    ["neomoba_dist.config", "neomoba_dist.model.neobert", "neomoba_dist.data.stream", "evals", "launch.pretrain"],
 )
 def test_imports_no_engine(module: str) -> None:
     """Models, data and command lines start without DeepSpeed, megatron-core or triton."""

@@ -39,9 +39,7 @@ def test_learning_rate(changes: dict[str, object], expected: dict[int, float]) -
 
 @given(st.floats(0, 1), st.integers(1, 500), st.sampled_from(["tail", "interleave"]))
 def test_share_of_full_steps(fraction: float, steps: int, schedule: str) -> None:
-    phase = dataclasses.replace(
-        PHASE, steps=steps, full_attention_fraction=fraction, full_attention_schedule=schedule
-    )
+    phase = dataclasses.replace(PHASE, steps=steps, full_attention_fraction=fraction, full_attention_schedule=schedule)
     full = [is_full_attention(phase, step) for step in range(1, steps + 1)]
     assert sum(full) == round(fraction * steps)
     if schedule == "tail":
