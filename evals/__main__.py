@@ -148,9 +148,10 @@ def _named_tasks(argv: Sequence[str]) -> list[str]:
 
 
 def _bench_names() -> list[str]:
-    """The modules of evals.bench, none of which is imported."""
+    """The public modules of evals.bench, none of which is imported."""
     folder = Path(__file__).parent / "bench"
-    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
+    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Run folders of tiny random models, written in one process with the project's own checkpoint and log code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neomoba_dist.checkpoint.save import save_checkpoint
+from neomoba_dist.config import Config, parse_config
+from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.metrics import RunLog
+from tests.models import tiny_model
+
+LENGTH = 96  # twelve blocks of 8 tokens
+TOKENS_PER_UPDATE = 4 * LENGTH
+
+
+@dataclass
+class WholeState:
+    """What save_checkpoint saves of a model that lies in one process; the moments are zero."""
+
+    config: Config
+    model: NeoBERT
+    mesh: Mesh
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        return parameter if kind == "model" else torch.zeros_like(parameter)
+
+
+def make_config(corpus: Path, *, name: str = "phase1", objective: str = "mlm", **model: Any) -> Config:
+    """Two MoBA layers and a full one on rows of 96 tokens."""
+    return parse_config(
+        {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 1},
+            "neomoba": {
+                "model": vars(tiny_model(vocab_size=1200, objective=objective, **model)),
+                "data": {"train": str(corpus), "validation": str(corpus), "max_documents_per_row": 32},
+                "phase": {
+                    "name": name,
+                    "steps": 20,
+                    "sequence_length": LENGTH,
+                    "tokens_per_update": TOKENS_PER_UPDATE,
+                    "learning_rate": 1e-3,
+                },
+                "log": {"tensorboard": False},
+            },
+        }
+    )
+
+
+def write_run(folder: Path, config: Config, *, switch_after: int = 20) -> Path:
+    """A run folder of 20 steps with one checkpoint of random weights; full attention from step `switch_after` on."""
+    source = WholeState(config, NeoBERT(config.model, Mesh.single(), seed=7), Mesh.single())
+    save_checkpoint(folder, 20, source, {"tokens": 20 * TOKENS_PER_UPDATE, "world_size": 4})
+    log = RunLog(folder, config, 0, 20)
+    for step in range(1, 21):
+        entry = {
+            "step": step,
+            "phase": config.phase.name,
+            "loss": 7.0 - 0.1 * step if step != 5 else math.nan,
+            "aux_loss": 0.0,
+            "grad_norm": 1.0 + 100.0 / step**3,
+            "lr": 1e-3 * step / 20,
+            "tokens": TOKENS_PER_UPDATE,
+            "tokens_per_second": 1000.0 + step,
+            "step_seconds": 0.5,
+            "full_attention": step > switch_after,
+            "skipped": step == 5,
+        }
+        log.step(entry | ({"validation_loss": 7.1 - 0.1 * step} if step % 10 == 0 else {}))
+    log.close()
+    return folder
