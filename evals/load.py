@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,18 +56,19 @@ def load_subject(checkpoint: Path, data: Path | None, device: str) -> Subject:
     torch device. Raises EvalError, DataError or CheckpointError, in one line.
     """
     reader = CheckpointReader(checkpoint)
-    corpus = _open_data(reader.config, data, reader.folder)
+    corpus = _open_data(reader, data)
     place = _device(device)
     dtype = torch.float32 if place.type == "cpu" else getattr(torch, reader.config.dtype_name)
     model, config = load_model(reader.folder, dtype=dtype, device=place)
     return Subject(reader.folder, reader.index["step"], config, model, corpus, place)
 
 
-def _open_data(config: Config, data: Path | None, checkpoint: Path) -> Corpus:
+def _open_data(reader: CheckpointReader, data: Path | None) -> Corpus:
     """The corpus to evaluate on, checked against the model's vocabulary and the training corpus's tokenizer."""
+    config = reader.config
     folder = data or (Path(config.data.validation) if config.data.validation else None)
     if folder is None:
-        raise EvalError(f"{checkpoint}: its run had no validation corpus; name a folder of shards with --data")
+        raise EvalError(f"{reader.folder}: its run had no validation corpus; name a folder of shards with --data")
     if data is None and not (folder / INDEX_FILE).is_file():
         raise EvalError(
             f"{folder}: no corpus here, but neomoba.data.validation of the run names it; start in the folder where "
@@ -74,13 +76,27 @@ def _open_data(config: Config, data: Path | None, checkpoint: Path) -> Corpus:
         )
     corpus = open_corpus(folder, key="--data" if data else "neomoba.data.validation")
     corpus.require_vocabulary(config.model.vocab_size)
-    trained = Path(config.data.train) / INDEX_FILE
-    if trained.is_file() and CorpusIndex.from_file(trained).tokenizer.sha256 != corpus.index.tokenizer.sha256:
-        raise EvalError(
-            f"{folder}: made with another tokenizer than the training corpus {trained.parent}; tokenize the text again "
-            f"with: python -m data_tools.tokenize_corpus --tokenizer {trained.parent} --input TEXT --output FOLDER"
-        )
+    _check_tokenizer(reader, corpus)
     return corpus
+
+
+def _check_tokenizer(reader: CheckpointReader, corpus: Corpus) -> None:
+    """Compare with the training corpus, where it still lies: ids of another tokenizer mean nothing to the model."""
+    train = Path(reader.config.data.train)
+    if not (train / INDEX_FILE).is_file():
+        return
+    index = CorpusIndex.from_file(train / INDEX_FILE)
+    if index.tokenizer.sha256 != corpus.index.tokenizer.sha256:
+        raise EvalError(
+            f"{corpus.folder}: made with another tokenizer than the training corpus {train}; tokenize the text again "
+            f"with: python -m data_tools.tokenize_corpus --tokenizer {train} --input TEXT --output FOLDER"
+        )
+    trained_on = reader.trainer().get("data", {}).get("fingerprint", index.fingerprint)
+    if trained_on != index.fingerprint:
+        logging.getLogger(__name__).warning(
+            f"warning: {train} changed since {reader.folder} was trained on it; if its tokenizer changed too, the "
+            "results mean nothing"
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -58,10 +58,14 @@ def make_config(corpus: Path, *, name: str = "phase1", objective: str = "mlm", *
     )
 
 
-def write_run(folder: Path, config: Config, *, switch_after: int = 20) -> Path:
-    """A run folder of 20 steps with one checkpoint of random weights; full attention from step `switch_after` on."""
+def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerprint: str | None = None) -> Path:
+    """A run folder of 20 steps with one checkpoint of random weights; full attention after step `switch_after`.
+
+    fingerprint: of the training corpus, as the checkpoint names it.
+    """
     source = WholeState(config, NeoBERT(config.model, Mesh.single(), seed=7), Mesh.single())
-    save_checkpoint(folder, 20, source, {"tokens": 20 * TOKENS_PER_UPDATE, "world_size": 4})
+    data = {"data": {"fingerprint": fingerprint}} if fingerprint else {}
+    save_checkpoint(folder, 20, source, {"tokens": 20 * TOKENS_PER_UPDATE, "world_size": 4, **data})
     log = RunLog(folder, config, 0, 20)
     for step in range(1, 21):
         entry = {

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import evals.__main__ as program
+from evals.load import load_subject
 from evals.tasks import TASKS
 from neomoba_dist.data.corpus import Corpus
 from tests.corpora import make_corpus
@@ -176,6 +177,17 @@ def test_data_that_do_not_fit_the_checkpoint(
     here = write_run(tmp_path / "here", config)
     capsys.readouterr()
     refused(capsys, run_words({"mlm": here}, "--data", other.folder), "another tokenizer", "tokenize_corpus")
+
+
+def test_a_corpus_that_changed_since_training_is_told(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(corpus.folder)
+    load_subject(write_run(tmp_path / "same", config, fingerprint=corpus.fingerprint), None, "cpu")
+    assert not caplog.records
+    load_subject(write_run(tmp_path / "other", config, fingerprint="0" * 32), None, "cpu")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"warning: {corpus.folder} changed since" in caplog.text
 
 
 def test_run_without_steps(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
