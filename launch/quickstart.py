@@ -8,6 +8,7 @@ runs is printed and can be run by hand; interrupted, it goes on where it stopped
 import argparse
 import json
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ class Quickstart:
         start: list[str | Path] = ["--init_from", self.output / f"phase{number - 1}"] if number > 1 else []
         self.run(
             f"phase {number}", Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS),
-            "launch/pretrain.py", "--ds_config", f"ds_configs/quickstart_phase{number}.json",
+            "--master_port", str(_free_port()), "launch/pretrain.py", "--ds_config", f"ds_configs/quickstart_phase{number}.json",
             "--output_dir", self.output / f"phase{number}", *start, "--set", *settings, *(FEW if self.few else []),
         )  # fmt: skip
 
@@ -82,8 +83,8 @@ class Quickstart:
         )  # fmt: skip
         runs = [self.output / f"phase{number}" for number in PHASES]
         self.module(
-            "report", "evals", "report", "--run", *runs, "--eval", self.output / "evals" / "phase3",
-            "--output", self.output / "report.html",
+            "report", "evals", "report", "--run", *runs, "--eval", self.output / "evals" / "phase2",
+            self.output / "evals" / "phase3",            "--output", self.output / "report.html",
         )  # fmt: skip
 
     def summary(self) -> None:
@@ -102,6 +103,13 @@ class Quickstart:
         print(f"{sum(seconds for _, seconds in self.times):7.1f} s  in all")
         for what in ("corpus", "tokenizer", *(f"phase{n}/checkpoints" for n in PHASES), "evals", "report.html"):
             print(f"{what:20s} {self.output / what}")
+
+
+def _free_port() -> int:
+    """A port that nobody uses: the default one may belong to another run on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _sequence_length(number: int) -> int:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.kernels import is_available
 from neomoba_dist.parallel.comm import sum_gradient
 
 
@@ -24,4 +25,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.partial else self.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        if x.is_cuda and is_available("apex_norm"):
+            from neomoba_dist.model.kernels.apex import fused_rms_norm_affine
+
+            return fused_rms_norm_affine(x, weight, weight.shape, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)

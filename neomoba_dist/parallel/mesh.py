@@ -188,5 +188,11 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     arguments: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo"}
     if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_ADDR" not in os.environ:
         arguments.update(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
+    except dist.DistNetworkError as error:
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} cannot be used ({error}); if another run "
+            "holds it, choose another one: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
+        ) from error
     return device

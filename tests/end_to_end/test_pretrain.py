@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_bad_start_is_one_line(config_file: Path, tmp_path: Path, words: list[st
     assert not (tmp_path / "run").exists(), "nothing may be written before the checks"
 
 
+def test_a_port_in_use_is_one_line(config_file: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = pretrain(
+            *("--ds_config", config_file, "--output_dir", tmp_path / "run"),
+            **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: port {port} of 127.0.0.1 cannot be used")
+    assert "Traceback" not in result.stderr
+
+
 def test_dry_run() -> None:
     result = pretrain(
         "--ds-config", "ds_configs/phase3.json", "--dry-run", "--world-size", "8", "--set", "zero_optimization.stage=1"
@@ -109,7 +124,10 @@ def test_dry_run() -> None:
 def test_deepspeed_launcher_trains_resumes_and_starts_the_next_phase(config_file: Path, tmp_path: Path) -> None:
     """tp 2 on two ranks: three steps, three more after a resume, then another phase from the weights."""
     output = tmp_path / "run"
-    launch = ("deepspeed", "--num_gpus", "2", PRETRAIN, "--ds_config", config_file)
+    with socket.socket() as probe:  # the default port may belong to another run on this machine
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ("deepspeed", "--num_gpus", "2", "--master_port", port, PRETRAIN, "--ds_config", config_file)
     two = ("--set", "neomoba.parallel.tensor_model_parallel_size=2", "neomoba.log.tensorboard=true")
     first = start(*launch, "--output_dir", output, "--max_steps", "3", *two)
     assert first.returncode == 0, first.stderr

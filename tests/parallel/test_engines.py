@@ -144,6 +144,21 @@ def test_three_steps(layout: str, objective: str) -> None:
     check(world, make_config(objective, parallel, stage))
 
 
+@pytest.mark.parametrize("layout", ["dp2_zero2", "dp2_zero3", "tp2_sp_dp2_zero2", "tp2_sp_pp2"])
+def test_bf16(layout: str) -> None:
+    """bf16 compute with fp32 masters: near the float32 losses, and one set of weights on all ranks."""
+    world, parallel, stage = LAYOUTS[layout]
+    config = make_config("mlm", parallel, stage)
+    losses, norms, *_ = reference(config, False)
+    config = parse_config({**config.to_dict(), "bf16": {"enabled": True}})
+    results = run_ranks(world, train_rank, config, False)
+    assert {tuple(r[0]) for r in results} == {tuple(results[0][0])}
+    assert results[0][0] == pytest.approx(losses, rel=2e-2)
+    assert results[0][1] == pytest.approx(norms, rel=1e-1)
+    for kind in (2, 3, 4):  # initial weights, first moment, final weights: fp32, and every copy agrees
+        assert all(value.dtype == torch.float32 for value in assemble([r[kind] for r in results]).values())
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("layout", LAYOUTS)
