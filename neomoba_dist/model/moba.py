@@ -106,7 +106,7 @@ def moba_attention(
         q_offset: position of each document's first query, an int or int tensor [documents].
         gate: "per_head" (each query head chooses) or "kv_group" (the heads of one KV head choose together).
         pooling: what stands for a block: "mean", "max", "minmax" (Quest bound) or "representative" (last token).
-        impl: "auto" or the name of one implementation.
+        impl: "reference" (dense mask), "torch" (CPU and any GPU), "triton" (GPU) or "auto".
         return_lse: also return the logsumexp of the scaled logits.
 
     Returns:
@@ -197,7 +197,7 @@ def attend(
     if impl == "reference":
         layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, offset, q.device)
         return attend_reference(q, k, v, routes, layout, causal=causal)
-    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset)
+    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset, impl)
 
 
 def q_offset_is_zero(q_offset: Tensor | int) -> bool:

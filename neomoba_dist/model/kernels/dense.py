@@ -28,7 +28,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
         [T, Hq, D] in the dtype of q.
     """
     if q.device.type == "cpu":
-        return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None)[0]
+        return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, "torch")[0]
     if q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
         return _flash_varlen(q, k, v, causal, cu_seqlens)
     return _sdpa(q, k, v, causal, cu_seqlens)

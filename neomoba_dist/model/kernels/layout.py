@@ -20,6 +20,7 @@ from torch import Tensor
 class BlockLayout:
     """Blocks of all documents. Tensors are int64 on the device of the queries."""
 
+    num_queries: int  # T
     block_size: int
     num_blocks: int  # N, static upper bound
     cu_q: Tensor  # [docs + 1] borders of the documents among the queries
@@ -46,6 +47,27 @@ class BlockLayout:
         start = self.cu_k[document] + (index - self.first_block[document]) * self.block_size
         length = (self.cu_k[document + 1] - start).clamp(min=0, max=self.block_size)
         return start, torch.where(index < self.first_block[-1], length, 0)
+
+    def own_keys(self, causal: bool) -> tuple[Tensor, Tensor]:
+        """Keys first..last of its own block that each query sees, int32: two [T]; empty where there is no own block."""
+        document, position = self.query_places(0, self.num_queries)
+        start = self.cu_k[document] + position // self.block_size * self.block_size
+        stop = torch.minimum(start + self.block_size, self.cu_k[document + 1])
+        if causal:
+            stop = torch.minimum(stop, self.cu_k[document] + position + 1)
+        return start.int(), torch.maximum(start, stop).int()
+
+    def own_queries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries first..last whose own block is each block, and the first one's place in it, int32: three [N]."""
+        index = torch.arange(self.num_blocks, device=self.cu_k.device)
+        document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
+        position = (index - self.first_block[document]) * self.block_size
+        tokens = self.cu_q[document + 1] - self.cu_q[document]
+        place = (self.q_offset[document] - position).clamp(min=0)
+        low = torch.minimum((position - self.q_offset[document]).clamp(min=0), tokens)
+        high = torch.minimum((position + self.block_size - self.q_offset[document]).clamp(min=0), tokens)
+        high = torch.where(index < self.first_block[-1], high, low)
+        return (self.cu_q[document] + low).int(), (self.cu_q[document] + high).int(), place.int()
 
     def key_places(self, num_keys: int) -> tuple[Tensor, Tensor]:
         """Block and position within its document of every key: two [S]."""
@@ -83,7 +105,8 @@ def make_layout(
     documents = cu_q.numel() - 1
     offset = torch.zeros(documents, dtype=torch.int64, device=device) if q_offset is None else q_offset.long()
     first_block = torch.nn.functional.pad(((cu_k.diff() + block_size - 1) // block_size).cumsum(0), (1, 0))
-    return BlockLayout(block_size, max_blocks(num_keys, block_size, documents), cu_q, cu_k, offset, first_block)
+    num_blocks = max_blocks(num_keys, block_size, documents)
+    return BlockLayout(num_queries, block_size, num_blocks, cu_q, cu_k, offset, first_block)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens") -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels import gathered, is_available
+from neomoba_dist.model.kernels import gathered, is_available, log_choice
+from neomoba_dist.model.kernels.chunked import attend_chunked, attend_chunked_backward
 from neomoba_dist.model.kernels.gather_tasks import Problem
 from neomoba_dist.model.kernels.layout import make_layout, max_blocks
 from neomoba_dist.model.kernels.routing import block_means_any, empty_routes, pooled_width, route_any, score_dtype
@@ -19,16 +20,43 @@ from neomoba_dist.model.kernels.routing_cpu import block_means_cpu, route_cpu
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def runs_on_triton(q: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: a GPU, a dtype they know, and triton importable."""
-    return q.device.type == "cuda" and q.dtype in TRITON_DTYPES and is_available("triton")
+def implementation(q: Tensor, impl: str = "auto") -> str:
+    """The implementation that runs on q: "torch" or "triton"; logged once per device.
+
+    "auto" takes Triton on a GPU. By name, Triton also runs on the CPU, in its interpreter (TRITON_INTERPRET=1).
+
+    Raises:
+        ValueError: "triton" was asked for, and cannot run.
+    """
+    known = q.dtype in TRITON_DTYPES and is_available("triton")
+    if impl == "auto":
+        impl = "triton" if q.device.type == "cuda" and known else "torch"
+        log_choice(f"MoBA attention in {q.dtype} on {q.device.type}", impl)
+    elif impl == "triton" and not (known and (q.device.type == "cuda" or interprets_triton())):
+        raise ValueError(
+            f'impl="triton" needs triton, a GPU and half precision or float32, got {q.dtype} on {q.device}'
+        )
+    return impl
+
+
+def interprets_triton() -> bool:
+    """Whether Triton was imported in its interpreter mode."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 @torch.library.custom_op("neomoba::block_means", mutates_args=())
 def block_means(k: Tensor, block_size: int, cu_seqlens: Tensor | None, pooling: str) -> Tensor:
     """See moba.block_means."""
     layout = make_layout(0, k.shape[0], block_size, cu_seqlens, cu_seqlens, None, k.device)
-    return (block_means_cpu if k.device.type == "cpu" else block_means_any)(k, layout, pooling)
+    if k.device.type == "cpu":
+        return block_means_cpu(k, layout, pooling)
+    if implementation(k) == "triton":
+        from neomoba_dist.model.kernels.triton_gate import block_means_triton
+
+        return block_means_triton(k, layout, pooling)
+    return block_means_any(k, layout, pooling)
 
 
 @block_means.register_fake
@@ -53,8 +81,14 @@ def route(
 ) -> Tensor:
     """See moba.route."""
     layout = make_layout(q.shape[0], num_keys, block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
-    chosen = route_cpu if q.device.type == "cpu" else route_any
-    return chosen(q, means, layout, top_k=top_k, causal=causal, gate=gate, pooling=pooling)
+    options: dict[str, Any] = {"top_k": top_k, "causal": causal, "gate": gate, "pooling": pooling}
+    if q.device.type == "cpu":
+        return route_cpu(q, means, layout, **options)
+    if implementation(q) == "triton":
+        from neomoba_dist.model.kernels.triton_gate import route_triton
+
+        return route_triton(q, means, layout, **options)
+    return route_any(q, means, layout, **options)
 
 
 @route.register_fake
@@ -85,10 +119,16 @@ def attend(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """See moba.attend; without routes every query attends to its whole document."""
     layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
-    return gathered.attend_cpu(Problem(q, k, v, routes, layout, causal))
+    if routes is not None and implementation(q, impl) == "triton":
+        from neomoba_dist.model.kernels.triton_forward import attend_triton
+
+        return attend_triton(q, k, v, routes, layout, causal)
+    problem = Problem(q, k, v, routes, layout, causal)
+    return gathered.attend_cpu(problem) if q.device.type == "cpu" else attend_chunked(problem)
 
 
 @attend.register_fake
@@ -102,6 +142,7 @@ def _(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
 
@@ -121,11 +162,19 @@ def attend_backward(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    return gathered.attend_cpu_backward(Problem(q, k, v, routes, layout, causal), out, lse, grad_out, grad_lse)
+    if routes is not None and implementation(q, impl) == "triton":
+        from neomoba_dist.model.kernels.triton_backward import attend_triton_backward
+
+        return attend_triton_backward(q, k, v, routes, out, lse, grad_out, grad_lse, layout, causal)
+    problem = Problem(q, k, v, routes, layout, causal)
+    if q.device.type == "cpu":
+        return gathered.attend_cpu_backward(problem, out, lse, grad_out, grad_lse)
+    return attend_chunked_backward(problem, grad_out, grad_lse)
 
 
 @attend_backward.register_fake
@@ -143,20 +192,21 @@ def _(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, ctx.block_size, ctx.causal, cu_seqlens, cu_seqlens_k, q_offset = inputs
+    q, k, v, routes, ctx.block_size, ctx.causal, cu_seqlens, cu_seqlens_k, q_offset, ctx.impl = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, routes, *output, cu_seqlens, cu_seqlens_k, q_offset)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, routes, out, lse, *places = ctx.saved_tensors
-    grads = attend_backward(grad_out, grad_lse, q, k, v, routes, out, lse, ctx.block_size, ctx.causal, *places)
-    return *grads, None, None, None, None, None, None
+    tensors = (grad_out, grad_lse, q, k, v, routes, out, lse)
+    return *attend_backward(*tensors, ctx.block_size, ctx.causal, *places, ctx.impl), *[None] * 7
 
 
 attend.register_autograd(_backward, setup_context=_keep_for_backward)

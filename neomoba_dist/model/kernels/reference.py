@@ -13,11 +13,11 @@ from neomoba_dist.model.kernels.routing import score_dtype
 
 
 def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: BlockLayout, *, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: BlockLayout, *, causal: bool, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query over the keys of its chosen blocks; see moba.attend."""
+    """Attention of the queries from number `first` over the keys of their chosen blocks; see moba.attend."""
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    mask = routed_keys(routes, layout, k.shape[0], causal)  # [T, R, S]
+    mask = routed_keys(routes, layout, k.shape[0], causal, first)  # [T, R, S]
     mask = mask.repeat_interleave(num_heads // mask.shape[1], dim=1).unflatten(1, (num_kv_heads, -1))
     dtype = score_dtype(q.dtype)
     queries = q.to(dtype).unflatten(1, (num_kv_heads, -1))
@@ -30,12 +30,12 @@ def attend_reference(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
-def routed_keys(routes: Tensor, layout: BlockLayout, num_keys: int, causal: bool) -> Tensor:
+def routed_keys(routes: Tensor, layout: BlockLayout, num_keys: int, causal: bool, first: int) -> Tensor:
     """bool [T, R, S]: the keys that each query sees; only its own block, column 0 of the routes, is causally masked."""
     key_block, key_position = layout.key_places(num_keys)
     own_mask = routes[:, :, :1] == key_block
     if causal:
-        _, position = layout.query_places(0, routes.shape[0])
+        _, position = layout.query_places(first, first + routes.shape[0])
         own_mask = own_mask & (key_position <= position[:, None])[:, None]
     others = torch.zeros(*routes.shape[:2], layout.num_blocks + 1, dtype=torch.bool, device=routes.device)
     others.scatter_(-1, routes[:, :, 1:].long() + 1, True)  # column 0 takes the "no block" entries

@@ -1,0 +1,59 @@
+"""MoBA where neither the CPU path nor Triton applies (float64 on a GPU, or a GPU without Triton).
+
+The dense-mask reference on chunks of queries, so that memory stays bounded; recomputed in the backward pass. Exact, and
+without a device synchronisation, but it does the work of full attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.kernels.gather_tasks import Problem
+from neomoba_dist.model.kernels.reference import attend_reference
+from neomoba_dist.model.kernels.routing import score_dtype
+
+LOGITS_PER_CHUNK = 1 << 26
+
+
+def _chunks(problem: Problem) -> Iterator[slice]:
+    tokens, heads, _ = problem.q.shape
+    height = max(1, LOGITS_PER_CHUNK // max(1, heads * problem.k.shape[0]))
+    for start in range(0, tokens, height):
+        yield slice(start, min(start + height, tokens))
+
+
+def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    assert problem.routes is not None
+    return attend_reference(q, k, v, problem.routes[rows], problem.layout, causal=problem.causal, first=rows.start)
+
+
+def attend_chunked(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output [T, Hq, D] and logsumexp [T, Hq]; see moba.attend."""
+    q = problem.q
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
+    for rows in _chunks(problem):
+        out[rows], lse[rows] = _attend(problem, q[rows], problem.k, problem.v, rows)
+    return out, lse
+
+
+def attend_chunked_backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; sums over chunks run in the dtype of the scores."""
+    dtype = score_dtype(problem.q.dtype)
+    k, v = (x.detach().requires_grad_() for x in (problem.k, problem.v))
+    dq = torch.empty_like(problem.q)
+    dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    for rows in _chunks(problem):
+        with torch.enable_grad():
+            q = problem.q[rows].detach().requires_grad_()
+            out, lse = _attend(problem, q, k, v, rows)
+        results = [(out, grad_out)] if grad_lse is None else [(out, grad_out), (lse, grad_lse)]
+        outputs, grads = [result for result, _ in results], [grad[rows] for _, grad in results]
+        dq[rows], part_dk, part_dv = torch.autograd.grad(outputs, (q, k, v), grads)
+        dk += part_dk
+        dv += part_dv
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

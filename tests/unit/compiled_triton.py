@@ -1,0 +1,87 @@
+"""Compile every Triton kernel of MoBA for an H100/H200 without one: run by test_moba_triton.py in its own process.
+
+Arguments: cases such as bf16:128. Prints one line per kernel: name, dtype, head_dim, bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from neomoba_dist.model.kernels import triton_backward, triton_forward, triton_gate, triton_index
+from neomoba_dist.model.kernels.triton_common import Tiles, choose_key_tiles, choose_tiles, padded
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT32 = ("acc_pointer", "lse_pointer", "delta_pointer", "grad_lse_pointer")
+TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means")
+INTEGERS = "head column tokens heads group heads_per_row num_blocks num_tiles columns kv_heads parts first_column"
+SCALARS = (*INTEGERS.split(), "num_kv_heads", "rows_per_kv_head")
+
+
+def argument_type(name: str, dtype: str) -> str:
+    """Triton's type of a kernel argument, which its name tells."""
+    if name == "scale":
+        return "fp32"
+    if name in SCALARS or "stride" in name:
+        return "i32"
+    if name in FLOAT32:
+        return "*fp32"
+    return f"*{dtype}" if name.removesuffix("_pointer") in TENSORS else "*i32"
+
+
+def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> None:
+    """Down to machine code, with the alignment of pointers and strides that real calls have."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    aligned = [i for i, n in enumerate(names) if n not in constants and ("pointer" in n or "stride" in n)]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
+    assert "cubin" in compiled.asm
+    assert compiled.metadata.shared <= SHARED_MEMORY, (kernel.__name__, dtype, compiled.metadata.shared)
+    print(kernel.__name__, dtype, constants.get("DIM", ""), compiled.metadata.shared, flush=True)
+
+
+def attention_constants(tiles: Tiles, dim: int, dtype: str) -> dict[str, Any]:
+    shape = {"DIM": dim, "BM": tiles.rows, "BN": tiles.keys, "BD": padded(dim)}
+    return {**shape, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+
+
+def main(cases: list[str]) -> None:
+    """Each case is a dtype and a head_dim, such as "bf16:128"."""
+    for dtype, dim in ((case.split(":")[0], int(case.split(":")[1])) for case in cases):
+        tiles, key_tiles = choose_tiles(dim, DTYPES[dtype], 512), choose_key_tiles(dim, DTYPES[dtype], 512)
+        constants = attention_constants(tiles, dim, dtype)
+        for kernel in (triton_forward.routed_forward_kernel, triton_forward.own_forward_kernel):
+            compile_kernel(kernel, dtype, tiles.warps, tiles.stages, **constants)
+        for kernel in (triton_backward.routed_query_gradient_kernel, triton_backward.own_query_gradient_kernel):
+            compile_kernel(kernel, dtype, tiles.warps, max(1, tiles.stages - 1), **constants)
+        key_constants = attention_constants(key_tiles, dim, dtype)
+        launch = (key_tiles.warps, key_tiles.stages)
+        compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
+        delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
+        compile_kernel(triton_backward.delta_kernel, dtype, **delta)
+        for minmax in (False, True):
+            width = dim * (1 + minmax)
+            gate = {"IS_MINMAX": minmax, "EXACT": dtype == "fp32", "DIM": dim, "WIDTH": width, "SLOTS": 2}
+            compile_kernel(triton_gate.gate_kernel, dtype, **gate, BM=64, BN=64, BD=padded(dim))
+        for pooling in range(4):
+            pool = {"POOLING": pooling, "DIM": dim, "WIDTH": dim * (1 + (pooling == 2)), "BN": 64, "BD": padded(dim)}
+            compile_kernel(triton_gate.pool_kernel, dtype, **pool)
+    compile_kernel(triton_index.count_kernel, "bf16", warps=8, BT=512)
+    compile_kernel(triton_index.scatter_kernel, "bf16", warps=8, BT=512, BC=32)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,152 @@
+"""The Triton kernels in Triton's interpreter. Run by test_moba_triton.py in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.kernels.routing import best_blocks
+from neomoba_dist.model.kernels.routing_cpu import block_means_cpu, route_cpu
+from neomoba_dist.model.kernels.triton_common import Tiles
+from neomoba_dist.model.kernels.triton_forward import attend_triton
+from neomoba_dist.model.kernels.triton_gate import block_means_triton, route_triton
+from neomoba_dist.model.kernels.triton_index import build_index
+from neomoba_dist.model.moba import attend, block_means, moba_attention, route
+
+PACKED = [0, 0, 20, 21, 64]
+
+
+def draw(tokens: int, keys: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v that require a gradient, and a gradient for the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, heads[0], head_dim), *[(keys, heads[1], head_dim)] * 2, (tokens, heads[0], head_dim)]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_(i < 3) for i, s in enumerate(shapes)]
+
+
+def cu(borders: list[int] | None) -> Tensor | None:
+    return None if borders is None else torch.tensor(borders, dtype=torch.int32)
+
+
+def assert_equals_reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **options: Any) -> None:
+    results = []
+    for impl in ("triton", "reference"):
+        out, lse = moba_attention(q, k, v, impl=impl, return_lse=True, **options)
+        loss = (out * grad).sum() + lse.sin().sum()
+        results.append((out, lse, *torch.autograd.grad(loss, (q, k, v))))
+    tolerance = 1e-5 if q.dtype == torch.float32 else 1e-2
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        assert (got - want).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "block_size", "top_k"), [((4, 2), 16, 3), ((2, 2), 7, 2), ((3, 1), 32, 1)])
+@pytest.mark.parametrize("borders", [None, PACKED])
+def test_grid(borders: list[int] | None, heads: tuple[int, int], block_size: int, top_k: int, causal: bool) -> None:
+    options = {"block_size": block_size, "top_k": top_k, "causal": causal, "cu_seqlens": cu(borders)}
+    assert_equals_reference(*draw(64, 64, heads, 16, torch.float32), **options)
+
+
+@pytest.mark.parametrize("head_dim", [12, 96, 128])
+def test_head_dims(head_dim: int) -> None:
+    assert_equals_reference(*draw(40, 40, (2, 1), head_dim, torch.float32), block_size=16, top_k=3)
+
+
+def test_half_precision() -> None:
+    assert_equals_reference(*draw(80, 80, (2, 1), 64, torch.float16), block_size=16, top_k=3)
+
+
+def test_many_blocks_and_group_gate() -> None:
+    assert_equals_reference(*draw(48, 48, (4, 2), 16, torch.float32), block_size=8, top_k=4, gate="kv_group")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_offsets_and_own_keys(causal: bool) -> None:
+    options = {"cu_seqlens": cu([0, 10, 40]), "cu_seqlens_k": cu([0, 20, 60]), "q_offset": torch.tensor([10, 5])}
+    assert_equals_reference(*draw(40, 60, (2, 1), 16, torch.float32), block_size=8, top_k=2, causal=causal, **options)
+
+
+def test_longer_with_several_tiles() -> None:
+    assert_equals_reference(*draw(512, 512, (1, 1), 64, torch.float32), block_size=128, top_k=2)
+
+
+def test_parts_of_the_routes_and_queries_without_keys() -> None:
+    q, k, v, _ = draw(64, 64, (2, 1), 16, torch.float32)
+    routes = route(q, block_means(k, block_size=16), block_size=16, top_k=2)
+    here = torch.where(routes == 1, routes, -1)
+    (out, lse), (want, want_lse) = (attend(q, k, v, here, block_size=16, impl=i) for i in ("triton", "reference"))
+    assert (out - want).abs().max() <= 1e-5
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    assert lse.isinf().any()
+
+
+def layouts() -> list[tuple[int, int, BlockLayout]]:
+    """(queries, keys, layout) with one document, with several, and with an offset, for blocks of 8."""
+    found = []
+    for borders, keys, offset in ((None, None, None), (PACKED, None, None), ([0, 30, 40], [0, 60, 100], [10, 15])):
+        tokens = 64 if borders is None else borders[-1]
+        num_keys = tokens if keys is None else keys[-1]
+        at = None if offset is None else torch.tensor(offset)
+        found.append(
+            (tokens, num_keys, make_layout(tokens, num_keys, 8, cu(borders), cu(keys), at, torch.device("cpu")))
+        )
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "minmax", "representative"])
+def test_pooling_and_gate(pooling: str) -> None:
+    cases = layouts() if pooling == "mean" else layouts()[1:2]
+    for (tokens, keys, layout), causal, gate in itertools.product(cases, (True, False), ("per_head", "kv_group")):
+        q, k, *_ = (x.detach() for x in draw(tokens, keys, (4, 2), 12, torch.float32))
+        means = block_means_cpu(k, layout, pooling)
+        assert (block_means_triton(k, layout, pooling) - means).abs().max() <= 1e-6
+        options = {"top_k": 4, "causal": causal, "gate": gate, "pooling": pooling}
+        got = route_triton(q, means, layout, rows=32, blocks=16, **options)
+        assert torch.equal(got, route_cpu(q, means, layout, **options))
+
+
+def test_gate_ties_and_not_a_number() -> None:
+    layout = make_layout(40, 40, 4, None, None, None, torch.device("cpu"))
+    q, means = torch.ones(40, 1, 4), torch.ones(10, 1, 4)
+    means[2] = torch.nan
+    means[4] = -torch.inf
+    means[5] = -0.0
+    means[6] = 0.0
+    options = {"top_k": 4, "causal": True, "gate": "per_head", "pooling": "mean"}
+    got = route_triton(q, means, layout, rows=16, blocks=16, **options)
+    assert got[39, 0].tolist() == [9, 2, 8, 7]
+    scores = torch.einsum("thd,nhd->thn", q, means)[:, 0]
+    past = torch.arange(10) < torch.arange(40)[:, None] // 4
+    assert torch.equal(got[:, 0, 1:], best_blocks(scores, past, 3))
+
+
+def test_index_holds_each_choice_once_in_order() -> None:
+    routes = torch.randint(-1, 6, (150, 2, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    index = build_index(routes, 6, 1, list_tile=16, query_tile=64)
+    for column, head in itertools.product(range(3), range(2)):
+        tiles = []
+        for block in range(6):
+            start, stop = index.first[column, head, block : block + 2].tolist()
+            want = (routes[:, head, column + 1] == block).nonzero()[:, 0]
+            assert torch.equal(index.rows[column, head, start:stop].long(), want)
+            assert index.first_tile[column, head, block] == len(tiles)
+            tiles += [block] * -(-want.numel() // 16)
+        assert index.tile_block[column, head, : len(tiles)].tolist() == tiles
+        assert (index.tile_block[column, head, len(tiles) :] == 6).all()
+
+
+def test_tiles_do_not_matter_and_bits_repeat() -> None:
+    q, k, v, _ = (x.detach() for x in draw(64, 64, (2, 1), 16, torch.float32))
+    layout = make_layout(64, 64, 16, None, None, None, q.device)
+    routes = route(q, block_means(k, block_size=16), block_size=16, top_k=3)
+    out, lse = attend_triton(q, k, v, routes, layout, True, Tiles(16, 16, 4, 1))
+    again, _ = attend_triton(q, k, v, routes, layout, True, Tiles(16, 16, 4, 1))
+    other, other_lse = attend_triton(q, k, v, routes, layout, True, Tiles(32, 32, 4, 1))
+    assert torch.equal(out, again)
+    assert (out - other).abs().max() <= 1e-6
+    assert (lse - other_lse).abs().max() <= 1e-6
