@@ -70,15 +70,14 @@ class Quickstart:
 
     def evaluate(self) -> None:
         """Loss by position before and after phase 3, needle after it, and the report."""
-        border = str(_sequence_length(2))
-        length = str(_sequence_length(3))
-        common = ["--length", length, "--border", border]
+        rows, needles = ("2", ["--samples", "1", "--lengths", "256,512"]) if self.few else ("16", ["--samples", "4"])
+        common = ["--length", str(_sequence_length(3)), "--border", str(_sequence_length(2)), "--rows", rows]
         self.module(
             "evaluation before phase 3", "evals", "run", "--tasks", "position_loss", *common,
             "--checkpoint", self.output / "phase2", "--output", self.output / "evals" / "phase2",
         )  # fmt: skip
         self.module(
-            "evaluation after phase 3", "evals", "run", "--tasks", "position_loss,needle", *common,
+            "evaluation after phase 3", "evals", "run", "--tasks", "position_loss,needle", *common, *needles,
             "--checkpoint", self.output / "phase3", "--output", self.output / "evals" / "phase3",
         )  # fmt: skip
         runs = [self.output / f"phase{number}" for number in PHASES]

@@ -289,5 +289,7 @@ def _start_deepspeed(mesh: Mesh) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     # torch renamed two collectives that DeepSpeed still calls by their old names, which work
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # PipelineModule broadcasts tied weights once at start; torch warns as if it happened in the forward pass
+    warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
