@@ -6,6 +6,7 @@ Each rule yields the text of what is broken; the first one is raised. The reason
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.schema import Config, ModelConfig
@@ -91,12 +92,56 @@ def model_shape(config: Config) -> Iterator[str]:
             f"neomoba.model.hidden_size {model.hidden_size} is not a multiple of num_attention_heads {heads}; "
             f"set it to {nearest_multiples(model.hidden_size, heads)}, or give neomoba.model.head_dim"
         )
-    elif model.head_dim % 2:
+    elif model.head_dim % 2 and model.position_embedding == "rope":
         yield f"neomoba.model.head_dim {model.head_dim} is odd; rotary embedding turns pairs, set it to an even number"
     if model.hybrid_layer_count > layers:
         yield (
             f"neomoba.model.hybrid_layer_count {model.hybrid_layer_count} is larger than num_hidden_layers {layers}; "
             f"set it to {layers} or less"
+        )
+
+
+def attention(config: Config) -> Iterator[str]:
+    """Refuse kinds of attention that do not fill the layers, and settings that no layer reads."""
+    model = config.model
+    for problem in attention_problems(model.attention, model.num_hidden_layers, model.hybrid_layer_count):
+        yield f"neomoba.model.attention {problem}"
+    if model.global_tokens and "sliding_window" not in model.layer_attentions:
+        yield (
+            f"neomoba.model.global_tokens {model.global_tokens} belongs to sliding-window layers, of which "
+            f'neomoba.model.attention "{model.attention}" makes none; set global_tokens to 0'
+        )
+    if not model.causal and model.key_conv_width % 2 == 0 and model.key_conv_width:
+        yield (
+            f"neomoba.model.key_conv_width {model.key_conv_width} has no middle, and with objective mlm the "
+            f"convolution is centred on its key; set it to {model.key_conv_width + 1}"
+        )
+
+
+def positions(config: Config) -> Iterator[str]:
+    """Refuse position schemes that are not defined for the model, and settings that the scheme does not read."""
+    model, scaling = config.model, config.model.rope_scaling_type
+    if model.position_embedding == "sinusoidal" and model.hidden_size % 2:
+        yield (
+            f"neomoba.model.hidden_size {model.hidden_size} is odd, and sinusoidal positions come in pairs of sine and "
+            f"cosine; set hidden_size to {nearest_multiples(model.hidden_size, 2)}"
+        )
+    if scaling is not None and model.position_embedding != "rope":
+        yield (
+            f"neomoba.model.rope_scaling_type {scaling} needs rotary positions, but position_embedding is "
+            f"{model.position_embedding}; set rope_scaling_type to null"
+        )
+    if scaling is None and model.rope_scaling_factor != 1:
+        yield (
+            f"neomoba.model.rope_scaling_factor {model.rope_scaling_factor:g} has no effect without rope_scaling_type; "
+            "set rope_scaling_type to yarn, or rope_scaling_factor to 1"
+        )
+    if scaling == "ntk" and model.head_dim == 2:
+        yield "neomoba.model.rope_scaling_type ntk is not defined for head_dim 2; set rope_scaling_type to linear"
+    if scaling == "yarn" and model.original_max_position_embeddings is None:
+        yield (
+            "neomoba.model.rope_scaling_type yarn needs original_max_position_embeddings; set it to the longest "
+            "sequence before the scaling"
         )
 
 
@@ -200,6 +245,8 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     zero_stage,
     precision,
     model_shape,
+    attention,
+    positions,
     tensor_parallel,
     pipeline,
     phase_lengths,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
+from neomoba_dist.config.attention import expand_attention
 from neomoba_dist.config.batch import BatchPlan, plan_batch
 from neomoba_dist.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
@@ -32,10 +33,18 @@ class ModelConfig:
     rms_norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    position_embedding: Literal["rope", "learned", "sinusoidal", "alibi", "t5_relative", "none"] = "rope"
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling_type: Literal["linear", "ntk", "yarn"] | None = None
+    rope_scaling_factor: Annotated[float, Range(ge=1)] = 1.0
+    original_max_position_embeddings: PositiveInt | None = None
+    attention: str = "moba"
+    hybrid_layer_count: NonNegativeInt = 3
     moba_block_size: PositiveInt = 512
     moba_top_k: PositiveInt = 3
-    hybrid_layer_count: NonNegativeInt = 3
+    sliding_window: PositiveInt = 512
+    global_tokens: NonNegativeInt = 0
+    key_conv_width: NonNegativeInt = 0
     initializer_range: PositiveFloat = 0.02
 
     def __post_init__(self) -> None:
@@ -47,6 +56,11 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether a position sees only itself and earlier ones (`objective` "clm")."""
         return self.objective == "clm"
+
+    @property
+    def layer_attentions(self) -> tuple[str, ...]:
+        """Kind of attention of every layer, first to last: "moba", "full" or "sliding_window"."""
+        return expand_attention(self.attention, self.num_hidden_layers, self.hybrid_layer_count)
 
 
 @dataclass(frozen=True, kw_only=True)

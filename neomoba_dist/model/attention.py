@@ -1,4 +1,5 @@
-"""Grouped-query self-attention (arXiv 2305.13245) whose core is MoBA (arXiv 2502.13189) or full attention.
+"""Grouped-query self-attention (arXiv 2305.13245) whose core is MoBA (arXiv 2502.13189), full or
+sliding-window attention.
 
 Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, N heads of this
 rank, D head size. Query heads are split over tp. KV heads are too where they suffice; with fewer KV heads than ranks
@@ -10,26 +11,31 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.cache import LayerCache
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.kernels.dense import full_attention
+from neomoba_dist.model.key_conv import convolve_keys
+from neomoba_dist.model.masked import unusual_attention
 from neomoba_dist.model.moba import moba_attention
 from neomoba_dist.model.norm import RMSNorm
-from neomoba_dist.model.positions import apply_rope, rope_cos_sin
+from neomoba_dist.model.positions import ScoreBias, apply_rope, rope_cos_sin, rope_frequencies, rope_temperature
 from neomoba_dist.parallel.comm import sum_gradient
 from neomoba_dist.parallel.megatron import column_linear, row_linear
 
 
 class Attention(nn.Module):
-    """x [S, H] -> [S, H]. `full` says whether the core is full attention now; `always_full` that it always is."""
+    """x [S, H] -> [S, H]. kind: "moba", "full" or "sliding_window". `full` says whether the core is full now."""
 
     def __init__(
-        self, name: str, config: ModelConfig, init: Initializer, *, always_full: bool, recompute_core: bool
+        self, name: str, config: ModelConfig, init: Initializer, *, kind: str = "moba", recompute_core: bool = False
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, init.mesh
-        self.always_full = self.full = always_full
+        self.kind, self.full = kind, kind == "full"
         self.recompute_core = recompute_core
+        assert config.head_dim is not None  # resolved by ModelConfig; the rules refuse what does not divide
         hidden, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
         tp = self.mesh["tp"]
         self.replicate_kv = config.num_key_value_heads < tp.size
         self.num_query_heads = config.num_attention_heads // tp.size
@@ -44,31 +50,58 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, config.rms_norm_eps, init, partial=True)
             self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, init, partial=True)
+        if config.key_conv_width:
+            self.key_conv = init.weight(f"{name}.key_conv", (keys, config.key_conv_width), shard_dim=kv_dim)
+        self.score_bias = ScoreBias.of(f"{name}.score_bias", config, init)
 
-    def forward(self, x_SH: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """position_ids int64 [T], cu_seqlens int32 [max_documents + 1]: those of all T tokens."""
-        head_dim = self.config.head_dim
+    def forward(
+        self,
+        x_SH: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """position_ids int64 [T], cu_seqlens int32 [max_documents + 1]: those of all T tokens.
+
+        cache: the keys and values of earlier tokens of the same documents; takes those of these tokens too.
+        """
         weight = torch.cat((self.q_proj, self._kv_weight(self.k_proj), self._kv_weight(self.v_proj)))
         q, k, v = (
-            part.unflatten(-1, (-1, head_dim))
+            part.unflatten(-1, (-1, self.head_dim))
             for part in column_linear(x_SH, weight, self.mesh).split(
-                [n * head_dim for n in (self.num_query_heads, self.num_kv_heads, self.num_kv_heads)], dim=-1
+                [n * self.head_dim for n in (self.num_query_heads, self.num_kv_heads, self.num_kv_heads)], dim=-1
             )
         )
+        if self.config.key_conv_width:
+            taps = self._kv_weight(self.key_conv)
+            k = cache.convolve(k, taps) if cache else convolve_keys(k, taps, cu_seqlens, self.config.causal)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = rope_cos_sin(position_ids, head_dim, self.config.rope_theta)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.config.position_embedding == "rope":
+            frequencies = rope_frequencies(self.config, self.head_dim, x_SH.device)
+            cos, sin = rope_cos_sin(position_ids, frequencies, rope_temperature(self.config))
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if self.recompute_core and torch.is_grad_enabled():
             out_TND = checkpoint(self.core, q, k, v, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
         else:
-            out_TND = self.core(q, k, v, cu_seqlens)
+            out_TND = self.core(q, k, v, cu_seqlens, cache)
         return row_linear(out_TND.flatten(1), self.o_proj, self.mesh)
 
-    def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def core(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]."""
-        config = self.config
-        if self.full:
+        config, kind = self.config, "full" if self.full else self.kind
+        if cache is not None and cache.extend(k, v):
+            return cache.attend(q, kind, cu_seqlens, self.score_bias)
+        if kind == "sliding_window" or self.score_bias is not None:
+            return unusual_attention(q, k, v, kind, config, self.score_bias, cu_seqlens)
+        if kind == "full":
             return full_attention(q, k, v, causal=config.causal, cu_seqlens=cu_seqlens)
         return moba_attention(
             q,
@@ -86,11 +119,11 @@ class Attention(nn.Module):
             return weight
         tp = self.mesh["tp"]
         head = tp.index * self.config.num_key_value_heads // tp.size
-        return sum_gradient(weight, self.mesh, "tp").narrow(0, head * self.config.head_dim, self.config.head_dim)
+        return sum_gradient(weight, self.mesh, "tp").narrow(0, head * self.head_dim, self.head_dim)
 
 
 def set_full_attention(model: nn.Module, full: bool) -> None:
-    """Switch the MoBA layers of `model` to full attention or back; the last, always full layers stay as they are."""
+    """Switch MoBA and sliding-window layers of `model` to full attention or back; full layers stay as they are."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.full = full or module.always_full
+            module.full = full or module.kind == "full"

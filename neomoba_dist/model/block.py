@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention import Attention
+from neomoba_dist.model.cache import LayerCache
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
 from neomoba_dist.model.norm import RMSNorm
@@ -18,11 +19,12 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    recompute: "full" keeps only the block's input for the backward pass, "selective" recomputes the attention core.
+    attention: its kind (ModelConfig.layer_attentions). recompute: "full" keeps only the block's input for the backward
+    pass, "selective" recomputes the attention core.
     """
 
     def __init__(
-        self, index: int, config: ModelConfig, init: Initializer, *, always_full: bool, recompute: str = "none"
+        self, index: int, config: ModelConfig, init: Initializer, *, attention: str = "moba", recompute: str = "none"
     ) -> None:
         super().__init__()
         name, partial = f"blocks.{index}", init.mesh.sequence_parallel
@@ -31,7 +33,7 @@ class Block(nn.Module):
             f"{name}.attention_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial
         )
         self.attention = Attention(
-            f"{name}.attention", config, init, always_full=always_full, recompute_core=recompute == "selective"
+            f"{name}.attention", config, init, kind=attention, recompute_core=recompute == "selective"
         )
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
         self.mlp = SwiGLU(f"{name}.mlp", config, init)
@@ -46,7 +48,13 @@ class Block(nn.Module):
             hidden = self.transform(hidden, position_ids, cu_seqlens)
         return hidden, aux_loss, position_ids, cu_seqlens
 
-    def transform(self, x_SH: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """The block proper: [S, H] -> [S, H]."""
-        x_SH = x_SH + self.attention(self.attention_norm(x_SH), position_ids, cu_seqlens)
+    def transform(
+        self,
+        x_SH: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """The block proper: [S, H] -> [S, H]. cache: of its attention layer, for decoding."""
+        x_SH = x_SH + self.attention(self.attention_norm(x_SH), position_ids, cu_seqlens, cache)
         return x_SH + self.mlp(self.mlp_norm(x_SH))

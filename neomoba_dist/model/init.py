@@ -45,7 +45,7 @@ class Shard:
 
 def shard_of(parameter: nn.Parameter) -> Shard:
     """The `Shard` of a parameter that an `Initializer` made."""
-    return parameter.shard  # type: ignore[attr-defined] - a plain attribute: DeepSpeed keeps the object
+    return parameter.shard  # type: ignore[attr-defined]  # a plain attribute: DeepSpeed keeps the object
 
 
 @dataclass(frozen=True)

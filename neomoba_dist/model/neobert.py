@@ -1,6 +1,6 @@
 """NeoBERT-MoBA: the layer list, and the whole model for one pipeline stage.
 
-NeoBERT (arXiv 2502.19587): pre-norm RMSNorm, SwiGLU, RoPE; here with GQA and with MoBA in all but the last
+NeoBERT (arXiv 2502.19587): pre-norm RMSNorm, SwiGLU, RoPE; here with GQA and, by default, with MoBA in all but the last
 `hybrid_layer_count` layers (arXiv 2502.13189, section 3.2). Objective "mlm" is a bidirectional encoder, "clm" a causal
 decoder. The same layers, in the same order, make the flat model (`NeoBERT`) and the pipeline (parallel/pipeline.py).
 
@@ -20,6 +20,7 @@ from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import RMSNorm
+from neomoba_dist.model.positions import PositionEmbedding
 from neomoba_dist.parallel.megatron import enter_tensor_parallel, sum_over_tensor_parallel
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -98,9 +99,7 @@ class PipelineHead(Head):
         return _with_weight(self, state)
 
 
-def token_losses(
-    hidden_SH: torch.Tensor, weight: nn.Parameter, labels_T: torch.Tensor, mesh: Mesh
-) -> torch.Tensor:
+def token_losses(hidden_SH: torch.Tensor, weight: nn.Parameter, labels_T: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Cross entropy of every token, [T] float32 (float64 for float64), 0 where the label is -100.
 
     Only counted tokens enter the vocabulary product: with MLM at 20 % that saves four fifths of it.
@@ -122,37 +121,38 @@ class Layer:
     cls: type[nn.Module]
     kwargs: Mapping[str, Any]
     tied: str | None = None
-    call: Callable[[nn.Module, State], Any] | None = None
+    call: Callable[[Any, State], Any] | None = None
 
 
 def layer_list(
     config: ModelConfig, init: Initializer, *, recompute: str = "none", recompute_every: int = 1
 ) -> list[Layer]:
-    """Embedding, blocks, final norm, head: the order in which `State` travels."""
+    """Embedding, added positions if any, blocks, final norm, head: the order in which `State` travels."""
     common = {"config": config, "init": init}
     tied = "embedding" if config.tie_word_embeddings else None
-    first_full = config.num_hidden_layers - config.hybrid_layer_count
+    added = config.position_embedding in ("learned", "sinusoidal")
     blocks = [
         Layer(
             Block,
             {
                 **common,
                 "index": i,
-                "always_full": i >= first_full,
+                "attention": kind,
                 "recompute": "none" if recompute == "full" and i % recompute_every else recompute,
             },
         )
-        for i in range(config.num_hidden_layers)
+        for i, kind in enumerate(config.layer_attentions)
     ]
     return [
         Layer(Embedding, common, tied),
+        *([Layer(PositionEmbedding, common)] if added else []),
         *blocks,
         Layer(FinalNorm, common),
         Layer(Embedding, common, tied, call=_with_weight) if tied else Layer(PipelineHead, common),
     ]
 
 
-def _with_weight(module: nn.Module, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
+def _with_weight(module: Embedding | Head, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
     """What the last pipeline stage hands to the loss function: hidden, auxiliary loss and the output matrix."""
     return state[0], state[1], module.weight
 
@@ -178,12 +178,17 @@ class NeoBERT(nn.Module):
         init = Initializer(mesh, seed, config.initializer_range, dtype)
         *body, _ = layer_list(config, init, recompute=recompute, recompute_every=recompute_every)
         embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
-        self.embedding, self.blocks, self.final_norm = embedding, nn.ModuleList(blocks), final_norm
+        assert isinstance(embedding, Embedding)
+        self.embedding, self.final_norm = embedding, final_norm
+        self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
+        self.blocks = nn.ModuleList(blocks)
         self.head = Head(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
 
     def states(self, batch: Inputs) -> State:
         """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""
         state = self.embedding((batch.input_ids, batch.position_ids, batch.cu_seqlens))
+        if self.positions is not None:
+            state = self.positions(state)
         for block in self.blocks:
             state = block(state)
         return self.final_norm(state)

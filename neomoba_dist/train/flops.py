@@ -4,6 +4,8 @@ Convention of MFU (PaLM, arXiv 2204.02311, appendix B): a multiply-add is two op
 the forward pass, recomputation does not count, neither do norms and softmax.
 """
 
+from collections import Counter
+
 import torch
 
 from neomoba_dist.config import ModelConfig
@@ -37,6 +39,21 @@ def attention_pairs(lengths: torch.Tensor, config: ModelConfig, full: bool) -> i
     return int(torch.where(fits, dense, torch.minimum(own + chosen, dense) + gate // 2).sum())
 
 
+def window_pairs(lengths: torch.Tensor, config: ModelConfig) -> int:
+    """Query-key pairs per head of one sliding-window layer: those that are seen, whatever a kernel computes besides."""
+    length = torch.repeat_interleave(lengths, lengths)
+    ends = lengths.cumsum(0)
+    query = torch.arange(len(length), device=lengths.device) - torch.repeat_interleave(ends - lengths, lengths)
+    window, far = config.sliding_window, config.global_tokens
+    low = (query - window + 1).clamp(min=0)
+    high = query + 1 if config.causal else torch.minimum(query + window, length)
+    pairs = high - low + low.clamp(max=far)  # the window, and global tokens before it
+    if not config.causal:
+        pairs += (length.clamp(max=far) - high).clamp(min=0)  # global tokens after it
+        pairs = torch.where(query < far, length, pairs)
+    return int(pairs.sum())
+
+
 def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: bool) -> int:
     """Operations of forward and backward over documents of `lengths` tokens, `counted` of which enter the loss.
 
@@ -44,12 +61,20 @@ def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: b
     """
     tokens = int(lengths.sum())
     hidden, head_dim = config.hidden_size, config.head_dim
+    assert head_dim is not None  # resolved by ModelConfig
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     matrices = hidden * (2 * queries + 2 * keys) + 3 * hidden * config.intermediate_size
-    full_layers = config.num_hidden_layers if full else config.hybrid_layer_count
-    pairs = full_layers * attention_pairs(lengths, config, True)
-    if full_layers < config.num_hidden_layers:
-        pairs += (config.num_hidden_layers - full_layers) * attention_pairs(lengths, config, False)
+    matrices += keys * config.key_conv_width
+    kinds = Counter("full" if full else kind for kind in config.layer_attentions)
+    pairs = sum(
+        count
+        * (
+            window_pairs(lengths, config)
+            if kind == "sliding_window"
+            else attention_pairs(lengths, config, kind == "full")
+        )
+        for kind, count in kinds.items()
+    )
     forward = 2 * tokens * matrices * config.num_hidden_layers
     forward += 4 * pairs * queries
     forward += 2 * counted * hidden * config.vocab_size

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from neomoba_dist.config import BatchPlan, ConfigError, load_config
 from neomoba_dist.config.batch import nearest_multiples
+from neomoba_dist.config.load import KNOWN_KEYS
 from tests.configs import build
 
 TP = "neomoba.parallel.tensor_model_parallel_size"
@@ -57,6 +58,63 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
         {"neomoba.model.hybrid_layer_count": 29},
         "neomoba.model.hybrid_layer_count 29 is larger than num_hidden_layers 28; set it to 28 or less",
         {"neomoba.model.hybrid_layer_count": 28},
+    ),
+    (
+        {"neomoba.model.attention": "mobo"},
+        'neomoba.model.attention "mobo" is not known; set it to one of moba, full, sliding_window, or to a list',
+        {"neomoba.model.attention": "moba*27,full*1", "neomoba.model.hybrid_layer_count": 1},
+    ),
+    (
+        {"neomoba.model.attention": "moba*x"},
+        'neomoba.model.attention "moba*x" is not known',
+        {"neomoba.model.attention": " moba*25 , full , full*2"},
+    ),
+    (
+        {"neomoba.model.attention": "moba*25,full*2"},
+        '"moba*25,full*2" makes 27 layers, but num_hidden_layers is 28; let the counts add up to it',
+        {"neomoba.model.num_hidden_layers": 27, "neomoba.model.hybrid_layer_count": 2},
+    ),
+    (
+        {"neomoba.model.attention": "full*4,moba*23,full*1"},
+        "ends with 1 full layers, but neomoba.model.hybrid_layer_count is 3; set hybrid_layer_count to 0",
+        {"neomoba.model.hybrid_layer_count": 0},
+    ),
+    (
+        {"neomoba.model.global_tokens": 4},
+        "set global_tokens to 0",
+        {"neomoba.model.attention": "sliding_window"},
+    ),
+    (
+        {"neomoba.model.key_conv_width": 4},
+        "neomoba.model.key_conv_width 4 has no middle",
+        {"neomoba.model.key_conv_width": 5},
+    ),
+    ({"neomoba.model.key_conv_width": 4}, "set it to 5", {"neomoba.model.objective": "clm"}),
+    (
+        {"neomoba.model.position_embedding": "alibi", "neomoba.model.rope_scaling_type": "linear"},
+        "position_embedding is alibi; set rope_scaling_type to null",
+        {"neomoba.model.rope_scaling_type": None},
+    ),
+    (
+        {"neomoba.model.rope_scaling_factor": 4},
+        "neomoba.model.rope_scaling_factor 4 has no effect without rope_scaling_type",
+        {"neomoba.model.rope_scaling_type": "ntk"},
+    ),
+    (
+        {"neomoba.model.rope_scaling_type": "yarn", "neomoba.model.rope_scaling_factor": 4},
+        "yarn needs original_max_position_embeddings",
+        {"neomoba.model.original_max_position_embeddings": 4096},
+    ),
+    (
+        {"neomoba.model.rope_scaling_type": "ntk", "neomoba.model.head_dim": 2},
+        "ntk is not defined for head_dim 2; set rope_scaling_type to linear",
+        {"neomoba.model.rope_scaling_type": "linear"},
+    ),
+    (
+        {"neomoba.model.hidden_size": 765, "neomoba.model.head_dim": 64,
+         "neomoba.model.position_embedding": "sinusoidal"},
+        "set hidden_size to 764 or 766",
+        {"neomoba.model.hidden_size": 766},
     ),
     ({TP: 5}, f"num_attention_heads 12 is not a multiple of {TP} 5; set {TP} to 4", {TP: 4}),
     ({TP: 3, "neomoba.model.num_key_value_heads": 2}, "num_key_value_heads 2 neither divides nor", {TP: 2}),
@@ -111,6 +169,31 @@ def test_rules(broken: dict[str, Any], expected: str, mended: dict[str, Any]) ->
     assert message.startswith("FILE: ")
     assert expected in message
     build({**broken, **mended} if mended else dict.fromkeys(broken, 1))
+
+
+@pytest.mark.parametrize(
+    ("attention", "hybrid", "kinds"),
+    [
+        ("moba", 1, "m m f"),
+        ("full", 1, "f f f"),
+        ("sliding_window", 0, "s s s"),
+        ("moba*2,full", 1, "m m f"),
+        ("sliding_window,moba,full*1", 0, "s m f"),
+        ("full*1,moba*2", 0, "f m m"),
+    ],
+)
+def test_layer_attentions(attention: str, hybrid: int, kinds: str) -> None:
+    changes = {"attention": attention, "hybrid_layer_count": hybrid, "num_hidden_layers": 3}
+    model = build({f"neomoba.model.{key}": value for key, value in changes.items()}).model
+    assert [kind[0] for kind in model.layer_attentions] == kinds.split()
+
+
+def test_positions_without_pairs_take_an_odd_head_dim() -> None:
+    assert build({"neomoba.model.head_dim": 63, "neomoba.model.position_embedding": "alibi"}).model.head_dim == 63
+
+
+def test_number_of_keys_stays_below_one_hundred() -> None:
+    assert sum(len(block) for block in KNOWN_KEYS["neomoba"].values()) < 100
 
 
 def test_key_value_heads_may_be_fewer_than_tensor_parallel_ranks() -> None:
