@@ -10,6 +10,8 @@ import functools
 import importlib
 import logging
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 # name -> (module whose import proves that the compiled kernel works, what runs without it)
@@ -21,9 +23,14 @@ OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
 }
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def is_available(name: str) -> bool:
     """True when the optional package `name` (a key of OPTIONAL_KERNELS) imports; logs once with the reason if not."""
+    return _probe(name)
+
+
+@functools.cache
+def _probe(name: str) -> bool:
     module, replacement = OPTIONAL_KERNELS[name]
     try:
         importlib.import_module(module)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neomoba_dist.model.kernels import is_available, ops
+from neomoba_dist.model.kernels.flash_cpu import expand_keys, group_queries, ungroup_queries
 from neomoba_dist.model.kernels.layout import one_document
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None) -> Tensor:
     """Softmax attention within each document, scaled by 1 / sqrt(D).
 
-    CPU: torch's flash kernel document by document. GPU in half precision: flash-attn where it is installed, else the
-    flash kernel within torch, both on the packed documents. GPU otherwise: SDPA, with a [T, T] mask if packed.
+    One document: SDPA. Packed documents, on the CPU: the kernel of SDPA document by document; on a GPU in half
+    precision: flash-attn where it is installed, else the flash kernel within torch; otherwise SDPA with a [T, T] mask.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], Hkv divides Hq, any floating dtype.
@@ -27,11 +28,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
     Returns:
         [T, Hq, D] in the dtype of q.
     """
+    packed = cu_seqlens is not None and cu_seqlens.shape[0] > 2
     if q.device.type == "cpu":
-        return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, "torch")[0]
-    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+        if packed:
+            return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, "torch")[0]
+        return _sdpa(q, k, v, causal, None)
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    if fits and (packed or is_available("flash_attn")):
         return _flash_varlen(q, k, v, causal, cu_seqlens)
-    return _sdpa(q, k, v, causal, cu_seqlens)
+    return _sdpa(q, k, v, causal, cu_seqlens if packed else None)
 
 
 def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
@@ -46,6 +51,7 @@ def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Ten
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """Torch's choice of kernel; keys are expanded as views, so that KV heads are not repeated in memory."""
     mask = None
     if cu_seqlens is not None:
         index = torch.arange(q.shape[0], device=q.device)
@@ -53,9 +59,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | No
         mask = document[:, None] == document
         if causal:
             mask &= index[:, None] >= index
-    q_BHTD, k_BHSD, v_BHSD = (x.transpose(0, 1)[None] for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    keys, values = expand_keys(k, group), expand_keys(v, group)
     out = F.scaled_dot_product_attention(
-        q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+        group_queries(q, k.shape[1]), keys, values, attn_mask=mask, is_causal=causal and mask is None
     )
-    return out[0].transpose(0, 1)
+    return ungroup_queries(out)

@@ -1,0 +1,197 @@
+"""Speed and memory of MoBA against torch's full attention on the same tensors.
+
+Prints a table; --output also gets attention.json and attention.png. On a CPU with one thread, seconds are CPU time of
+the process; full / moba ratios come from one run. The limit is the ratio of the numbers of (query, key) pairs, the gate
+counted as half a pair per block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals.cli import EvalError, positive_int, print_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from evals.bench._attention_timing import Setting
+
+CPU_CASES = "2048:12,4096:12,8192:12,16384:4,32768:2,65536:1"
+LEAST_BYTES = 16_000_000  # of q: below, the buffers of the libraries hide the peak
+GPU_CASES = "2048:16,4096:16,8192:16,16384:16,32768:16,65536:16,131072:16"
+
+
+def cases(text: str) -> list[tuple[int, int]]:
+    """argparse type: "tokens:heads,..."."""
+    try:
+        pairs = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+        found = [(tokens, heads) for tokens, heads in pairs if tokens > 0 and heads > 0]
+    except ValueError:
+        found = []
+    if len(found) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 4096:12,8192:12 (tokens:heads)")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m evals bench attention`."""
+    parser.add_argument("--cases", type=cases, metavar="T:H,...", help=f"tokens:heads (default on a CPU: {CPU_CASES})")
+    parser.add_argument("--block-size", type=positive_int, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--top-k", type=positive_int, default=3, metavar="N", help="blocks per query (default: 3)")
+    parser.add_argument("--head-dim", type=positive_int, help="default: 64, on a GPU 128")
+    parser.add_argument(
+        "--group", type=positive_int, default=1, metavar="N", help="query heads per KV head (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32, on a GPU bfloat16"
+    )
+    parser.add_argument("--bidirectional", action="store_true", help="no causal mask")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--repetitions", type=positive_int, default=3, metavar="N", help="the least counts (default: 3)"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for attention.json and attention.png")
+
+
+def pair_limit(setting: Setting) -> float:
+    """Pairs of full attention over pairs of MoBA with its gate: what a kernel of the same speed could gain."""
+    n, block = setting.length, setting.block_size
+    blocks = -(-n // block)
+    others = [min(setting.top_k - 1, j if setting.causal else blocks - 1) for j in range(blocks)]
+    gate = n * n / (block * (4 if setting.causal else 2))
+    own = n * (block + 1) / 2 if setting.causal else n * block
+    full = n * (n + 1) / 2 if setting.causal else n * n
+    return max(1.0, full / (own + block * block * sum(others) + gate))
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """One setting per case. Raises EvalError."""
+    import torch
+
+    from evals.bench._attention_timing import Setting
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EvalError("--device cuda: no GPU is visible to torch; use --device cpu")
+    on_gpu = device == "cuda"
+    found = []
+    for length, heads in args.cases or cases(GPU_CASES if on_gpu else CPU_CASES):
+        if heads % args.group:
+            raise EvalError(f"--group {args.group} does not divide the {heads} heads of --cases {length}:{heads}")
+        head_dim = args.head_dim or (128 if on_gpu else 64)
+        dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+        shape = (length, heads, heads // args.group, head_dim, args.block_size, args.top_k)
+        found.append(Setting(*shape, not args.bidirectional, dtype, device, args.threads))
+    return found
+
+
+def measure(setting: Setting, repetitions: int, *, memory: bool) -> dict[str, Any]:
+    """One row of the table: seconds, ratios, and peak memory in tensors of the size of q."""
+    from evals.bench._attention_timing import measure_full, measure_moba, peak_bytes
+
+    full, moba = measure_full(setting, repetitions), measure_moba(setting, repetitions)
+    row: dict[str, Any] = {
+        "length": setting.length,
+        "heads": setting.heads,
+        "full": full._asdict(),
+        "moba": moba._asdict(),
+        "forward_ratio": full.forward / moba.forward,
+        "both_ratio": full.both / moba.both,
+        "pair_limit": pair_limit(setting),
+    }
+    size = setting.length * setting.heads * setting.head_dim * (4 if setting.dtype == "float32" else 2)
+    if memory and size >= LEAST_BYTES:
+        for kind in ("full", "moba"):
+            row[f"{kind}_peak_bytes"] = peak_bytes(setting, kind)
+            row[f"{kind}_peak_tensors"] = row[f"{kind}_peak_bytes"] / size
+    return row
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    todo = settings(args)
+    rows = []
+    for setting in todo:
+        rows.append(measure(setting, args.repetitions, memory=not args.no_memory))
+        print(f"{setting.length} tokens x {setting.heads} heads measured", file=sys.stderr)
+    print_table([HEADER, *(_cells(row) for row in rows)])
+    if args.output is not None:
+        from evals.plots import save_png
+
+        args.output.mkdir(parents=True, exist_ok=True)
+        result = {
+            "command": shlex.join(["python", "-m", "evals", "bench", "attention", *sys.argv[3:]]),
+            "torch": torch.__version__,
+            "machine": torch.cuda.get_device_name() if todo[0].device == "cuda" else platform.processor(),
+            "setting": {name: value for name, value in todo[0]._asdict().items() if name not in ("length", "heads")},
+            "rows": rows,
+        }
+        (args.output / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_png(figure(rows), args.output / "attention.png")
+    return 0
+
+
+HEADER = (
+    "tokens", "heads", "full fwd s", "moba fwd s", "ratio", "full f+b s", "moba f+b s", "ratio", "limit", "full mem",
+    "moba mem",
+)  # fmt: skip
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    full, moba = row["full"], row["moba"]
+    times = [full["forward"], moba["forward"], row["forward_ratio"], full["both"], moba["both"], row["both_ratio"]]
+    memory = [
+        f"{row[f'{kind}_peak_tensors']:.1f}" if f"{kind}_peak_tensors" in row else "-" for kind in ("full", "moba")
+    ]
+    numbers = [f"{x:.2f}" if index in (2, 5) else f"{x:.4g}" for index, x in enumerate(times)]
+    return [str(row["length"]), str(row["heads"]), *numbers, f"{row['pair_limit']:.2f}", *memory]
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Time per head, speed-up and memory against length; the limit by pair count is dashed."""
+    from matplotlib.figure import Figure
+
+    from evals.plots import COLOURS, MUTED, style
+
+    lengths = [row["length"] for row in rows]
+    with style():
+        drawn = Figure(figsize=(9.6, 3.2), layout="constrained")
+        time_axes, ratio_axes, memory_axes = drawn.subplots(1, 3)
+        for kind in ("full", "moba"):
+            per_head = [row[kind]["both"] / row["heads"] for row in rows]
+            time_axes.plot(lengths, per_head, marker="o", markersize=3, color=COLOURS[kind], label=kind)
+            if all(f"{kind}_peak_tensors" in row for row in rows):
+                peaks = [row[f"{kind}_peak_tensors"] for row in rows]
+                memory_axes.plot(lengths, peaks, marker="o", markersize=3, color=COLOURS[kind], label=kind)
+        for key, name, marker in (("forward_ratio", "forward", "o"), ("both_ratio", "forward + backward", "s")):
+            ratios = [row[key] for row in rows]
+            ratio_axes.plot(lengths, ratios, marker=marker, markersize=3, color=COLOURS["moba"], label=name)
+        ratio_axes.plot(lengths, [row["pair_limit"] for row in rows], "--", color=MUTED, label="limit by pairs")
+        titles = {
+            time_axes: "Forward + backward, seconds per head",
+            ratio_axes: "Speed-up over full attention",
+            memory_axes: "Peak memory, tensors of the size of q",
+        }
+        for axes, title in titles.items():
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("tokens")
+            axes.set_title(title)
+        time_axes.set_yscale("log")
+        ratio_axes.set_yscale("log", base=2)
+        memory_axes.set_ylim(bottom=0)
+        time_axes.legend()
+        ratio_axes.legend()
+    return drawn
