@@ -61,11 +61,12 @@ class Quickstart:
     def phase(self, number: int) -> None:
         """One phase on four ranks, from the weights of the phase before."""
         settings = [f"neomoba.data.{part}={self.output / 'corpus' / part}" for part in ("train", "validation")]
-        start: list[str | Path] = ["--init_from", self.output / f"phase{number - 1}"] if number > 1 else []
+        before = self.output / f"phase{number - 1}"
+        start: list[str | Path] = ["--init_from", before] if number > 1 else []
         self.run(
             f"phase {number}", Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS),
-            "--master_port", str(_free_port()), "launch/pretrain.py", "--ds_config", f"ds_configs/quickstart_phase{number}.json",
-            "--output_dir", self.output / f"phase{number}", *start, "--set", *settings, *(FEW if self.few else []),
+            "--master_port", str(_free_port()), "launch/pretrain.py",
+            "--ds_config", f"ds_configs/quickstart_phase{number}.json", "--output_dir", self.output / f"phase{number}", *start, "--set", *settings, *(FEW if self.few else []),
         )  # fmt: skip
 
     def evaluate(self) -> None:
