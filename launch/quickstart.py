@@ -66,7 +66,9 @@ class Quickstart:
         self.run(
             f"phase {number}", Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(RANKS),
             "--master_port", str(_free_port()), "launch/pretrain.py",
-            "--ds_config", f"ds_configs/quickstart_phase{number}.json", "--output_dir", self.output / f"phase{number}", *start, "--set", *settings, *(FEW if self.few else []),
+            "--ds_config", f"ds_configs/quickstart_phase{number}.json",
+            "--output_dir", self.output / f"phase{number}", *start,
+            "--set", *settings, *(FEW if self.few else []),
         )  # fmt: skip
 
     def evaluate(self) -> None:
