@@ -97,8 +97,10 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]."""
         config, kind = self.config, "full" if self.full else self.kind
-        if cache is not None and cache.extend(k, v):
-            return cache.attend(q, kind, cu_seqlens, self.score_bias)
+        if cache is not None:
+            kind, has_earlier_keys = cache.kind, cache.extend(k, v)
+            if has_earlier_keys:
+                return cache.attend(q, cu_seqlens, self.score_bias)
         if kind == "sliding_window" or self.score_bias is not None:
             return unusual_attention(q, k, v, kind, config, self.score_bias, cu_seqlens)
         if kind == "full":

@@ -27,7 +27,8 @@ from neomoba_dist.model.positions import ScoreBias
 class KVCache:
     """The caches of the layers of one stage and where the documents stand.
 
-    num_layers: of this stage. kv_heads: KV heads of this rank. capacities: most tokens of every document.
+    kinds: attention of each of those layers; it overrides what the layer runs in training. num_kv_heads: of this rank.
+    capacities: most tokens of every document.
     """
 
     def __init__(
@@ -129,18 +130,17 @@ class LayerCache:
                 self.means[numbers] = block_means(self.k[index], block_size=cache.config.moba_block_size)
         return not cache.first
 
-    def attend(self, q: Tensor, kind: str, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
+    def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""
         cache, config = self.cache, self.cache.config
         size, borders = config.moba_block_size, cache.borders
         places = MobaPlaces(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=cache.offset)
         blocks = None
-        if kind == "moba":
-            assert self.means is not None
+        if self.means is not None:
             blocks = route(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **places)
-        if kind == "sliding_window" or bias is not None:
+        if self.kind == "sliding_window" or bias is not None:
             keys = find_places(len(self.k), borders)
-            window = config.sliding_window if kind == "sliding_window" else 0
+            window = config.sliding_window if self.kind == "sliding_window" else 0
             mask = Mask(cache.places, keys, True, aligned=False, window=window, global_tokens=config.global_tokens)
             if blocks is not None and self.means is not None:
                 routes = find_routes(blocks, keys, borders, size, len(self.means))
@@ -151,8 +151,3 @@ class LayerCache:
         # one block as long as the longest document is full attention
         places["block_size"] = max(cache.capacities)
         return moba_attention(q, self.k, self.v, top_k=1, **places)
-
-
-def borders_of(counts: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """cu_seqlens int32 [documents + 1] of documents with so many tokens."""
-    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)

@@ -81,6 +81,19 @@ def broadcast(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> tor
     return tensor
 
 
+def send(tensor: torch.Tensor, mesh: "Mesh", axis: str, target: int) -> None:
+    """Give the tensor to the axis member number `target`, which calls `receive`. Not differentiable."""
+    with mesh.ledger.record(mesh, axis, "send", num_bytes(tensor)):
+        dist.send(tensor.contiguous(), dst=mesh[axis].ranks[target], group=mesh[axis].group)
+
+
+def receive(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch.Tensor:
+    """Fill the contiguous tensor with what the axis member number `source` sends. Returns the tensor."""
+    with mesh.ledger.record(mesh, axis, "receive", num_bytes(tensor)):
+        dist.recv(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
+    return tensor
+
+
 def all_gather_objects(value: Any, mesh: "Mesh", axis: str) -> list[Any]:
     """The small picklable `value` of every member of the axis, in axis order. For start-up and checkpoints only."""
     if mesh[axis].size == 1:

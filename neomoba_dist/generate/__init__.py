@@ -1,0 +1,1 @@
+"""Text from a causal model, on any tensor- and pipeline-parallel layout."""
