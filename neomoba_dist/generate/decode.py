@@ -21,23 +21,29 @@ from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
 DECODES = ("full", "moba")
 
 
+class GenerationError(ValueError):
+    """A model, layout or prompt that cannot be decoded; the message is one line."""
+
+
 class Decoder:
     """One rank's part of decoding. All ranks of a model call the same methods with the same tokens.
 
     capacities: most tokens of every document, prompt included. decode: "full" or "moba", what MoBA layers run; full and
-    sliding-window layers stay what they are. Raises ValueError where the model or the layout cannot be decoded.
+    sliding-window layers stay what they are. Raises GenerationError where the model or the layout cannot be decoded.
     """
 
-    def __init__(self, stage: Stage, capacities: Sequence[int], decode: str = "moba") -> None:
+    def __init__(self, stage: Stage, capacities: Sequence[int], decode: str = "full") -> None:
         config = stage.config
         if not config.causal:
-            raise ValueError('generation needs a causal model: neomoba.model.objective is "mlm", train one with "clm"')
+            raise GenerationError(
+                'generation needs a causal model: neomoba.model.objective is "mlm", train one with "clm"'
+            )
         if decode not in DECODES:
-            raise ValueError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
+            raise GenerationError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
         if stage.mesh.sequence_parallel:
-            raise ValueError("decoding needs a mesh without sequence parallelism; set sequence_parallel to false")
+            raise GenerationError("decoding needs a mesh without sequence parallelism; set sequence_parallel to false")
         if config.position_embedding == "learned" and max(capacities) > config.max_position_embeddings:
-            raise ValueError(
+            raise GenerationError(
                 f"{max(capacities)} tokens are more than the {config.max_position_embeddings} positions that the model "
                 "learned (neomoba.model.max_position_embeddings); ask for fewer"
             )
@@ -99,7 +105,7 @@ class Decoder:
         broadcast(best, self.mesh, "pp", source=self.mesh["pp"].size - 1)
         chosen = best.tolist()
         if any(token >= self.stage.config.vocab_size for token in chosen):
-            raise ValueError("the model's logits are not numbers; its weights are damaged")
+            raise GenerationError("the model's logits are not numbers; its weights are damaged")
         return chosen
 
 
@@ -108,16 +114,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    decode: str = "moba",
+    decode: str = "full",
     prefill_chunk: int | None = None,
     stop_id: int | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of every prompt, up to `max_new_tokens` ids and without `stop_id`, which ends it.
 
-    prefill_chunk: most tokens of one prompt that are fed at a time; None: all. Raises ValueError, see `Decoder`.
+    prefill_chunk: most tokens of one prompt that are fed at a time; None: all. Raises GenerationError, see `Decoder`.
     """
     if not prompts or not all(prompts):
-        raise ValueError("a prompt is empty; give every document at least one token")
+        raise GenerationError("a prompt is empty; give every document at least one token")
     decoder = Decoder(stage, [len(prompt) + max_new_tokens for prompt in prompts], decode)
     longest = max(len(prompt) for prompt in prompts)
     chunk = prefill_chunk or longest

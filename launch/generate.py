@@ -1,0 +1,81 @@
+"""Continue a text with a trained causal model, greedily.
+
+    python launch/generate.py --checkpoint runs/mine --prompt "import os"
+
+One process, on the GPU if there is one. The tokenizer is the one beside the run's training shards.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; flags may be written with `-` or `_`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="run folder (its newest checkpoint), or a step_N folder"
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--max_new_tokens", "--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default: 64)"
+    )
+    parser.add_argument(
+        "--decode",
+        choices=("full", "moba"),
+        default="full",
+        help="attention of the MoBA layers: full, as MoBA's authors generate (default), or moba",
+    )
+    return parser.parse_args(arguments)
+
+
+def continue_text(arguments: argparse.Namespace) -> str:
+    """The prompt's continuation. Raises CheckpointError, ConfigError, DataError or GenerationError, each one line."""
+    import torch
+
+    from neomoba_dist.checkpoint.load import CheckpointReader, load_model
+    from neomoba_dist.config import ConfigError
+    from neomoba_dist.data.corpus import open_corpus
+    from neomoba_dist.generate.decode import generate
+    from neomoba_dist.generate.stage import Stage
+
+    reader = CheckpointReader(arguments.checkpoint)
+    config = reader.config
+    if not config.model.causal:
+        raise ConfigError(
+            f'{reader.folder}: a model of neomoba.model.objective "mlm" does not continue text; give a run of "clm"'
+        )
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens is {arguments.max_new_tokens}; give at least 1")
+    tokenizer = open_corpus(config.data.train).tokenizer()
+    ids = tokenizer.wrap_document(tokenizer.encode(arguments.prompt))
+    end = tokenizer.special.sep if tokenizer.special.sep is not None else tokenizer.special.eos
+    prompt = ids if end is None else ids[:-1]  # the document goes on: without the token that would end it
+    cuda = torch.cuda.is_available()
+    dtype = getattr(torch, config.dtype_name) if cuda else torch.float32
+    model, _ = load_model(reader.folder, dtype=dtype, device="cuda" if cuda else "cpu")
+    stage = Stage.of(model)
+    (continuation,) = generate(stage, [prompt], arguments.max_new_tokens, decode=arguments.decode, stop_id=end)
+    return tokenizer.decode(continuation)
+
+
+def main(command_line: list[str]) -> int:
+    """Returns the exit code: 0, or 1 after one line on what is wrong."""
+    arguments = parse_arguments(command_line)
+    from neomoba_dist.checkpoint.layout import CheckpointError
+    from neomoba_dist.config import ConfigError
+    from neomoba_dist.data.errors import DataError
+    from neomoba_dist.generate.decode import GenerationError
+
+    try:
+        print(arguments.prompt + continue_text(arguments))
+    except (CheckpointError, ConfigError, DataError, GenerationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

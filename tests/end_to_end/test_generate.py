@@ -1,0 +1,65 @@
+"""launch/generate.py as its users start it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.generate import main
+from neomoba_dist.checkpoint.load import load_model
+from neomoba_dist.data.corpus import Corpus
+from tests.corpora import make_corpus
+from tests.decoding import greedy_by_recomputing
+from tests.evals.runs import make_config, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "def main(argument"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), "wordpiece")
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/generate.py", *(str(word) for word in words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("decode", ["full", "moba"])
+def test_continues_the_prompt_as_the_model_would(decode: str, corpus: Corpus, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", make_config(corpus.folder, objective="clm"))
+    prompt = PROMPT * 8  # more blocks than MoBA chooses
+    result = run("--checkpoint", folder, "--prompt", prompt, "--max_new_tokens", "6", "--decode", decode)
+    assert result.returncode == 0, result.stderr
+    tokenizer = corpus.tokenizer()
+    model, _ = load_model(folder, dtype=torch.float32)
+    ids = tokenizer.wrap_document(tokenizer.encode(prompt))[:-1]
+    assert len(ids) > 3 * 8
+    expected = greedy_by_recomputing(model, ids, 6, decode)
+    if tokenizer.special.sep in expected:
+        expected = expected[: expected.index(tokenizer.special.sep)]
+    assert result.stdout == prompt + tokenizer.decode(expected) + "\n"
+
+
+def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = write_run(tmp_path / "encoder", make_config(corpus.folder, objective="mlm"))
+    moved = write_run(tmp_path / "moved", make_config(tmp_path / "gone", objective="clm"))
+    learned = make_config(corpus.folder, objective="clm", position_embedding="learned")
+    short = write_run(tmp_path / "short", learned)
+    capsys.readouterr()
+    for words, message in (
+        ((encoder,), 'neomoba.model.objective "mlm" does not continue text'),
+        ((tmp_path / "nothing",), "no checkpoint here"),
+        ((moved,), "no finished corpus"),
+        ((short, "--max_new_tokens", "2000"), "positions that the model learned"),
+        ((short, "--max_new_tokens", "0"), "give at least 1"),
+    ):
+        assert main(["--checkpoint", *map(str, words), "--prompt", PROMPT]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert message in said.err
+        assert said.err.count("\n") == 1
