@@ -11,6 +11,7 @@ Shape letters: T new tokens, S tokens of all capacities, N KV heads of this rank
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -18,18 +19,38 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.key_conv import add_taps
-from neomoba_dist.model.masked import Mask, find_places, find_routes, masked_attention
+from neomoba_dist.model.masked import Mask, Places, find_places, find_routes, masked_attention
 from neomoba_dist.model.moba import Places as MobaPlaces
 from neomoba_dist.model.moba import attend, block_means, moba_attention, route
 from neomoba_dist.model.positions import ScoreBias
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the new tokens of one step go; the same for all layers.
+
+    first: no document has earlier tokens. offset: position of each document's first new token, int64 [documents].
+    counts: new tokens of each document, the same. target: row of every new token in the buffers, int64 [T].
+    numbers, block_keys: blocks that these tokens complete, int64 [n], and the rows of their keys [n * block_size].
+    """
+
+    first: bool
+    offset: Tensor
+    counts: Tensor
+    places: Places
+    target: Tensor
+    numbers: Tensor
+    block_keys: Tensor
 
 
 class KVCache:
     """The caches of the layers of one stage and where the documents stand.
 
     kinds: attention of each of those layers; it overrides what the layer runs in training. num_kv_heads: of this rank.
-    capacities: most tokens of every document.
+    capacities: most tokens of every document. `step`: the tokens that are on their way through the layers.
     """
+
+    step: Step
 
     def __init__(
         self,
@@ -54,28 +75,34 @@ class KVCache:
 
         Raises ValueError where they do not fit.
         """
-        for document, (length, count, capacity) in enumerate(zip(self.lengths, counts, self.capacities, strict=True)):
-            if length + count > capacity:
-                raise ValueError(f"document {document}: {length} + {count} tokens do not fit a cache of {capacity}")
-        cu_seqlens = torch.tensor([0, *accumulate(counts)], device=self.device)
-        self.offset = torch.tensor(self.lengths, device=self.device)
-        self.places = find_places(sum(counts), cu_seqlens, self.offset)
-        self.target = self.borders.long()[self.places.document] + self.places.position
-        self.first = not any(self.lengths)
-        self.before, self.lengths = self.lengths, [a + b for a, b in zip(self.lengths, counts, strict=True)]
-        return self.places.position
+        before, after = self.lengths, [a + b for a, b in zip(self.lengths, counts, strict=True)]
+        for document, (length, capacity) in enumerate(zip(after, self.capacities, strict=True)):
+            if length > capacity:
+                added = f"{before[document]} + {counts[document]}"
+                raise ValueError(f"document {document}: {added} tokens do not fit a cache of {capacity}")
+        offset = torch.tensor(before, device=self.device)
+        borders = torch.tensor([0, *accumulate(counts)], device=self.device)
+        places = find_places(sum(counts), borders, offset)
+        self.step = Step(
+            not any(before),
+            offset,
+            torch.tensor(counts, device=self.device),
+            places,
+            self.borders.long()[places.document] + places.position,
+            *self._completed_blocks(before, after),
+        )
+        self.lengths = after
+        return places.position
 
-    def completed_blocks(self) -> tuple[Tensor, Tensor]:
-        """Blocks that the new tokens completed: (numbers [n], indices of their keys [n * block_size])."""
+    def _completed_blocks(self, before: Sequence[int], after: Sequence[int]) -> tuple[Tensor, Tensor]:
         size = self.config.moba_block_size
-        firsts = [0, *accumulate(-(-capacity // size) for capacity in self.capacities)]
+        first_blocks = accumulate((-(-capacity // size) for capacity in self.capacities), initial=0)
         numbers, starts = [], []
-        stretches = zip(self.before, self.lengths, firsts, self.borders.tolist(), strict=False)
-        for before, after, first, border in stretches:
-            numbers += [first + block for block in range(before // size, after // size)]
-            starts += [border + block * size for block in range(before // size, after // size)]
-        index = torch.tensor(starts, dtype=torch.int64)[:, None] + torch.arange(size)
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device), index.flatten().to(self.device)
+        for a, b, first, border in zip(before, after, first_blocks, self.borders.tolist(), strict=False):
+            numbers += [first + block for block in range(a // size, b // size)]
+            starts += [border + block * size for block in range(a // size, b // size)]
+        rows = torch.tensor(starts, dtype=torch.int64)[:, None] + torch.arange(size)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device), rows.flatten().to(self.device)
 
 
 class LayerCache:
@@ -101,53 +128,49 @@ class LayerCache:
 
     def convolve(self, k_TND: Tensor, weight_CW: Tensor) -> Tensor:
         """The key convolution of the new keys with those before them; keeps the new tail."""
-        cache, tail = self.cache, self.tail.shape[1]
+        step, tail = self.cache.step, self.tail.shape[1]
         known = torch.cat((k_TND.new_zeros(1, *k_TND.shape[1:]), self.tail.flatten(0, 1), k_TND))
 
         def row_of(document: Tensor, position: Tensor, token: Tensor) -> Tensor:
             """Row of `known` that holds a position: in the new keys at `token`, in the tail, or (row 0) before all."""
-            back = position - cache.offset[document]  # negative: an earlier token
+            back = position - step.offset[document]  # negative: an earlier token
             old = 1 + document * tail + tail + back
             return torch.where(back >= 0, 1 + len(self.tail) * tail + token, torch.where(position >= 0, old, 0))
 
-        places = cache.places
-        index = torch.arange(len(k_TND), device=k_TND.device)
-        out = add_taps(k_TND, weight_CW, True, lambda o: known[row_of(places.document, places.position + o, index + o)])
+        places, token = step.places, torch.arange(len(k_TND), device=k_TND.device)
+        out = add_taps(k_TND, weight_CW, True, lambda o: known[row_of(places.document, places.position + o, token + o)])
         document = torch.arange(len(self.tail), device=k_TND.device)[:, None]
-        counts = torch.tensor(cache.lengths, device=k_TND.device)[:, None] - cache.offset[:, None]
         back = torch.arange(-tail, 0, device=k_TND.device)
-        ends = counts.cumsum(0)
-        self.tail = known[row_of(document, cache.offset[:, None] + counts + back, ends + back)]
+        end, last = (step.offset + step.counts)[:, None], step.counts.cumsum(0)[:, None]
+        self.tail = known[row_of(document, end + back, last + back)]
         return out
 
     def extend(self, k_TND: Tensor, v_TND: Tensor) -> bool:
         """Take the new keys and values. Returns whether there were any before."""
-        cache = self.cache
-        self.k[cache.target], self.v[cache.target] = k_TND, v_TND
-        if self.means is not None:
-            numbers, index = cache.completed_blocks()
-            if len(numbers):
-                self.means[numbers] = block_means(self.k[index], block_size=cache.config.moba_block_size)
-        return not cache.first
+        step, size = self.cache.step, self.cache.config.moba_block_size
+        self.k[step.target], self.v[step.target] = k_TND, v_TND
+        if self.means is not None and len(step.numbers):
+            self.means[step.numbers] = block_means(self.k[step.block_keys], block_size=size)
+        return not step.first
 
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""
-        cache, config = self.cache, self.cache.config
-        size, borders = config.moba_block_size, cache.borders
-        places = MobaPlaces(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=cache.offset)
+        config, step, borders = self.cache.config, self.cache.step, self.cache.borders
+        size = config.moba_block_size
+        places = MobaPlaces(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
         blocks = None
         if self.means is not None:
             blocks = route(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **places)
         if self.kind == "sliding_window" or bias is not None:
-            keys = find_places(len(self.k), borders)
-            window = config.sliding_window if self.kind == "sliding_window" else 0
-            mask = Mask(cache.places, keys, True, aligned=False, window=window, global_tokens=config.global_tokens)
+            keys, routes = find_places(len(self.k), borders), None
             if blocks is not None and self.means is not None:
                 routes = find_routes(blocks, keys, borders, size, len(self.means))
-                mask = Mask(cache.places, keys, True, aligned=False, routes=routes)
+            window = config.sliding_window if self.kind == "sliding_window" else 0
+            far = config.global_tokens
+            mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far, routes=routes)
             return masked_attention(q, self.k, self.v, mask, bias)
         if blocks is not None:
             return attend(q, self.k, self.v, blocks, **places)[0]
         # one block as long as the longest document is full attention
-        places["block_size"] = max(cache.capacities)
+        places["block_size"] = max(self.cache.capacities)
         return moba_attention(q, self.k, self.v, top_k=1, **places)

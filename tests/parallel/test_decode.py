@@ -1,10 +1,12 @@
 """Decoding on tensor- and pipeline-parallel models equals one process in float64: every logit and every token."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from neomoba_dist.checkpoint.load import CheckpointReader, load_model, load_weights
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.generate.decode import Decoder, generate
 from neomoba_dist.generate.stage import Stage
@@ -12,6 +14,7 @@ from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from tests.decoding import greedy_by_recomputing, random_documents, whole_pass
+from tests.evals.runs import make_config, write_run
 from tests.models import tiny_model
 from tests.ranks import run_ranks
 
@@ -25,6 +28,13 @@ CASES: list[tuple[int, int, str, dict[str, Any]]] = [
     # more ranks than KV heads, and ranks without any row of the vocabulary
     (4, 1, "moba", {"key_conv_width": 3}),
 ]
+
+
+def loaded_rank(config: ModelConfig, folder: Path, documents: list[list[int]]) -> list[list[int]]:
+    """Tokens of a pp 2 model whose stages read their own weights from a checkpoint."""
+    stage = Stage.build(config, Mesh.build(ParallelConfig(pipeline_model_parallel_size=2)), seed=99)
+    load_weights(CheckpointReader(folder), stage)
+    return generate(stage, documents, 8)
 
 
 def decode_rank(config: ModelConfig, tp: int, pp: int, decode: str, documents: list[list[int]]) -> Any:
@@ -63,3 +73,11 @@ def test_layouts(tp: int, pp: int, decode: str, changes: dict[str, Any]) -> None
             torch.testing.assert_close(part, wanted, atol=1e-10, rtol=0)
     columns = {offset: parts[0].shape[1] for _, parts, offset, _ in results if parts}
     assert sum(columns.values()) == config.vocab_size
+
+
+def test_stages_of_a_checkpoint(tmp_path: Path) -> None:
+    config = make_config(tmp_path, objective="clm", tie_word_embeddings=True)
+    folder, documents = write_run(tmp_path / "run", config), random_documents(LENGTHS)
+    model, _ = load_model(folder)
+    expected = [greedy_by_recomputing(model, prompt, 8, "full") for prompt in documents]
+    assert run_ranks(2, loaded_rank, config.model, folder, documents) == [expected, expected]
