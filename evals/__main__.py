@@ -44,14 +44,14 @@ def run_command(argv: Sequence[str]) -> int:
     from evals.plots import save_png
     from evals.results import header, write_result
 
+    subject = load_subject(args.checkpoint, args.data, args.device)
+    plans = {name: load_task(name).prepare(subject, args) for name in args.tasks}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvalError(
             f"--output {args.output}: no folder can be made there ({error.strerror}); give another"
         ) from error
-    subject = load_subject(args.checkpoint, args.data, args.device)
-    plans = {name: load_task(name).prepare(subject, args) for name in args.tasks}
     command = shlex.join(["python", "-m", "evals", "run", *argv])
     for name, plan in plans.items():
         task, began = load_task(name), time.monotonic()

@@ -40,12 +40,12 @@ class Subject:
 
     @property
     def attentions(self) -> list[str]:
-        """Kinds of attention that the MoBA layers can run: "moba" and "full"; only "full" where there are none."""
-        model = self.config.model
-        return ["moba", "full"] if model.hybrid_layer_count < model.num_hidden_layers else ["full"]
+        """What the sparse layers can run: their own kind ("moba" where kinds are mixed), then "full"."""
+        kinds = set(self.config.model.layer_attentions) - {"full"}
+        return [*sorted(kinds)[:1], "full"]
 
     def use(self, attention: str) -> None:
-        """Let the MoBA layers run `attention`, one of `attentions`."""
+        """Let the sparse layers run `attention`, one of `attentions`."""
         set_full_attention(self.model, attention == "full")
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Result = dict[str, Any]  # what a task measured, as JSON
 Table = list[list[str]]  # the header and the rows, as they are printed
 
-ATTENTION: Final = {"moba": "MoBA", "full": "full attention"}  # what MoBA layers can run, and its printed name
+# what sparse layers can run, and its printed name
+ATTENTION: Final = {"moba": "MoBA", "sliding_window": "sliding window", "full": "full attention"}
 
 # name -> (module, what it measures)
 TASKS: Final = {

@@ -7,8 +7,11 @@ configuration, the layout or the corpus is said in one line before any process g
 """
 
 import argparse
+import faulthandler
 import json
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -102,8 +105,11 @@ def main(command_line: list[str]) -> int:
             return 0
         from neomoba_dist.parallel.mesh import map_launcher_environment
 
-        _, world_size = map_launcher_environment()
+        rank, world_size = map_launcher_environment()
         speaks = os.environ["LOCAL_RANK"] == "0"  # all ranks find the same: one line per machine is enough
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("neomoba_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where a rank hangs
         train(arguments, config, world_size)
     except Exception as error:
         if not isinstance(error, _user_errors()):

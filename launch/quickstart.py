@@ -19,7 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 4
 PHASES = (1, 2, 3)
 # the short version: the same path, too few steps to learn anything
-FEW = ["neomoba.phase.steps=4", "neomoba.phase.warmup_steps=1", "neomoba.checkpoint.save_every=2"]
+FEW = [
+    "neomoba.phase.steps=4",
+    "neomoba.phase.warmup_steps=1",
+    "neomoba.checkpoint.save_every=2",
+    "neomoba.log.validate_every=2",
+]
 
 
 class Quickstart:

@@ -1,3 +1,3 @@
-"""NeoMoBA-Dist: distributed training of long-context transformers whose attention is MoBA (Mixture of Block Attention)."""
+"""NeoMoBA-Dist: distributed training of long-context transformers with Mixture of Block Attention (MoBA)."""
 
 __version__ = "0.1.0"

@@ -48,15 +48,29 @@ def save_checkpoint(output: Path, step: int, source: StateSource, trainer: dict[
         _write_json(writing / "trainer.json", {"step": step, **trainer})
         _write_json(writing / "index.json", {**index, "tensors": _merge(all_pieces)})
         _sync(writing)
+        replaced = final.with_name(final.name + ".replaced")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         writing.rename(final)
         _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in complete_checkpoints(output)[:-keep_last] if keep_last else []:
             shutil.rmtree(old)
 
     on_first_rank(mesh, finish)
     return final
+
+
+def set_aside_newer(output: Path, step: int) -> None:
+    """Rename checkpoints beyond `step` to `step_N.abandoned`: a run that resumes from `step` will write its own.
+
+    Called by one rank. Otherwise a later `--resume auto` would pick the branch that was given up.
+    """
+    for folder in complete_checkpoints(output):
+        if int(folder.name.removeprefix("step_")) > step:
+            aside = folder.with_name(folder.name + ".abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def _owned_names(source: StateSource) -> set[str]:
@@ -88,6 +102,7 @@ def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -
         pieces[logical_name(kind, shard.name)] = {"shape": list(shard.shape), "dtype": dtype, "pieces": [piece]}
     if tensors:
         save_file(tensors, folder / file)
+        (folder / file).chmod(0o644)  # safetensors writes 0600: colleagues could not read the checkpoint
         _sync(folder / file)
     return pieces
 

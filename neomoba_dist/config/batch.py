@@ -81,8 +81,8 @@ def _data_parallel_size(config: Config, world_size: int) -> int:
     size = tp * cp * pp
     if world_size < 1 or world_size % size:
         raise ConfigError(
-            f"{config.source}: {world_size} ranks are not a multiple of neomoba.parallel.tensor_model_parallel_size {tp} "
-            f"x context_parallel_size {cp} x pipeline_model_parallel_size {pp}; "
+            f"{config.source}: {world_size} ranks are not a multiple of neomoba.parallel.tensor_model_parallel_size "
+            f"{tp} x context_parallel_size {cp} x pipeline_model_parallel_size {pp}; "
             f"start {nearest_multiples(world_size, size)} ranks (deepspeed --num_gpus N ...)"
         )
     return world_size // size

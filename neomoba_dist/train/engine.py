@@ -116,7 +116,10 @@ class Engine(ABC):
     def load(self, reader: CheckpointReader, *, moments: bool) -> None:
         """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout."""
         if moments:
-            self._create_moments(float(reader.trainer()["optimizer_step"]))
+            state = reader.trainer()
+            self._create_moments(float(state["optimizer_step"]))
+            if self.config.dtype_name == "float16":
+                self.engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
         for parameter in self.parameters():
             for kind in KINDS if moments else KINDS[:1]:
                 value = torch.zeros(self._shape(parameter), dtype=torch.float32)

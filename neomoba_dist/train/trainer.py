@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from neomoba_dist.checkpoint.load import CheckpointReader
-from neomoba_dist.checkpoint.save import save_checkpoint
+from neomoba_dist.checkpoint.save import save_checkpoint, set_aside_newer
 from neomoba_dist.config import Config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.stream import UpdateStream
-from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.comm import all_reduce, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import Engine
 from neomoba_dist.train.flops import step_flops
@@ -60,6 +60,7 @@ class Trainer:
 
     def run(self, last_step: int, *, profile: bool = False) -> None:
         """Train up to and including step `last_step`, then write a checkpoint."""
+        on_first_rank(self.mesh, lambda: set_aside_newer(self.output, self.step))
         log = RunLog(self.output, self.config, self.step, last_step) if self.mesh.rank == 0 else None
         profiled = self.output if profile and self.mesh.rank == 0 else None
         updates = iter(self.stream)

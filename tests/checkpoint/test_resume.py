@@ -36,6 +36,7 @@ def test_bit_for_bit(layout: str, tmp_path: Path) -> None:
     run_ranks(world, train_here, config, tmp_path / "whole", 6)
     run_ranks(world, train_here, config, tmp_path / "parts", 5)  # step 3 is saved; 4 and 5 are lost with the "crash"
     run_ranks(world, train_here, config, tmp_path / "parts", 6, tmp_path / "parts" / "checkpoints" / "step_3")
+    assert {f.name for f in (tmp_path / "parts" / "checkpoints").iterdir()} == {"step_3", "step_5.abandoned", "step_6"}
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
     whole, parts = (folder_state(tmp_path / run / "checkpoints" / "step_6") for run in ("whole", "parts"))

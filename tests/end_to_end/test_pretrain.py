@@ -103,7 +103,11 @@ def test_a_port_in_use_is_one_line(config_file: Path, tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         result = pretrain(
             *("--ds_config", config_file, "--output_dir", tmp_path / "run"),
-            **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            RANK="0",
+            WORLD_SIZE="2",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
         )
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: port {port} of 127.0.0.1 cannot be used")

