@@ -7,9 +7,10 @@ more threads it is wall time. On a GPU it is CUDA events. Every number is the le
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -176,8 +177,8 @@ def peak_bytes(setting: Setting, kind: str) -> int:
     On the CPU a fresh process measures its resident memory, so that nothing freed earlier hides the peak.
     """
     if setting.device == "cpu":
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_peak_in_this_process, (setting, kind))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            return fresh.submit(_peak_in_this_process, setting, kind).result()
     inputs = tensors(setting)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -190,10 +191,15 @@ def _peak_in_this_process(setting: Setting, kind: str) -> int:
     small = setting._replace(length=min(setting.length, 1024))
     _once(small, kind, tensors(small))  # libraries and buffers that stay
     inputs = tensors(setting)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
+    before = _resident_bytes("VmRSS")
     _once(setting, kind, inputs)
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) of this process; getrusage would count what its parent held."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def _once(setting: Setting, kind: str, inputs: list[Tensor]) -> None:

@@ -5,7 +5,8 @@ logits can neither overflow nor vanish, so nothing is subtracted and pieces simp
 merged with a running maximum (Milakov & Gimelshein, arXiv 1805.02867). The backward pass knows the final logsumexp, so
 every piece recomputes its exact probabilities on its own (Dao et al., FlashAttention, arXiv 2205.14135, appendix B).
 
-Legend: R rows (token, query head of the group), S keys, D head_dim, n tiles of the diagonal, G query heads per KV head.
+Legend: R rows (token, query head of the group; the last one is zero and pads lists), S keys, D head_dim, n tiles of the
+diagonal, G query heads per KV head.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^12
 
 
 class Head(NamedTuple):
-    """One KV head of one document: all contiguous, float32 or float64."""
+    """One KV head of one document: all contiguous, float32 or float64; the last row of q is zero."""
 
     q_RD: Tensor  # already scaled by log2(e) / sqrt(D)
     k_SD: Tensor
@@ -71,7 +72,7 @@ class OnlineSoftmax:
 
 
 def forward_head(head: Head, plan: HeadPlan) -> tuple[Tensor, Tensor]:
-    """Output [R, D] and logsumexp [R] of one head."""
+    """Output [R, D] and logsumexp [R] of one head; the last row means nothing."""
     state = OnlineSoftmax(head)
     if plan.diagonal_tiles:
         later = later_keys(plan.tile, head)
@@ -89,7 +90,7 @@ def forward_head(head: Head, plan: HeadPlan) -> tuple[Tensor, Tensor]:
 
 
 def backward_head(head: Head, plan: HeadPlan, lse_R: Tensor, delta_R: Tensor, grad_RD: Tensor) -> tuple[Tensor, ...]:
-    """Gradients dq [R, D], dk [S, D], dv [S, D] of one head.
+    """Gradients dq [R, D], dk [S, D], dv [S, D] of one head. The last row of all arguments is zero.
 
     Args:
         lse_R: natural logsumexp of each row over all its keys.

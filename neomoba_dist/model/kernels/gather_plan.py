@@ -4,8 +4,8 @@ MoBA is a list of small unmasked attentions: the queries that chose a block, gat
 The causal triangle of the own blocks is cut into a batch of small diagonal tiles and unmasked rectangles, because a
 masked 512 x 512 block costs twice what its triangle needs.
 
-Legend: a row is one (query token, query head of the group) pair, row = token * G + head; keys count from the start of
-the document.
+Legend: a row is one (query token, query head of the group) pair, row = token * G + head, and one more row of zeros
+stands at the end to pad lists; keys count from the start of the document.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Rows = slice | Tensor  # consecutive rows, or int64 row numbers
 TILE = 128  # edge of the causal diagonal's tiles
 ITEM_ELEMENTS = 1 << 18  # logits of one item: 1 MiB in float32, the second-level cache of one core
 MAX_KEYS = 512
+# Lists of rows are padded to a multiple of this: oneDNN compiles and keeps a kernel for every shape that it meets.
+ROW_STEP = 64
 
 
 class Item(NamedTuple):
@@ -120,7 +122,7 @@ def partial_own_items(span: Span, own: Tensor) -> Iterator[Item]:
 
 def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[Item]:
     """For each block the rows that chose it, in ascending order."""
-    columns = routes_TGC.shape[2]
+    tokens, group, columns = routes_TGC.shape
     if columns == 0:
         return
     blocks = -(-span.num_keys // span.block_size)
@@ -133,6 +135,8 @@ def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[I
     for block, count in enumerate(counts[1:]):
         if count:
             rows = order[offset : offset + count] // columns
+            if count > ROW_STEP:
+                rows = torch.nn.functional.pad(rows, (0, -count % ROW_STEP), value=tokens * group)
             start = block * span.block_size
             yield from split_item(Item(rows, start, min(start + span.block_size, span.num_keys)))
         offset += count
@@ -145,8 +149,8 @@ def split_item(item: Item) -> Iterator[Item]:
     width = -(-keys // pieces)
     first = item.rows.start if isinstance(item.rows, slice) else 0
     count = item.rows.stop - first if isinstance(item.rows, slice) else item.rows.numel()
-    height = max(64, ITEM_ELEMENTS // width)
-    height = -(-count // -(-count // height))
+    height = max(ROW_STEP, ITEM_ELEMENTS // width)
+    height = -(-count // -(-count // height) // ROW_STEP) * ROW_STEP
     for low in range(0, count, height):
         stop = first + min(low + height, count)
         rows = slice(first + low, stop) if isinstance(item.rows, slice) else item.rows[low:stop]

@@ -1,7 +1,7 @@
 """The tasks of MoBA's CPU path, independent of each other: one KV head of one document, or of a range of its queries.
 
 Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the routing; a row
-of a task is one (query token, query head of the group) pair.
+of a task is one (query token, query head of the group) pair, and a last row of zeros pads lists of rows.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def forward_task(problem: Problem, doc: Document, head: int, rows: slice, out: T
     """Write the head's share of out [T, Hq, D] and lse [T, Hq]."""
     values_RD, lse_R = forward_head(_load(problem, doc, head, rows), _plan(problem, doc, head, rows))
     heads = slice(head * problem.group, (head + 1) * problem.group)
-    out[rows, heads] = values_RD.unflatten(0, (-1, problem.group)).to(out.dtype)
-    lse[rows, heads] = lse_R.unflatten(0, (-1, problem.group))
+    out[rows, heads] = values_RD[:-1].unflatten(0, (-1, problem.group)).to(out.dtype)
+    lse[rows, heads] = lse_R[:-1].unflatten(0, (-1, problem.group))
 
 
 def backward_task(
@@ -91,7 +91,7 @@ def backward_task(
     plan = _plan(problem, doc, head, rows)
     lse_R = _head_rows(lse, head, group, rows)
     dq_RD, dk_SD, dv_SD = backward_head(_load(problem, doc, head, rows), plan, lse_R, delta_R, grad_RD)
-    dq[rows, head * group : (head + 1) * group] = dq_RD.unflatten(0, (-1, group)).to(dq.dtype)
+    dq[rows, head * group : (head + 1) * group] = dq_RD[:-1].unflatten(0, (-1, group)).to(dq.dtype)
     return dk_SD, dv_SD
 
 
@@ -104,9 +104,12 @@ def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
 
 
 def _head_rows(x: Tensor, head: int, group: int, rows: slice) -> Tensor:
-    """A contiguous copy [tokens * G, ...] of one KV head's queries in the dtype of the scores."""
+    """A contiguous copy [tokens * G + 1, ...] of one KV head's queries in the dtype of the scores; the last is 0."""
     part = x[rows, head * group : (head + 1) * group]
-    return part.to(score_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
+    copy = torch.empty((part.shape[0] * group + 1, *part.shape[2:]), dtype=score_dtype(x.dtype))
+    copy[:-1].view(part.shape).copy_(part)
+    copy[-1] = 0
+    return copy
 
 
 def _plan(problem: Problem, doc: Document, head: int, rows: slice) -> HeadPlan:
