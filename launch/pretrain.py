@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
@@ -59,7 +60,9 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(arguments: argparse.Namespace, config: Config, world_size: int) -> None:
     """Everything from the checks to the last checkpoint, in one process of the launch."""
+    from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.checkpoint.load import CheckpointReader
+    from neomoba_dist.parallel.comm import all_gather_objects
     from neomoba_dist.parallel.mesh import Mesh, initialize_process_group
     from neomoba_dist.train.assemble import build_stream, build_validation, find_resume, open_corpora
 
@@ -80,6 +83,12 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
         from neomoba_dist.parallel.mesh import rank_map
 
         print(rank_map(config.parallel, world_size))
+    source = resumed or start
+    seen = all_gather_objects(str(source.folder) if source else None, mesh, "world")
+    if len(set(seen)) > 1:
+        raise CheckpointError(
+            f"{output}: the ranks see different checkpoints ({sorted(map(str, set(seen)))}); name one"
+        )
     engine = build_engine(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index)
     validation = build_validation(config, plan, corpora.validation, mesh["dp"].index)
@@ -113,19 +122,27 @@ def main(command_line: list[str]) -> int:
         train(arguments, config, world_size)
     except Exception as error:
         if not isinstance(error, _user_errors()):
-            raise
-        if speaks:
+            traceback.print_exc()  # not raised: only `leave` ends the process without waiting for the other ranks
+        elif speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif _ranks_have_met():  # from here on a rank may be the only one that knows
+            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _ranks_have_met() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is the whole story for the person at the keyboard; their modules load late."""
     from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.data.errors import DataError
+    from neomoba_dist.parallel.comm import CommunicationError
 
-    errors: tuple[type[Exception], ...] = (ConfigError, DataError, CheckpointError)
+    errors: tuple[type[Exception], ...] = (ConfigError, DataError, CheckpointError, CommunicationError)
     trainer = sys.modules.get("neomoba_dist.train.trainer")
     return (*errors, trainer.TrainingError) if trainer else errors
 
@@ -136,8 +153,8 @@ def leave(code: int) -> None:
     Leaving through the interpreter's teardown aborts now and then ("terminate called without an active exception"),
     because gloo's threads outlive their objects.
     """
-    dist = sys.modules.get("torch.distributed")
-    if dist and dist.is_initialized() and code == 0:
+    if code == 0 and _ranks_have_met():
+        dist = sys.modules["torch.distributed"]
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -1,5 +1,7 @@
 """How a parallel layout is compared with the single process: by logical tensors, put together from all shards."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -39,6 +41,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     """Every logical tensor agrees to `rtol` of its own largest value; reports the worst one."""
     assert actual.keys() == expected.keys()
     errors = {name: float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
+    assert all(math.isfinite(error) for error in errors.values()), f"not finite, or all zero: {errors}"
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= rtol, f"{worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
 

@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from neomoba_dist.checkpoint.layout import FORMAT, KINDS, VERSION, complete_checkpoints, logical_name, step_folder
+from neomoba_dist.checkpoint.layout import (
+    FORMAT,
+    KINDS,
+    VERSION,
+    CheckpointError,
+    complete_checkpoints,
+    logical_name,
+    step_folder,
+)
 from neomoba_dist.config import Config
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
@@ -39,8 +47,13 @@ def save_checkpoint(output: Path, step: int, source: StateSource, trainer: dict[
     on_first_rank(mesh, lambda: _make_empty(writing))
     pieces: dict[str, dict[str, Any]] = {}
     owned = _owned_names(source)
-    for kind in KINDS:
-        pieces.update(_write_kind(writing, kind, source, owned))
+    try:
+        for kind in KINDS:
+            pieces.update(_write_kind(writing, kind, source, owned))
+    except OSError as error:
+        raise CheckpointError(
+            f"{writing}: cannot be written ({error.strerror}); free space or fix the folder"
+        ) from error
     all_pieces = all_gather_objects(pieces, mesh, "world")
     index = {"format": FORMAT, "version": VERSION, "step": step, "config": source.config.to_dict()}
 

@@ -179,9 +179,9 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        if device.index >= torch.cuda.device_count():
+        if int(os.environ["LOCAL_SIZE"]) > torch.cuda.device_count():  # seen by all local ranks alike
             raise ConfigError(
-                f"local rank {device.index} has no GPU: this machine has {torch.cuda.device_count()}; "
+                f"{os.environ['LOCAL_SIZE']} ranks on a machine with {torch.cuda.device_count()} GPUs; "
                 f"start at most that many ranks on it (deepspeed --num_gpus {torch.cuda.device_count()} ...)"
             )
         torch.cuda.set_device(device)

@@ -5,6 +5,7 @@ dp x cp ranks, so each micro-batch's sum is multiplied by their number before it
 """
 
 import logging
+import math
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -78,11 +79,13 @@ class Engine(ABC):
         self._aux_sum.zero_()
         self._run_update(batches)
         micro_batches = len(batches) * self.mesh["dp_cp"].size
+        # DeepSpeed skips a step whose gradients are not finite, in every dtype; only for fp16 that is routine
+        overflow, fp16 = bool(self.engine.optimizer.overflow), self.config.dtype_name == "float16"
         return UpdateResult(
             loss=self._global_sum(self._loss_sum) / batches[0].num_valid,
             aux_loss=self._global_sum(self._aux_sum) / micro_batches,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
-            skipped=bool(getattr(self.engine.optimizer, "overflow", False)),
+            grad_norm=math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0),
+            skipped=overflow and fp16,
         )
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -126,6 +129,12 @@ class Engine(ABC):
                 shard = shard_of(parameter)
                 shard.valid(value).copy_(reader.read(kind, shard))
                 self._set_full_state(parameter, kind, value.to(self.mesh.device))
+        self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """Drop ZeRO-3's second copy of the weights (zero_hpz_partition_size), which a load makes stale."""
+        if self.config.zero_stage == 3:
+            self.engine.optimizer.invalidate_secondary_tensor()
 
     def _shape(self, parameter: Any) -> torch.Size:
         """Its shape before ZeRO-3 took it apart."""

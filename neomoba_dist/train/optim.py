@@ -8,7 +8,6 @@ from torch import nn
 
 from neomoba_dist.config import PhaseConfig
 from neomoba_dist.model.init import shard_of
-from neomoba_dist.model.kernels import is_available
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,13 +25,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, phase: PhaseConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or apex's where its compiled module imports. Call after the module is on its device."""
+    """torch's fused AdamW. Call after the module is on its device.
+
+    Not apex's: it keeps the step in the parameter group, where neither an exact resume nor ZeRO-3 finds it.
+    """
     groups = parameter_groups(module, phase.weight_decay)
     betas = (phase.adam_beta1, phase.adam_beta2)
-    if torch.cuda.is_available() and is_available("apex"):
-        from neomoba_dist.model.kernels.apex import FusedAdam
-
-        return FusedAdam(groups, lr=phase.learning_rate, betas=betas, eps=phase.adam_eps, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=phase.adam_eps, fused=True)
 
 

@@ -61,7 +61,10 @@ class Trainer:
     def run(self, last_step: int, *, profile: bool = False) -> None:
         """Train up to and including step `last_step`, then write a checkpoint."""
         on_first_rank(self.mesh, lambda: set_aside_newer(self.output, self.step))
-        log = RunLog(self.output, self.config, self.step, last_step) if self.mesh.rank == 0 else None
+        try:
+            log = RunLog(self.output, self.config, self.step, last_step) if self.mesh.rank == 0 else None
+        except OSError as error:
+            raise TrainingError(f"{self.output}: the run log cannot be written ({error.strerror})") from error
         profiled = self.output if profile and self.mesh.rank == 0 else None
         updates = iter(self.stream)
         try:
@@ -101,6 +104,8 @@ class Trainer:
         batches, _ = next(updates)
         counted = sum(batch.local_valid() for batch in batches)
         num_valid, flops = self._sum_over_data([counted, self._flops(batches, counted, full)])
+        if num_valid == 0:
+            raise TrainingError(f"step {step}: no token of the update counts; raise neomoba.phase.tokens_per_update")
         self.engine.set_full_attention(full)
         result = self.engine.update([replace(batch, num_valid=int(num_valid)) for batch in batches], rate)
         self.step = step

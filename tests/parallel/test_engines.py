@@ -4,6 +4,7 @@ Three optimizer steps: loss, gradient norm, every gradient (AdamW's first moment
 times 1 - beta1), and the weights after the third step.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,7 @@ def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pi
 
 def check(world: int, config: Config, full: bool = False) -> None:
     losses, norms, gradients, weights = reference(config, full)
+    assert abs(losses[0] - reference(config, not full)[0][0]) > 1e-3, "sparse must differ from full"
     results = run_ranks(world, train_rank, config, full)
     fresh = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
     assert_same(assemble([r[2] for r in results]), assemble([pieces(fresh, "data")]), rtol=0.0)
@@ -168,12 +170,28 @@ def test_three_full_steps(layout: str, objective: str) -> None:
     check(world, make_config(objective, parallel, stage), full=True)
 
 
-@pytest.mark.parametrize("layout", ["dp2_zero2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("layout", ["dp2_zero2", "dp2_zero3", "tp2_sp_pp2"])
 def test_full_attention_and_recompute(layout: str) -> None:
     """The full steps of phase 3, with every layer recomputed; and the attention core alone."""
     world, parallel, stage = LAYOUTS[layout]
     check(world, make_config("mlm", parallel, stage, recompute="full", recompute_every=2), full=True)
     check(world, make_config("clm", parallel, stage, recompute="selective"))
+
+
+def poisoned_rank(config: Config) -> tuple[float, bool]:
+    engine = build_engine(config, config.plan(torch.distributed.get_world_size()), Mesh.build(config.parallel))
+    next(engine.parameters()).data[0] = math.inf
+    result = engine.update(updates("mlm")[0][torch.distributed.get_rank() :: 2], RATE)
+    return result.grad_norm, result.skipped
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_not_finite_is_not_hidden(precision: dict[str, object]) -> None:
+    """DeepSpeed skips such a step silently; the trainer must see it (only fp16's skipped steps are routine)."""
+    config = parse_config({**make_config("mlm", {}, 1).to_dict(), **precision})
+    for grad_norm, skipped in run_ranks(2, poisoned_rank, config):
+        assert not math.isfinite(grad_norm)
+        assert not skipped
 
 
 def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:

@@ -17,8 +17,7 @@ logger = logging.getLogger(__name__)
 # name -> (module whose import proves that the compiled kernel works, what runs without it)
 OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
     "triton": ("triton.language", "the torch implementation of MoBA"),
-    "apex": ("amp_C", "torch's fused AdamW"),  # its compiled module; the registry's "apex" is another project
-    "apex_norm": ("fused_layer_norm_cuda", "torch's RMSNorm"),
+    "apex_norm": ("fused_layer_norm_cuda", "torch's RMSNorm"),  # the registry's "apex" is another project
     "flash_attn": ("flash_attn.flash_attn_interface", "torch's own attention"),
 }
 
