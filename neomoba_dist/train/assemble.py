@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neomoba_dist.checkpoint.layout import CheckpointError, complete_checkpoints
 from neomoba_dist.checkpoint.load import CheckpointReader
@@ -53,16 +54,9 @@ def build_stream(config: Config, plan: BatchPlan, corpus: Corpus, dp_rank: int) 
     """The training rows of one data-parallel rank. Raises DataError, in one line."""
     return UpdateStream(
         corpus,
-        objective=config.model.objective,
-        sequence_length=config.phase.sequence_length,
-        micro_batch_size=plan.micro_batch_size,
         accumulation=plan.gradient_accumulation_steps,
         seed=config.phase.seed,
-        dp_rank=dp_rank,
-        dp_size=plan.data_parallel_size,
-        mlm_probability=config.data.mlm_probability,
-        mlm_scheme=config.data.mlm_scheme,
-        max_documents_per_row=config.data.max_documents_per_row,
+        **_row_settings(config, plan, dp_rank),
     )
 
 
@@ -70,15 +64,18 @@ def build_validation(config: Config, plan: BatchPlan, corpus: Corpus | None, dp_
     """The fixed validation micro-batches of one data-parallel rank; none without a validation corpus."""
     if corpus is None:
         return []
-    return validation_batches(
-        corpus,
-        objective=config.model.objective,
-        sequence_length=config.phase.sequence_length,
-        micro_batch_size=plan.micro_batch_size,
-        rows=config.log.validation_rows,
-        dp_rank=dp_rank,
-        dp_size=plan.data_parallel_size,
-        mlm_probability=config.data.mlm_probability,
-        mlm_scheme=config.data.mlm_scheme,
-        max_documents_per_row=config.data.max_documents_per_row,
-    )
+    return validation_batches(corpus, rows=config.log.validation_rows, **_row_settings(config, plan, dp_rank))
+
+
+def _row_settings(config: Config, plan: BatchPlan, dp_rank: int) -> dict[str, Any]:
+    """How rows are made and shared out, the same for training and validation."""
+    return {
+        "objective": config.model.objective,
+        "sequence_length": config.phase.sequence_length,
+        "micro_batch_size": plan.micro_batch_size,
+        "dp_rank": dp_rank,
+        "dp_size": plan.data_parallel_size,
+        "mlm_probability": config.data.mlm_probability,
+        "mlm_scheme": config.data.mlm_scheme,
+        "max_documents_per_row": config.data.max_documents_per_row,
+    }

@@ -102,7 +102,7 @@ class Trainer:
         full = is_full_attention(phase, step)
         rate = learning_rate(phase, step)
         batches, _ = next(updates)
-        counted = sum(batch.local_valid() for batch in batches)
+        counted = batches[0].num_valid  # the stream's count over this rank's micro-batches
         num_valid, flops = self._sum_over_data([counted, self._flops(batches, counted, full)])
         if num_valid == 0:
             raise TrainingError(f"step {step}: no token of the update counts; raise neomoba.phase.tokens_per_update")
