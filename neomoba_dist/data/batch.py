@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 IGNORE_LABEL = -100
+PADDING_POSITION = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Batch:
 
     input_ids    int64 [T]
     labels       int64 [T]; IGNORE_LABEL (-100) = not counted
-    position_ids int64 [T]; restart at 0 at each document
+    position_ids int64 [T]; restart at 0 at each document; PADDING_POSITION (-1) = padding, which no expert sees
     cu_seqlens   int32 [D + 1]; document borders on the flat axis, starting with 0. Row borders are document
                  borders; the padding at a row's end is one document; the tail repeats T so that shapes are fixed.
     row_ids      int64 [rows]; epoch * rows_in_epoch + row: names the row and its masks

@@ -15,7 +15,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+from neomoba_dist.data.batch import IGNORE_LABEL, PADDING_POSITION, Batch
 from neomoba_dist.data.corpus import Corpus, RowReader
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.masking import MaskedLanguageModel, next_token_labels
@@ -103,6 +103,7 @@ class BatchBuilder:
             spans = np.append(pieces, padding) if padding else pieces
             starts = np.cumsum(spans) - spans
             position_ids[i] = np.arange(length) - np.repeat(starts, spans)
+            position_ids[i, length - padding :] = PADDING_POSITION
             cu_seqlens[border : border + len(spans)] = i * length + starts
             border += len(spans)
         return Batch(

@@ -96,7 +96,7 @@ class PositionEmbedding(nn.Module):
         self, state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         x_SH, aux_loss, position_ids, cu_seqlens = state
-        here = position_ids
+        here = position_ids.clamp(min=0)  # padding is -1
         if self.mesh.sequence_parallel:
             here = here.narrow(0, self.mesh["tp"].index * len(x_SH), len(x_SH))
         if self.weight is None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from neomoba_dist.data.batch import Batch
+from neomoba_dist.data.batch import PADDING_POSITION, Batch
 from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import CorpusIndex
@@ -152,11 +152,12 @@ def test_batches_describe_their_documents(corpus: Corpus, objective: str) -> Non
             assert borders == sorted(borders)
             assert LENGTH in borders
             for start, stop in pairwise(borders):
-                assert batch.position_ids[start:stop].tolist() == list(range(stop - start))
                 original = torch.where(batch.labels >= 0, batch.labels, batch.input_ids)[start:stop]
+                padded = stop > start and bool((original == pad).all())
+                expected_positions = [-1] * (stop - start) if padded else list(range(stop - start))
+                assert batch.position_ids[start:stop].tolist() == expected_positions
                 if objective == "clm" and stop > start:
                     assert batch.labels[stop - 1] == -100
-                    padded = bool((original == pad).all())
                     expected = torch.full((stop - start - 1,), -100) if padded else batch.input_ids[start + 1 : stop]
                     assert torch.equal(batch.labels[start : stop - 1], expected)
                 elif objective == "mlm" and stop > start:
@@ -174,6 +175,7 @@ def test_padding_is_small_and_counted(corpus: Corpus) -> None:
     batches = [b[0] for b, _ in islice(stream, stream.rows_in_epoch)]
     pads = sum(int((batch.input_ids == corpus.special.padding).sum()) for batch in batches)
     assert sum(batch.input_ids.numel() for batch in batches) - pads == corpus.tokens
+    assert sum(int((batch.position_ids == PADDING_POSITION).sum()) for batch in batches) == pads > 0
     assert stream.padding_share == pytest.approx(pads / (stream.rows_in_epoch * LENGTH))
     assert stream.padding_share < 0.02
 

@@ -114,14 +114,15 @@ def test_added_positions(kind: str) -> None:
     config = tiny_model(position_embedding=kind, tie_word_embeddings=True)
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
     batch = tiny_batch(0)
-    state = model.embedding((batch.input_ids, batch.position_ids, batch.cu_seqlens))
+    positions = batch.position_ids.index_fill(0, torch.arange(59, 64), -1)  # padding
+    state = model.embedding((batch.input_ids, positions, batch.cu_seqlens))
     assert model.positions is not None
     added = model.positions(state)[0] - state[0]
     if kind == "sinusoidal":
-        expected = sinusoids(batch.position_ids, 32)
+        expected = sinusoids(positions.clamp(min=0), 32)
     else:
         assert model.positions.weight.shard.name == "embedding.positions"
-        expected = model.positions.weight[batch.position_ids]
+        expected = model.positions.weight[positions.clamp(min=0)]
     torch.testing.assert_close(added, expected, atol=1e-14, rtol=0)
     layers = layer_list(config, Initializer(Mesh.single(), 0, 0.02))
     assert [layer.cls for layer in layers].index(PositionEmbedding) == 1
