@@ -7,8 +7,9 @@ megatron-core (tensor-parallel layers) and DeepSpeed (gradient reduction, pipeli
 are not counted here.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,103 @@ def receive(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch
     with mesh.ledger.record(mesh, axis, "receive", num_bytes(tensor)):
         dist.recv(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
     return tensor
+
+
+def all_gather(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+    """The tensors, of one shape, of all members of the axis: [size, ...] in axis order. Not differentiable."""
+    size = mesh[axis].size
+    if size == 1:
+        return tensor[None]
+    result = tensor.new_empty((size, *tensor.shape))
+    with mesh.ledger.record(mesh, axis, "all_gather", (size - 1) * num_bytes(tensor)):
+        dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=mesh[axis].group)
+    return result
+
+
+def reduce_scatter(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+    """Member i's sum of everybody's `tensor[i]`: [size, ...] -> [...]. Not differentiable.
+
+    The parts travel in the dtype of the tensor and are added in axis order, in float32 for half precision: the same
+    bits every time, and no rounding between the terms.
+    """
+    size = mesh[axis].size
+    if size == 1:
+        return tensor[0]
+    ones = [1] * size
+    parts = _exchange(tensor, mesh, axis, ones, ones, "reduce_scatter")
+    return parts.sum(0, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype)
+
+
+def all_to_all(
+    rows: torch.Tensor, mesh: "Mesh", axis: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+) -> torch.Tensor:
+    """Send the first `send_counts[0]` rows to member 0 of the axis, and so on; get everybody's rows, in axis order.
+
+    rows: [sum of send_counts, ...]; returns [sum of receive_counts, ...]. Differentiable: gradients travel back the
+    same way. The ledger counts what other members sent.
+    """
+    if mesh[axis].size == 1:
+        return rows
+    return _AllToAll.apply(rows, mesh, axis, tuple(send_counts), tuple(receive_counts))
+
+
+class _AllToAll(torch.autograd.Function):
+    """Uneven exchange of rows; backward is the same with the counts swapped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, mesh: "Mesh", axis: str, send: tuple[int, ...], receive: tuple[int, ...]
+    ) -> torch.Tensor:
+        ctx.arguments = (mesh, axis, receive, send)
+        return _exchange(rows, mesh, axis, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return _exchange(grads[0], *ctx.arguments), None, None, None, None
+
+
+def _exchange(
+    rows: torch.Tensor,
+    mesh: "Mesh",
+    axis: str,
+    send: Sequence[int],
+    receive: Sequence[int],
+    operation: str = "all_to_all",
+) -> torch.Tensor:
+    result = rows.new_empty((sum(receive), *rows.shape[1:]))
+    row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+    others = sum(receive) - receive[mesh[axis].index]
+    with mesh.ledger.record(mesh, axis, operation, others * row_bytes):
+        dist.all_to_all_single(result, rows.contiguous(), list(receive), list(send), group=mesh[axis].group)
+    return result
+
+
+class RingTransfer:
+    """Tensors on their way from the axis member before to the one after, while both compute. See `pass_on`."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], mesh: "Mesh", axis: str) -> None:
+        self._mesh, self._axis, place = mesh, axis, mesh[axis]
+        self._sent = [tensor.contiguous() for tensor in tensors]
+        self._received = [torch.empty_like(tensor) for tensor in self._sent]
+        target, source = (place.ranks[(place.index + step) % place.size] for step in (1, -1))
+        operations = [
+            *(dist.P2POp(dist.isend, tensor, target, group=place.group) for tensor in self._sent),
+            *(dist.P2POp(dist.irecv, tensor, source, group=place.group) for tensor in self._received),
+        ]
+        self._requests = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> list[torch.Tensor]:
+        """What the member before has passed on."""
+        total = sum(num_bytes(tensor) for tensor in self._received)
+        with self._mesh.ledger.record(self._mesh, self._axis, "ring", total):
+            for request in self._requests:
+                request.wait()
+        return self._received
+
+
+def pass_on(tensors: Sequence[torch.Tensor], mesh: "Mesh", axis: str) -> RingTransfer:
+    """Start to send the tensors to the next member of the axis and to receive as many from the one before."""
+    return RingTransfer(tensors, mesh, axis)
 
 
 def all_gather_objects(value: Any, mesh: "Mesh", axis: str) -> list[Any]:
