@@ -197,7 +197,7 @@ def attend(
     if impl == "reference":
         layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, offset, q.device)
         return attend_reference(q, k, v, routes, layout, causal=causal)
-    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset, impl)
+    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset, None, impl)
 
 
 def q_offset_is_zero(q_offset: Tensor | int) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.kernels import ops
 from neomoba_dist.model.kernels.layout import BlockLayout, make_layout
 from neomoba_dist.model.kernels.routing import best_blocks
 from neomoba_dist.model.kernels.routing_cpu import block_means_cpu, route_cpu
@@ -150,3 +151,21 @@ def test_tiles_do_not_matter_and_bits_repeat() -> None:
     assert torch.equal(out, again)
     assert (out - other).abs().max() <= 1e-6
     assert (lse - other_lse).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_spans_of_keys(rows: int) -> None:
+    """Queries to given, disjoint spans of keys: one of one key, one empty, one longer than a tile, keys in none."""
+    spans = torch.tensor([(0, 7), (7, 1), (8, 0), (10, 20), (30, 33)])
+    q, k, v, grad = draw(37, 64, (4, 2), 16, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    routes = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(37 * rows)])
+    routes = routes.view(37, rows, 3).int()
+    routes[5] = -1
+    results = []
+    for impl in ("triton", "torch"):
+        out, lse = ops.attend(q, k, v, routes, 33, False, None, None, None, spans, impl)
+        seen = lse.masked_fill(lse == -torch.inf, 0.0)
+        results.append((out, lse.exp(), *torch.autograd.grad((out * grad).sum() + seen.sin().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.detach().abs().max()))

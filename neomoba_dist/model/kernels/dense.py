@@ -31,7 +31,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
     packed = cu_seqlens is not None and cu_seqlens.shape[0] > 2
     if q.device.type == "cpu":
         if packed:
-            return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, "torch")[0]
+            return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, None, "torch")[0]
         return _sdpa(q, k, v, causal, None)
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     if fits and (packed or is_available("flash_attn")):

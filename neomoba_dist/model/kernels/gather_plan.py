@@ -53,6 +53,7 @@ class Span(NamedTuple):
     num_keys: int
     block_size: int
     causal: bool
+    key_spans: list[tuple[int, int]] | None = None  # first and last key of every block, where they are not counted
 
 
 def plan_head(span: Span, routes_TGC: Tensor, first_block: int) -> HeadPlan:
@@ -125,7 +126,7 @@ def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[I
     tokens, group, columns = routes_TGC.shape
     if columns == 0:
         return
-    blocks = -(-span.num_keys // span.block_size)
+    blocks = -(-span.num_keys // span.block_size) if span.key_spans is None else len(span.key_spans)
     local = (routes_TGC - (first_block - 1)).clamp_(min=0).flatten()  # 0 for "no block", else 1 + block of the document
     if blocks < torch.iinfo(torch.int16).max:
         local = local.to(torch.int16)  # a quarter of the sorting time
@@ -137,14 +138,23 @@ def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[I
             rows = order[offset : offset + count] // columns
             if count > ROW_STEP:
                 rows = torch.nn.functional.pad(rows, (0, -count % ROW_STEP), value=tokens * group)
-            start = block * span.block_size
-            yield from split_item(Item(rows, start, min(start + span.block_size, span.num_keys)))
+            yield from split_item(Item(rows, *_block_keys(span, block)))
         offset += count
+
+
+def _block_keys(span: Span, block: int) -> tuple[int, int]:
+    """First and last key of a block of the document."""
+    if span.key_spans is not None:
+        return span.key_spans[block]
+    start = block * span.block_size
+    return start, min(start + span.block_size, span.num_keys)
 
 
 def split_item(item: Item) -> Iterator[Item]:
     """The same work in pieces whose logits fit into the cache."""
     keys = item.key_stop - item.key_start
+    if keys == 0:
+        return
     pieces = -(-keys // MAX_KEYS)
     width = -(-keys // pieces)
     first = item.rows.start if isinstance(item.rows, slice) else 0

@@ -119,5 +119,7 @@ def _plan(problem: Problem, doc: Document, head: int, rows: slice) -> HeadPlan:
     first_head, heads = (head * group, group) if routes.shape[1] == problem.q.shape[1] else (head, 1)
     chosen_TGC = routes[rows, first_head : first_head + heads].expand(-1, group, -1)
     position = doc.position + rows.start - doc.queries.start
-    span = Span(rows.start, rows.stop, position, doc.num_keys, problem.layout.block_size, problem.causal)
+    layout = problem.layout
+    spans = None if layout.spans is None else [(start, start + length) for start, length in layout.spans.tolist()]
+    span = Span(rows.start, rows.stop, position, doc.num_keys, layout.block_size, problem.causal, spans)
     return plan_head(span, chosen_TGC, doc.first_block)

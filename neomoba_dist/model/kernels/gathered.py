@@ -79,6 +79,9 @@ def attend_cpu_backward(
 def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
     """The documents that have both queries and keys. `sparse_only`: the flash kernel knows no gradient of the lse."""
     layout, routes = problem.layout, problem.routes
+    if layout.spans is not None:
+        tokens, keys = problem.q.shape[0], problem.k.shape[0]
+        return [Document(slice(0, tokens), slice(0, keys), 0, 0, "gathered")] if tokens and keys else []
     found = []
     borders = zip(pairwise(layout.cu_q.tolist()), pairwise(layout.cu_k.tolist()), strict=True)
     places = zip(borders, layout.q_offset.tolist(), layout.first_block[:-1].tolist(), strict=True)

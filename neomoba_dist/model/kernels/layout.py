@@ -27,6 +27,7 @@ class BlockLayout:
     cu_k: Tensor  # [docs + 1] borders of the documents among the keys
     q_offset: Tensor  # [docs] position of each document's first query
     first_block: Tensor  # [docs + 1] number of each document's first block
+    spans: Tensor | None = None  # [N, 2] start and length of every block, where blocks are given and not counted
 
     def query_places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Document and position within it of the queries start..stop: two [stop - start]."""
@@ -42,14 +43,18 @@ class BlockLayout:
 
     def block_spans(self) -> tuple[Tensor, Tensor]:
         """First key and length of every block: two [N]; the unused tail of N has length 0."""
+        if self.spans is not None:
+            return self.spans[:, 0], self.spans[:, 1]
         index = torch.arange(self.num_blocks, device=self.cu_k.device)
         document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
         start = self.cu_k[document] + (index - self.first_block[document]) * self.block_size
         length = (self.cu_k[document + 1] - start).clamp(min=0, max=self.block_size)
         return start, torch.where(index < self.first_block[-1], length, 0)
 
-    def own_keys(self, causal: bool) -> tuple[Tensor, Tensor]:
+    def own_keys(self, causal: bool) -> tuple[Tensor, ...]:
         """Keys first..last of its own block that each query sees, int32: two [T]; empty where there is no own block."""
+        if self.spans is not None:
+            return (self.spans.new_zeros(self.num_queries, dtype=torch.int32),) * 2
         document, position = self.query_places(0, self.num_queries)
         start = self.cu_k[document] + position // self.block_size * self.block_size
         stop = torch.minimum(start + self.block_size, self.cu_k[document + 1])
@@ -57,8 +62,10 @@ class BlockLayout:
             stop = torch.minimum(stop, self.cu_k[document] + position + 1)
         return start.int(), torch.maximum(start, stop).int()
 
-    def own_queries(self) -> tuple[Tensor, Tensor, Tensor]:
+    def own_queries(self) -> tuple[Tensor, ...]:
         """Queries first..last whose own block is each block, and the first one's place in it, int32: three [N]."""
+        if self.spans is not None:
+            return (self.spans.new_zeros(self.num_blocks, dtype=torch.int32),) * 3
         index = torch.arange(self.num_blocks, device=self.cu_k.device)
         document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
         position = (index - self.first_block[document]) * self.block_size
@@ -107,6 +114,15 @@ def make_layout(
     first_block = torch.nn.functional.pad(((cu_k.diff() + block_size - 1) // block_size).cumsum(0), (1, 0))
     num_blocks = max_blocks(num_keys, block_size, documents)
     return BlockLayout(num_queries, block_size, num_blocks, cu_q, cu_k, offset, first_block)
+
+
+def make_span_layout(num_queries: int, longest: int, spans: Tensor) -> BlockLayout:
+    """Blocks that are any spans of keys, int64 [N, 2] start and length, at most `longest` keys each.
+
+    Queries have no own block: every column of a routing is attended whole.
+    """
+    nothing = torch.zeros(2, dtype=torch.int64, device=spans.device)
+    return BlockLayout(num_queries, longest, len(spans), nothing, nothing, nothing[:1], nothing, spans)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens") -> None:

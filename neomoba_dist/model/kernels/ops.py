@@ -13,7 +13,7 @@ from torch import Tensor
 from neomoba_dist.model.kernels import gathered, is_available, log_choice
 from neomoba_dist.model.kernels.chunked import attend_chunked, attend_chunked_backward
 from neomoba_dist.model.kernels.gather_tasks import Problem
-from neomoba_dist.model.kernels.layout import make_layout, max_blocks
+from neomoba_dist.model.kernels.layout import BlockLayout, make_layout, make_span_layout, max_blocks
 from neomoba_dist.model.kernels.routing import block_means_any, empty_routes, pooled_width, route_any, score_dtype
 from neomoba_dist.model.kernels.routing_cpu import block_means_cpu, route_cpu
 
@@ -108,6 +108,20 @@ def _(
     return empty_routes(q, means, top_k, gate)
 
 
+def _layout(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    q_offset: Tensor | None,
+    spans: Tensor | None,
+) -> BlockLayout:
+    if spans is not None:
+        return make_span_layout(q.shape[0], block_size, spans)
+    return make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
+
+
 @torch.library.custom_op("neomoba::attend", mutates_args=())
 def attend(
     q: Tensor,
@@ -119,10 +133,11 @@ def attend(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    spans: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """See moba.attend; without routes every query attends to its whole document."""
-    layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
+    """See moba.attend and moba.attend_spans; without routes every query attends to its whole document."""
+    layout = _layout(q, k, block_size, cu_seqlens, cu_seqlens_k, q_offset, spans)
     if routes is not None and implementation(q, impl) == "triton":
         from neomoba_dist.model.kernels.triton_forward import attend_triton
 
@@ -142,6 +157,7 @@ def _(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    spans: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
@@ -162,10 +178,11 @@ def attend_backward(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    spans: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
+    layout = _layout(q, k, block_size, cu_seqlens, cu_seqlens_k, q_offset, spans)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if routes is not None and implementation(q, impl) == "triton":
         from neomoba_dist.model.kernels.triton_backward import attend_triton_backward
@@ -192,21 +209,22 @@ def _(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     q_offset: Tensor | None,
+    spans: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, ctx.block_size, ctx.causal, cu_seqlens, cu_seqlens_k, q_offset, ctx.impl = inputs
+    q, k, v, routes, ctx.block_size, ctx.causal, cu_seqlens, cu_seqlens_k, q_offset, spans, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, routes, *output, cu_seqlens, cu_seqlens_k, q_offset)
+    ctx.save_for_backward(q, k, v, routes, *output, cu_seqlens, cu_seqlens_k, q_offset, spans)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, routes, out, lse, *places = ctx.saved_tensors
     tensors = (grad_out, grad_lse, q, k, v, routes, out, lse)
-    return *attend_backward(*tensors, ctx.block_size, ctx.causal, *places, ctx.impl), *[None] * 7
+    return *attend_backward(*tensors, ctx.block_size, ctx.causal, *places, ctx.impl), *[None] * 8
 
 
 attend.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -32,6 +32,13 @@ def attend_reference(
 
 def routed_keys(routes: Tensor, layout: BlockLayout, num_keys: int, causal: bool, first: int) -> Tensor:
     """bool [T, R, S]: the keys that each query sees; only its own block, column 0 of the routes, is causally masked."""
+    if layout.spans is not None:
+        index = torch.arange(num_keys, device=routes.device)
+        seen = torch.zeros(*routes.shape[:2], num_keys, dtype=torch.bool, device=routes.device)
+        for column in routes.unbind(2):
+            start, length = layout.spans[column.clamp(min=0)].unsqueeze(-2).unbind(-1)
+            seen |= (column >= 0)[..., None] & (index >= start) & (index < start + length)
+        return seen
     key_block, key_position = layout.key_places(num_keys)
     own_mask = routes[:, :, :1] == key_block
     if causal:

@@ -26,6 +26,7 @@ from neomoba_dist.model.kernels.triton_common import (
     padded,
     query_gradient,
     store_rows,
+    with_own_column,
 )
 from neomoba_dist.model.kernels.triton_forward import list_tile
 from neomoba_dist.model.kernels.triton_index import build_index
@@ -192,11 +193,13 @@ def attend_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, Hq, D], k and v [S, Hkv, D]."""
     q, k, v, grad_out = (last_contiguous(x) for x in (q, k, v, grad_out))
-    routes = routes.contiguous()
+    routes = with_own_column(routes, layout)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    make = torch.empty if layout.spans is None else torch.zeros  # given spans may leave keys out
+    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if tokens == 0:
         return dq, dk.zero_(), dv.zero_()
     columns, heads_per_row = routes.shape[2], heads // routes.shape[1]

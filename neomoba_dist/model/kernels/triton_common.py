@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neomoba_dist.model.kernels.layout import BlockLayout
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -53,6 +55,11 @@ def padded(head_dim: int) -> int:
 def last_contiguous(x: Tensor) -> Tensor:
     """x itself where its last axis is contiguous, as the kernels ask, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def with_own_column(routes: Tensor, layout: BlockLayout) -> Tensor:
+    """Routes as the kernels take them, own block first: queries that attend to spans have none."""
+    return routes.contiguous() if layout.spans is None else torch.nn.functional.pad(routes, (1, 0), value=-1)
 
 
 @triton.jit

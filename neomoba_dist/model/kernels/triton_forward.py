@@ -26,6 +26,7 @@ from neomoba_dist.model.kernels.triton_common import (
     merge,
     padded,
     store_rows,
+    with_own_column,
 )
 from neomoba_dist.model.kernels.triton_index import build_index
 
@@ -101,7 +102,8 @@ def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: BlockLayout, causal: bool, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and logsumexp float32 [T, Hq]; see moba.attend."""
-    q, k, v, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), routes.contiguous()
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+    routes = with_own_column(routes, layout)
     tokens, heads, dim = q.shape
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,0 +1,79 @@
+"""Attention of queries to given spans of keys (kernels/ops.attend with spans), which context parallelism is made of."""
+
+import math
+
+import pytest
+import torch
+
+from neomoba_dist.model.kernels import ops
+
+SPANS = [(0, 7), (7, 1), (8, 0), (5, 12), (20, 13), (30, 10)]  # overlapping, of one key, empty, and gaps between
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routes: torch.Tensor, spans: torch.Tensor) -> tuple:
+    return ops.attend(q, k, v, routes, 16, False, None, None, None, spans, "auto")
+
+
+def loop_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routes: torch.Tensor, spans: list[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype)
+    outs = []
+    for t in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            chosen = routes[t, h * routes.shape[1] // q.shape[1]].tolist()
+            keys = sorted({i for c in chosen if c >= 0 for i in range(spans[c][0], sum(spans[c]))})
+            kv = h // (q.shape[1] // k.shape[1])
+            if not keys:
+                outs.append(out[t, h])
+                continue
+            logits = k[keys, kv] @ q[t, h] / math.sqrt(q.shape[2])
+            lse[t, h] = logits.logsumexp(0)
+            outs.append(logits.softmax(0) @ v[keys, kv])
+    return torch.stack(outs).view(q.shape), lse
+
+
+def problem(rows: int, dtype: torch.dtype, spans: list[tuple[int, int]], exclusive: bool) -> tuple:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(n, h, 16, generator=generator, dtype=dtype) for n, h in ((37, 4), (40, 2), (40, 2)))
+    routes = torch.stack([torch.randperm(len(spans), generator=generator)[:3] for _ in range(37 * rows)])
+    routes = routes.view(37, rows, 3).int()
+    if exclusive:  # a query may not meet a key twice: keep of 0 and 3, and of 4 and 5, the first
+        for a, b in ((0, 3), (1, 3), (4, 5)):
+            routes[(routes == a).any(-1)[..., None] & (routes == b)] = -1
+    routes[5] = -1  # no keys at all
+    return q, k, v, routes, torch.tensor(spans)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_forward_and_backward_against_loops(rows: int) -> None:
+    q, k, v, routes, spans = problem(rows, torch.float64, SPANS, exclusive=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*leaves, routes, spans)
+    expected, expected_lse = loop_reference(*leaves, routes, SPANS)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-13)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
+    for actual, wanted in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+
+
+def test_parts_of_the_keys_add_up_under_the_common_lse() -> None:
+    """Backward of a part of the keys with the output and lse over all keys, the trick of every exchange strategy."""
+    q, k, v, _, _ = problem(2, torch.float64, SPANS, exclusive=True)
+    everything, halves = torch.zeros(37, 2, 1, dtype=torch.int32), [(0, 22), (22, 18)]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*leaves, everything, torch.tensor([(0, 40)]))
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
+    expected = torch.autograd.grad(out, leaves, grad)
+    with torch.no_grad():
+        parts = [
+            ops.attend_backward(
+                grad, None, q, k, v, everything, out, lse, 40, False, None, None, None, torch.tensor([half]), "auto"
+            )
+            for half in halves
+        ]
+    for actual, wanted in zip(zip(*parts, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(actual), wanted, rtol=0, atol=1e-12)
