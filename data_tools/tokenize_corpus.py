@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,40 +23,10 @@ from data_tools.sources import SourceFile, input_files, read_documents, total_by
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from neomoba_dist.data.index import CorpusIndex
     from neomoba_dist.data.tokenizer import Tokenizer
 
 _PARTS = ".parts"
-
-
-@dataclass
-class _Counts:
-    """What the shards were found to hold while they were written."""
-
-    unigrams: np.ndarray
-    lengths: list[int]
-    empty: int = 0
-    duplicates: int = 0
-
-
-def length_histogram(lengths: list[int]) -> list[list[int]]:
-    """Pairs [upper length, documents]: lengths up to 128, 256, 512, ... tokens; ends with the longest."""
-    import numpy as np
-
-    bins = np.ceil(np.log2(np.maximum(np.array(lengths), 128))).astype(np.int64)
-    return [[1 << int(b), int((bins == b).sum())] for b in range(7, int(bins.max()) + 1)]
-
-
-def unigram_entropy(unigrams: np.ndarray, reserved: list[int]) -> float:
-    """Nats per ordinary token of the counts `unigrams` int64 [vocab_size]."""
-    import numpy as np
-
-    counts = np.delete(unigrams, reserved).astype(np.float64)
-    counts = counts[counts > 0]
-    shares = counts / max(1.0, counts.sum())
-    return float(-(shares * np.log(shares)).sum())
 
 
 def recipe_of(keys: list[str], shard_bytes: int) -> str:
@@ -91,60 +60,40 @@ def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, sha
 
 def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_bytes: int, recipe: str) -> CorpusIndex:
     """Assembles the parts, in order, into shards and writes the index last."""
-    import numpy as np
-
     from data_tools.blocks import Part
-    from neomoba_dist.data import index as layout
+    from data_tools.corpus_index import CorpusCounts, write_index
+    from neomoba_dist.data.index import INDEX_FILE
     from neomoba_dist.data.shards import ShardWriter, id_dtype
 
     # the index goes first: without it nothing in the folder counts as finished
-    (output / layout.INDEX_FILE).unlink(missing_ok=True)
+    (output / INDEX_FILE).unlink(missing_ok=True)
     for stale in (*output.glob("*.tar"), *output.glob(".*.tmp"), *output.glob("tokenizer.*")):
         stale.unlink()
     tokenizer.save(output)
     dtype = id_dtype(tokenizer.vocab_size)
     writer = ShardWriter(output, dtype, shard_bytes)
-    counts = _Counts(np.zeros(tokenizer.vocab_size, np.int64), [])
+    counts = CorpusCounts(tokenizer.vocab_size)
+    empty = duplicates = 0
     seen: set[bytes] = set()
     with progress(len(parts), "write shards", "block") as bar:
         for path in parts:
+            kept = []
             for ids, digest in Part.from_file(path).documents():
                 if not len(ids):
-                    counts.empty += 1
+                    empty += 1
                 elif digest in seen:
-                    counts.duplicates += 1
+                    duplicates += 1
                 else:
                     seen.add(digest)
                     writer.add(ids)
-                    counts.lengths.append(len(ids))
-                    counts.unigrams += np.bincount(ids, minlength=tokenizer.vocab_size)
+                    kept.append(ids)
+            counts.add(kept)
             bar.update(1)
     if not counts.lengths:
         raise DataError("--input: no text left after cleaning")
     shards, members = writer.close()
-    layout.write_atomically(output / layout.MEMBERS_FILE, members.to_bytes())
-    reserved = tokenizer.reserved_ids()
-    index = layout.CorpusIndex(
-        dtype=dtype,
-        documents=len(counts.lengths),
-        tokens=sum(counts.lengths),
-        unigram_entropy=unigram_entropy(counts.unigrams, reserved),
-        length_histogram=length_histogram(counts.lengths),
-        tokenizer=layout.TokenizerEntry(
-            file=tokenizer.file_name,
-            kind=tokenizer.kind,
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            special=vars(tokenizer.special),
-            reserved_ranges=layout.ranges(reserved),
-        ),
-        members_sha256=hashlib.sha256(members.to_bytes()).hexdigest(),
-        recipe=recipe,
-        shards=shards,
-    )
-    layout.write_atomically(output / layout.INDEX_FILE, index.to_json().encode("utf-8"))
-    print(f"dropped {counts.empty} empty and {counts.duplicates} repeated documents")
-    return index
+    print(f"dropped {empty} empty and {duplicates} repeated documents")
+    return write_index(output, counts, tokenizer, dtype, shards, members, recipe)
 
 
 def tokenize_corpus(

@@ -1,6 +1,6 @@
-"""What a folder of shards says about itself: `index.json`, and `members.npz` for the byte offsets.
+"""What a folder of shards says about itself: `index.json`, `members.npz` (byte offsets), `documents.npz` (lengths).
 
-A corpus folder holds `shard-00000.tar ...`, the tokenizer's file, `members.npz` and, written last, `index.json`:
+A corpus folder holds `shard-00000.tar ...`, the tokenizer's file, the two tables and, written last, `index.json`:
 no index means not finished. The index pins every other file by sha256, so one fingerprint names the whole corpus.
 """
 
@@ -21,8 +21,11 @@ from neomoba_dist.data.errors import DataError
 
 INDEX_FILE = "index.json"
 MEMBERS_FILE = "members.npz"
+DOCUMENTS_FILE = "documents.npz"
 FORMAT = "neomoba-shards"
-VERSION = 1
+VERSION = 2
+# least lengths, in tokens, of the subsets that every corpus lists: phases train on long documents by choosing one
+SUBSET_LENGTHS = (1024, 2048, 8192, 32_768)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ class TokenizerEntry:
 class MemberTable:
     """One entry per member pair, in corpus order: where its bytes lie in its shard, and their crc32.
 
-    `shard` int32 [M] counts from 0; offsets and sizes int64 [M], in bytes; crc32 uint32 [M].
+    `shard` int32 [M] counts from 0; offsets and sizes int64 [M], in bytes; crc32 uint32 [M]. In foreign shards, indexed
+    by `data_tools.index`, a member is one document and has no lengths: their size, offset and crc32 are 0.
     """
 
     shard: np.ndarray
@@ -69,31 +73,71 @@ class MemberTable:
 
     def to_bytes(self) -> bytes:
         """As an .npz file; the same table gives the same bytes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **vars(self))
-        return buffer.getvalue()
+        return _npz(vars(self))
 
     @classmethod
     def from_file(cls, path: Path, sha256: str) -> MemberTable:
         """Reads the table; DataError if the file is missing or is not the one with `sha256`."""
-        if not path.is_file():
-            raise DataError(f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite")
-        payload = path.read_bytes()
-        if hashlib.sha256(payload).hexdigest() != sha256:
-            raise DataError(f"{path}: not the file that {INDEX_FILE} names (sha256 differs); the corpus is damaged")
-        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+        return cls(**_checked_npz(path, sha256))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentTable:
+    """Length of every document, and which documents are long.
+
+    lengths  int64 [documents], tokens with document borders, in corpus order; the shards' counts say where each lies
+    subsets  least length -> ascending numbers of the documents of at least that length, int64 [documents in it]
+    """
+
+    lengths: np.ndarray
+    subsets: dict[int, np.ndarray]
+
+    @classmethod
+    def from_lengths(cls, lengths: np.ndarray) -> DocumentTable:
+        """The table of documents of these lengths."""
+        return cls(lengths=lengths, subsets={least: np.flatnonzero(lengths >= least) for least in SUBSET_LENGTHS})
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file; the same table gives the same bytes."""
+        lists = {f"at_least_{least}": documents for least, documents in self.subsets.items()}
+        return _npz({"lengths": self.lengths} | lists)
+
+    @classmethod
+    def from_file(cls, path: Path, sha256: str) -> DocumentTable:
+        """Reads the table; DataError if the file is missing or is not the one with `sha256`."""
+        arrays = _checked_npz(path, sha256)
+        return cls(
+            lengths=arrays.pop("lengths"),
+            subsets={int(name.removeprefix("at_least_")): documents for name, documents in arrays.items()},
+        )
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _checked_npz(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise DataError(f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite")
+    payload = path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise DataError(f"{path}: not the file that {INDEX_FILE} names (sha256 differs); the corpus is damaged")
+    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusIndex:
     """The content of `index.json`.
 
-    dtype           "uint16" or "uint32": type of the stored ids
+    dtype           type of the stored little-endian ids: "uint16" or "uint32", in foreign shards also "int32", "int64"
     documents, tokens  totals over the shards; tokens include document borders
     unigram_entropy nats per token over the ordinary tokens: the loss of a model that knows only their frequencies
     length_histogram pairs [length, documents up to this length and above the one before]; lengths in tokens
-    members_sha256  digest of `members.npz`
+    subsets         triples [least length, documents at least as long, their tokens]; lists in `documents.npz`
+    members_sha256, documents_sha256  digests of `members.npz` and `documents.npz`
     recipe          digest of what the corpus was made from and how: the same recipe gives the same bytes
     """
 
@@ -102,15 +146,18 @@ class CorpusIndex:
     tokens: int
     unigram_entropy: float
     length_histogram: list[list[int]]
+    subsets: list[list[int]]
     tokenizer: TokenizerEntry
     members_sha256: str
+    documents_sha256: str
     recipe: str
     shards: list[ShardEntry]
 
     @property
     def fingerprint(self) -> str:
-        """Names the tokens and their order: 32 hex digits over the tokenizer's and every shard's digest."""
-        parts = [FORMAT, str(VERSION), self.dtype, self.tokenizer.sha256, *(shard.sha256 for shard in self.shards)]
+        """Names the tokens and their order: 32 hex digits over the digests of tokenizer, members, shards."""
+        shards = (shard.sha256 for shard in self.shards)
+        parts = [FORMAT, str(VERSION), self.dtype, self.tokenizer.sha256, self.members_sha256, *shards]
         return hashlib.sha256("\n".join(parts).encode("ascii")).hexdigest()[:32]
 
     def to_json(self) -> str:

@@ -23,7 +23,7 @@ from neomoba_dist.data.index import MemberTable, ShardEntry, rename_durably
 
 MEMBER_TOKENS = 65_536
 TAR_BLOCK = 512
-_SUFFIX = {"uint16": "u16", "uint32": "u32"}
+ID_SUFFIX = {"uint16": "u16", "uint32": "u32"}
 _REMAKE = "restore the file or run data_tools.tokenize_corpus with --overwrite"
 
 
@@ -81,7 +81,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, dtype: str, shard_bytes: int) -> None:
         self._folder, self._dtype, self._shard_bytes = folder, np.dtype(dtype).newbyteorder("<"), shard_bytes
-        self._suffix = _SUFFIX[dtype]
+        self._suffix = ID_SUFFIX[dtype]
         self._shard: _ShardFile | None = None
         self._shards: list[ShardEntry] = []
         self._members: dict[str, list[int]] = {field.name: [] for field in fields(MemberTable)}
@@ -153,7 +153,7 @@ class ShardReader:
 
     def document_lengths(self) -> np.ndarray:
         """Length in tokens of each document of the shard: int64 [documents]. DataError on damage."""
-        parts = [np.frombuffer(self._payload("lengths", member), "<i4") for member in range(self.last - self.first)]
+        parts = [self._part_lengths(member) for member in range(self.last - self.first)]
         signed = np.concatenate([np.zeros(0, "<i4"), *parts]).astype(np.int64)
         ends = np.cumsum(np.abs(signed))[signed > 0]
         lengths = np.diff(ends, prepend=0)
@@ -175,6 +175,13 @@ class ShardReader:
             out[filled : filled + take] = ids[begin : begin + take]
             filled += take
             member += 1
+
+    def _part_lengths(self, member: int) -> np.ndarray:
+        """Lengths of a member's document parts, negative: goes on. A member of a foreign shard is one document."""
+        if self.members.lengths_size[self.first + member] == 0:
+            size = int(self.members.tokens_size[self.first + member])
+            return np.array([size // self.dtype.itemsize], "<i4")
+        return np.frombuffer(self._payload("lengths", member), "<i4")
 
     def _member_ids(self, member: int) -> np.ndarray:
         """View of a member's ids in the map."""

@@ -16,7 +16,15 @@ import webdataset
 from data_tools import verify_shards
 from neomoba_dist.data.corpus import Corpus, RowReader, open_corpus
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable, ranges
+from neomoba_dist.data.index import (
+    DOCUMENTS_FILE,
+    INDEX_FILE,
+    MEMBERS_FILE,
+    SUBSET_LENGTHS,
+    DocumentTable,
+    MemberTable,
+    ranges,
+)
 from neomoba_dist.data.shards import MEMBER_TOKENS, ShardReader, ShardWriter, id_dtype
 from tests.corpora import make_corpus
 
@@ -89,6 +97,17 @@ def test_first_document_decodes_to_its_text(corpus: Corpus) -> None:
     corpus.shards[0].read(0, ids)
     assert corpus.tokenizer().decode(ids[1:-1]) == json.loads(text)["text"]
     assert (ids[0], ids[-1]) == (corpus.special.cls, corpus.special.sep)
+
+
+def test_document_table_lists_the_long_documents(corpus: Corpus) -> None:
+    table = DocumentTable.from_file(corpus.folder / DOCUMENTS_FILE, corpus.index.documents_sha256)
+    stored = np.concatenate([shard.document_lengths() for shard in corpus.shards])
+    assert np.array_equal(table.lengths, stored)
+    assert list(table.subsets) == list(SUBSET_LENGTHS) == [1024, 2048, 8192, 32_768]
+    for least, documents, tokens in corpus.index.subsets:
+        assert table.subsets[least].tolist() == [i for i, n in enumerate(stored.tolist()) if n >= least]
+        assert (len(table.subsets[least]), stored[stored >= least].sum()) == (documents, tokens)
+    assert corpus.index.subsets[0][1] > corpus.index.subsets[1][1] > 0
 
 
 def test_id_dtype_and_ranges() -> None:
@@ -186,7 +205,7 @@ def test_change_between_members_is_found_by_verify(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        (INDEX_FILE, b'"version": 1', b'"version": 9', "version 9; this program reads version 1"),
+        (INDEX_FILE, b'"version": 2', b'"version": 9', "version 9; this program reads version 2"),
         (INDEX_FILE, b'"shards": [', b'"shards": [[', "damaged index"),
         (INDEX_FILE, b'"dtype": "uint16"', b'"dtype": "uint32"', "changed by hand or damaged"),
         (INDEX_FILE, b'"recipe"', b'"recipes"', "damaged index"),

@@ -1,0 +1,87 @@
+"""The end of making a corpus: what was counted while its tokens passed by, written as the tables and `index.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from neomoba_dist.data import index as layout
+from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.tokenizer import Tokenizer
+
+
+class CorpusCounts:
+    """Length of each document, in order, and how often each id occurs."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.lengths = array("q")
+        self.unigrams = np.zeros(vocab_size, np.int64)
+
+    def add(self, documents: Sequence[np.ndarray]) -> None:
+        """Counts documents of integer ids [n]; many at a time, because each call costs a pass over the vocabulary.
+        DataError if an id does not lie in the vocabulary."""
+        if not documents:
+            return
+        self.lengths.extend(map(len, documents))
+        ids = np.concatenate(documents)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.unigrams):
+            raise DataError(f"ids from {ids.min()} to {ids.max()}, the tokenizer has {len(self.unigrams)}")
+        self.unigrams += np.bincount(ids, minlength=len(self.unigrams))
+
+
+def length_histogram(lengths: np.ndarray) -> list[list[int]]:
+    """Pairs [upper length, documents]: lengths up to 128, 256, 512, ... tokens; ends with the longest."""
+    bins = np.ceil(np.log2(np.maximum(lengths, 128))).astype(np.int64)
+    return [[1 << int(b), int((bins == b).sum())] for b in range(7, int(bins.max()) + 1)]
+
+
+def unigram_entropy(unigrams: np.ndarray, reserved: list[int]) -> float:
+    """Nats per ordinary token of the counts `unigrams` int64 [vocab_size]."""
+    counts = np.delete(unigrams, reserved).astype(np.float64)
+    counts = counts[counts > 0]
+    shares = counts / max(1.0, counts.sum())
+    return float(-(shares * np.log(shares)).sum())
+
+
+def write_index(
+    folder: Path,
+    counts: CorpusCounts,
+    tokenizer: Tokenizer,
+    dtype: str,
+    shards: list[layout.ShardEntry],
+    members: layout.MemberTable,
+    recipe: str,
+) -> layout.CorpusIndex:
+    """Writes `members.npz`, `documents.npz` and, last, `index.json` beside finished shards and the tokenizer's file."""
+    lengths = np.array(counts.lengths, np.int64)
+    documents = layout.DocumentTable.from_lengths(lengths)
+    tables = {layout.MEMBERS_FILE: members.to_bytes(), layout.DOCUMENTS_FILE: documents.to_bytes()}
+    for name, payload in tables.items():
+        layout.write_atomically(folder / name, payload)
+    reserved = tokenizer.reserved_ids()
+    index = layout.CorpusIndex(
+        dtype=dtype,
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        unigram_entropy=unigram_entropy(counts.unigrams, reserved),
+        length_histogram=length_histogram(lengths),
+        subsets=[[least, len(which), int(lengths[which].sum())] for least, which in documents.subsets.items()],
+        tokenizer=layout.TokenizerEntry(
+            file=tokenizer.file_name,
+            kind=tokenizer.kind,
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            special=vars(tokenizer.special),
+            reserved_ranges=layout.ranges(reserved),
+        ),
+        members_sha256=hashlib.sha256(tables[layout.MEMBERS_FILE]).hexdigest(),
+        documents_sha256=hashlib.sha256(tables[layout.DOCUMENTS_FILE]).hexdigest(),
+        recipe=recipe,
+        shards=shards,
+    )
+    layout.write_atomically(folder / layout.INDEX_FILE, index.to_json().encode("utf-8"))
+    return index
