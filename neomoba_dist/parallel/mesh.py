@@ -131,7 +131,7 @@ def _first_host(node_list: str) -> str:
 def map_launcher_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns (rank, world size).
 
-    deepspeed and torchrun set them; SLURM's (srun) and Open MPI's (mpirun) own variables are translated; a plain
+    deepspeed and torchrun set them; SLURM's (srun), Open MPI's and MPICH's (mpirun) own variables are translated; a plain
     `python` is a world of one.
     """
     found = environment
@@ -154,6 +154,15 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
             "WORLD_SIZE": found["OMPI_COMM_WORLD_SIZE"],
             "LOCAL_RANK": found["OMPI_COMM_WORLD_LOCAL_RANK"],
             "LOCAL_SIZE": found["OMPI_COMM_WORLD_LOCAL_SIZE"],
+            "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_PORT": found.get("MASTER_PORT", "29500"),
+        }
+    elif "PMI_RANK" in found and "MPI_LOCALRANKID" in found:
+        mapped = {
+            "RANK": found["PMI_RANK"],
+            "WORLD_SIZE": found["PMI_SIZE"],
+            "LOCAL_RANK": found["MPI_LOCALRANKID"],
+            "LOCAL_SIZE": found["MPI_LOCALNRANKS"],
             "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
             "MASTER_PORT": found.get("MASTER_PORT", "29500"),
         }

@@ -49,8 +49,12 @@ SLURM = {
             },
             {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
         ),
+        (
+            {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        ),
     ],
-    ids=["python", "torchrun", "slurm", "sbatch", "mpirun"],
+    ids=["python", "torchrun", "slurm", "sbatch", "openmpi", "mpich"],
 )
 def test_environment(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
