@@ -65,11 +65,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the parallel axes in ranks; what is left of the world is data parallel."""
+    """Sizes of the parallel axes in ranks; what is left of the world is data parallel.
+
+    context_parallel_split: how tokens are dealt to the context-parallel ranks; context_parallel_moba and
+    context_parallel_full: what MoBA layers and full layers then exchange.
+    """
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     context_parallel_size: PositiveInt = 1
+    context_parallel_split: Literal["block_cyclic", "zigzag", "contiguous"] = "block_cyclic"
+    context_parallel_moba: Literal[
+        "auto", "ulysses", "allgather_kv", "route_queries", "ulysses+allgather_kv", "ulysses+route_queries"
+    ] = "auto"
+    context_parallel_full: Literal["auto", "ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring"] = (
+        "auto"
+    )
     expert_model_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.cache import LayerCache
+from neomoba_dist.model.context_attention import context_attention, context_split
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.kernels.dense import full_attention
 from neomoba_dist.model.key_conv import convolve_keys
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         )
         if self.config.key_conv_width:
             taps = self._kv_weight(self.key_conv)
-            k = cache.convolve(k, taps) if cache else convolve_keys(k, taps, cu_seqlens, self.config.causal)
+            k = cache.convolve(k, taps) if cache else self._convolve(k, taps, cu_seqlens)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position_embedding == "rope":
@@ -97,6 +98,22 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]."""
         config, kind = self.config, "full" if self.full else self.kind
+        if cache is None and self.mesh["cp"].size > 1:
+            return context_attention(
+                q, k, v, cu_seqlens, kind=kind, config=config, mesh=self.mesh, core=self._undivided_core
+            )
+        return self._undivided_core(q, k, v, cu_seqlens, cache)
+
+    def _undivided_core(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """The core in a process that has all the tokens of its heads."""
+        config, kind = self.config, "full" if self.full else self.kind
         if cache is not None:
             kind, has_earlier_keys = cache.kind, cache.extend(k, v)
             if has_earlier_keys:
@@ -114,6 +131,13 @@ class Attention(nn.Module):
             causal=config.causal,
             cu_seqlens=cu_seqlens,
         )
+
+    def _convolve(self, k: torch.Tensor, taps: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The key convolution of this rank's tokens."""
+        split = None
+        if self.mesh["cp"].size > 1:
+            split = context_split(len(k), self.mesh, self.config)
+        return convolve_keys(k, taps, cu_seqlens, self.config.causal, self.mesh, split)
 
     def _kv_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows of the KV heads that this rank's query heads attend to."""

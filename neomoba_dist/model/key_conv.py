@@ -15,6 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from neomoba_dist.parallel.context import with_halo
+from neomoba_dist.parallel.context_split import ContextSplit
+from neomoba_dist.parallel.mesh import Mesh
+
 
 def tap_offsets(width: int, causal: bool) -> range:
     """Offsets o of the taps, in the order of the weights."""
@@ -36,16 +40,33 @@ def add_taps(
     return (k_TND.to(exact) + F.silu(total)).to(k_TND.dtype)
 
 
-def convolve_keys(k_TND: torch.Tensor, weight_CW: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Convolve the keys of packed documents; nothing crosses a border. cu_seqlens: int32 [documents + 1]."""
-    index = torch.arange(len(k_TND), device=k_TND.device)
-    document = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+def convolve_keys(
+    k_TND: torch.Tensor,
+    weight_CW: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+    mesh: Mesh,
+    split: ContextSplit | None = None,
+) -> torch.Tensor:
+    """Convolve the keys of packed documents; nothing crosses a border. cu_seqlens: int32 [documents + 1].
+
+    split: how the tokens lie over cp, if they do; k_TND are then this rank's, and cu_seqlens those of all.
+    """
+    offsets, borders = tap_offsets(weight_CW.shape[1], causal), cu_seqlens[1:].long()
+    before, after = -offsets.start, offsets.stop - 1
+    if split is None:
+        index = torch.arange(len(k_TND), device=k_TND.device)
+        units = F.pad(k_TND, (0, 0, 0, 0, before, after))[None]
+    else:
+        index = split.global_index(mesh["cp"].index, k_TND.device)
+        units = with_halo(k_TND, before, after, mesh, "cp", split)
+    width, document = units.shape[1] - before - after, torch.searchsorted(borders, index, right=True)
 
     def shifted(offset: int) -> torch.Tensor:
         if offset == 0:
             return k_TND
         source = index + offset
-        inside = (source >= 0) & (source < len(index)) & (document.roll(-offset) == document)
-        return k_TND.roll(-offset, 0) * inside[:, None, None]
+        inside = (source >= 0) & (torch.searchsorted(borders, source, right=True) == document)
+        return units[:, before + offset : before + offset + width].flatten(0, 1) * inside[:, None, None]
 
     return add_taps(k_TND, weight_CW, causal, shifted)

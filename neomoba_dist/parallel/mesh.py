@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from neomoba_dist.config import ConfigError, ParallelConfig
 from neomoba_dist.parallel.comm import Ledger
+from neomoba_dist.parallel.context_cost import ulysses_ranks
 
-AXES = ("tp", "cp", "pp", "dp", "dp_cp", "model", "ep", "world")
+AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "world")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, by name: `mesh["tp"].size`. "model" is tp x pp, "dp_cp" the group over which ZeRO shards."""
+    """All axes, by name: `mesh["tp"].size`. "model" is tp x pp, "dp_cp" the group over which ZeRO shards.
+
+    cp = cp_heads x cp_tokens: neighbouring ranks that split KV heads, and what is left. The context_... fields say how
+    tokens are dealt to cp and what its attention layers move (config.ParallelConfig).
+    """
 
     axes: Mapping[str, Axis]
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sequence_parallel: bool = False
+    context_split: str = "block_cyclic"
+    context_moba: str = "auto"
+    context_full: str = "auto"
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def __getitem__(self, axis: str) -> Axis:
@@ -49,8 +57,13 @@ class Mesh:
         return cls(axes={name: Axis() for name in AXES}, device=torch.device(device))
 
     @classmethod
-    def build(cls, parallel: ParallelConfig, device: torch.device | str = "cpu") -> "Mesh":
-        """The mesh of the running process group, which must exist (`initialize_process_group`)."""
+    def build(
+        cls, parallel: ParallelConfig, device: torch.device | str = "cpu", *, num_key_value_heads: int = 1
+    ) -> "Mesh":
+        """The mesh of the running process group, which must exist (`initialize_process_group`).
+
+        num_key_value_heads: of the model; they decide how cp divides into cp_heads and cp_tokens.
+        """
         if dist.get_world_size() == 1:
             return cls.single(device)
         from neomoba_dist.parallel.megatron import initialize_groups
@@ -60,8 +73,31 @@ class Mesh:
         for name, group in groups.items():
             ranks = tuple(dist.get_process_group_ranks(group))
             axes[name] = Axis(len(ranks), ranks.index(dist.get_rank()), ranks, group)
-        sequence_parallel = parallel.sequence_parallel and axes["tp"].size > 1
-        return cls(axes, dist.get_rank(), torch.device(device), sequence_parallel)
+        heads = max(1, num_key_value_heads // axes["tp"].size)
+        axes.update(_context_axes(parallel, ulysses_ranks(axes["cp"].size, heads)))
+        return cls(
+            axes,
+            dist.get_rank(),
+            torch.device(device),
+            sequence_parallel=parallel.sequence_parallel and axes["tp"].size > 1,
+            context_split=parallel.context_parallel_split,
+            context_moba=parallel.context_parallel_moba,
+            context_full=parallel.context_parallel_full,
+        )
+
+
+def _context_axes(parallel: ParallelConfig, heads: int) -> dict[str, Axis]:
+    """cp_heads, neighbouring ranks `heads` at a time, and cp_tokens, those of equal place. All ranks make all groups."""
+    world, me = torch.arange(dist.get_world_size()), dist.get_rank()
+    cp = world.view(-1, parallel.context_parallel_size, parallel.tensor_model_parallel_size).transpose(1, 2).flatten(0, 1)
+    divided = cp.unflatten(1, (-1, heads))
+    found = {}
+    for name, groups in (("cp_heads", divided.flatten(0, 1)), ("cp_tokens", divided.transpose(1, 2).flatten(0, 1))):
+        for ranks in groups.tolist():
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if me in ranks:
+                found[name] = Axis(len(ranks), ranks.index(me), tuple(ranks), group)
+    return found
 
 
 class DeepSpeedMPU:

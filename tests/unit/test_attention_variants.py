@@ -130,10 +130,10 @@ def test_chunks_stay_small() -> None:
 def test_key_convolution(width: int, causal: bool) -> None:
     _, k, v, _ = inputs()
     weight = torch.randn(16, width, dtype=torch.float64, requires_grad=True)
-    out = convolve_keys(k, weight, CU_SEQLENS, causal)
+    out = convolve_keys(k, weight, CU_SEQLENS, causal, Mesh.single())
     assert_equal(out, key_conv_loops(k, weight, BORDERS, causal), [k, weight], v.detach(), 1e-12)
     if width > 1:
-        assert (convolve_keys(k, weight, torch.tensor([0, 60], dtype=torch.int32), causal) - out).abs().max() > 1e-3
+        assert (convolve_keys(k, weight, torch.tensor([0, 60], dtype=torch.int32), causal, Mesh.single()) - out).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,0 +1,196 @@
+"""How the tokens of a batch are dealt to the context-parallel ranks, and where the pieces of its documents then lie.
+
+The flat axis of a Batch, padded to a multiple, is cut into equal units, `units` per rank. Round after round the units
+go to the ranks in order, every second round in reverse: one unit per rank is the "contiguous" split, two the "zigzag"
+one, and "block_cyclic" takes as many as make a unit about one MoBA block. With an even number of rounds, every rank has
+the same number of causal (query, key) pairs of a document that fills the batch.
+
+Everything follows from the number of tokens that a rank holds, so no layer has to be told.
+
+Legend: T tokens of the batch with padding, S = T / ranks tokens of one rank; indices are global (of T) or local (of S).
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from neomoba_dist.data.batch import Batch
+
+SPLITS = ("block_cyclic", "zigzag", "contiguous")
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """`ranks` ranks hold `units` units of `unit` tokens each."""
+
+    ranks: int
+    units: int
+    unit: int
+
+    @classmethod
+    def of_tokens(cls, tokens: int, ranks: int, split: str, block_size: int, multiple: int = 1) -> "ContextSplit":
+        """The split of a batch of `tokens` tokens; a rank's tokens are a multiple of `multiple`, the batch is padded."""
+        local = -(-tokens // ranks)
+        while local % multiple or local % _rounds(local, split, block_size):
+            local += 1
+        return cls.of_local(local, ranks, split, block_size)
+
+    @classmethod
+    def of_local(cls, local: int, ranks: int, split: str, block_size: int) -> "ContextSplit":
+        """The split in which a rank holds `local` tokens."""
+        units = _rounds(local, split, block_size)
+        return cls(ranks, units, local // units)
+
+    @property
+    def local_tokens(self) -> int:
+        """S"""
+        return self.units * self.unit
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        return self.local_tokens * self.ranks
+
+    def unit_starts(self, rank: int) -> list[int]:
+        """Global index of the first token of each of the rank's units, ascending."""
+        return [
+            (row * self.ranks + (self.ranks - 1 - rank if row % 2 else rank)) * self.unit for row in range(self.units)
+        ]
+
+    def owner(self, unit: int) -> int:
+        """The rank that holds the unit."""
+        row, place = divmod(unit, self.ranks)
+        return self.ranks - 1 - place if row % 2 else place
+
+    def global_index(self, rank: int, device: torch.device | None = None) -> Tensor:
+        """Global index of every token of the rank, ascending: int64 [S]."""
+        starts = torch.tensor(self.unit_starts(rank), device=device)
+        return (starts[:, None] + torch.arange(self.unit, device=device)).flatten()
+
+    def gathered_order(self, device: torch.device | None = None) -> Tensor:
+        """Where each token stands when the ranks' tokens are laid end to end: int64 [T], global index -> place."""
+        order = torch.empty(self.num_tokens, dtype=torch.int64, device=device)
+        everything = torch.cat([self.global_index(rank, device) for rank in range(self.ranks)])
+        order[everything] = torch.arange(self.num_tokens, device=device)
+        return order
+
+    def tokens_before(self, rank: int, index: int) -> int:
+        """How many of the rank's tokens have a global index below `index`: also the local index of that token."""
+        starts = self.unit_starts(rank)
+        whole = bisect_right(starts, index) - 1
+        return 0 if whole < 0 else whole * self.unit + min(self.unit, index - starts[whole])
+
+    def merged(self, group: int) -> "ContextSplit":
+        """The split that groups of `group` neighbouring ranks make, each group's tokens in ascending order."""
+        return ContextSplit(self.ranks // group, self.units, self.unit * group)
+
+
+def _rounds(local: int, split: str, block_size: int) -> int:
+    """Units per rank."""
+    if split == "contiguous":
+        return 1
+    return 2 if split == "zigzag" else 2 * max(1, local // (2 * block_size))
+
+
+class Segment(NamedTuple):
+    """A stretch of one document within one unit: global indices, and the borders of the document."""
+
+    start: int
+    stop: int
+    document_start: int
+    document_stop: int
+
+
+def segments(split: ContextSplit, rank: int, borders: Sequence[int]) -> list[Segment]:
+    """What the rank holds, in local order. borders: those of the documents, ascending, repeated for empty ones."""
+    return list(_segments(split, split.unit_starts(rank), borders))
+
+
+def _segments(split: ContextSplit, starts: Sequence[int], borders: Sequence[int]) -> Iterator[Segment]:
+    for start in starts:
+        position, stop = start, start + split.unit
+        while position < stop:
+            document = bisect_right(borders, position)
+            end = min(stop, borders[document])
+            yield Segment(position, end, borders[document - 1], borders[document])
+            position = end
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """MoBA's blocks cut at the borders of units, so that each piece lies whole on one rank; int64 on the CPU, [P].
+
+    Ascending; `block` counts the blocks of all documents, as moba.block_means does; `local` is the piece's first token
+    on its owner, `number` its place among the owner's pieces.
+    """
+
+    start: Tensor
+    length: Tensor
+    block: Tensor
+    owner: Tensor
+    local: Tensor
+    number: Tensor
+    num_blocks: int
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The first piece of every block: [num_blocks + 1]."""
+        return torch.searchsorted(self.block, torch.arange(self.num_blocks + 1))
+
+    def of(self, rank: int) -> Tensor:
+        """The rank's pieces, ascending, which is their order on the rank."""
+        return (self.owner == rank).nonzero()[:, 0]
+
+
+def pieces(split: ContextSplit, borders: Sequence[int], block_size: int) -> Pieces:
+    """Cut the blocks of all documents. borders: from 0 to T."""
+    cu = torch.tensor(borders)
+    counts = (cu.diff() + block_size - 1) // block_size
+    document = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    first_block = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    block_starts = cu[document] + (torch.arange(len(document)) - first_block[document]) * block_size
+    start = torch.cat((block_starts, torch.arange(0, split.num_tokens, split.unit))).unique()
+    stop = torch.cat((start[1:], cu[-1:]))
+    row, place = (start // split.unit // split.ranks), (start // split.unit % split.ranks)
+    owner = torch.where(row % 2 == 1, split.ranks - 1 - place, place)
+    number = torch.empty_like(start)
+    for rank in range(split.ranks):
+        mine = owner == rank
+        number[mine] = torch.arange(int(mine.sum()))
+    return Pieces(
+        start=start,
+        length=stop - start,
+        block=torch.searchsorted(block_starts, start, right=True) - 1,
+        owner=owner,
+        local=row * split.unit + start % split.unit,
+        number=number,
+        num_blocks=len(document),
+    )
+
+
+def split_batch(batch: "Batch", split: ContextSplit, rank: int) -> "Batch":
+    """The rank's share of a batch: its tokens, labels, masks and positions; `cu_seqlens` stays that of all T tokens.
+
+    The tokens that pad the batch to T are a document of their own, at position -1, and count nowhere.
+    """
+    padding = split.num_tokens - len(batch.input_ids)
+    index = split.global_index(rank)
+
+    def share(tensor: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, padding), value=fill)[index.to(tensor.device)]
+
+    end = batch.cu_seqlens.new_full((1,), split.num_tokens)  # always, so that shapes stay fixed
+    return replace(
+        batch,
+        input_ids=share(batch.input_ids, 0),
+        labels=share(batch.labels, -100),
+        position_ids=share(batch.position_ids, -1),
+        cu_seqlens=torch.cat((batch.cu_seqlens, end)),
+        token_type_ids=None if batch.token_type_ids is None else share(batch.token_type_ids, 0),
+    )
