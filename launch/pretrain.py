@@ -78,7 +78,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     from neomoba_dist.train.trainer import Trainer
 
     device = initialize_process_group()
-    mesh = Mesh.build(config.parallel, device)
+    mesh = Mesh.build(config.parallel, device, num_key_value_heads=config.model.num_key_value_heads)
     if mesh.rank == 0 and world_size > 1:
         from neomoba_dist.parallel.mesh import rank_map
 

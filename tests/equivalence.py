@@ -10,6 +10,8 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
 from neomoba_dist.model.init import Shard
 from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import Mesh
 
 Pieces = list[tuple[Shard, torch.Tensor]]
@@ -62,16 +64,21 @@ def single_process(
 
 
 def parallel_rank(
-    config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], full: bool
+    config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], full: bool, recompute: str = "none"
 ) -> tuple[float, Pieces]:
-    """The same in one rank of a tensor-parallel world; data-parallel ranks take turns with the batches."""
-    mesh = Mesh.build(parallel)
-    model = NeoBERT(config, mesh, dtype=torch.float64, seed=5)
+    """The same in one rank of a tensor- and context-parallel world: the sums over its context-parallel ranks."""
+    mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
+    model = NeoBERT(config, mesh, dtype=torch.float64, seed=5, recompute=recompute)
     set_full_attention(model, full)
     num_valid = sum(batch.local_valid() for batch in batches)
-    total = 0.0
-    for batch in batches[mesh["dp"].index :: mesh["dp"].size]:
-        loss = model(batch)[0] / num_valid
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        tp, cp, block_size = mesh["tp"], mesh["cp"], config.moba_block_size
+        multiple = tp.size if mesh.sequence_parallel else 1
+        split = ContextSplit.of_tokens(len(batch.input_ids), cp.size, mesh.context_split, block_size, multiple)
+        loss = model(batch if cp.size == 1 else split_batch(batch, split, cp.index))[0] / num_valid
         loss.backward()
-        total += float(loss.detach())
-    return total, pieces(model, "grad")
+        total += loss.detach()
+    for parameter in model.parameters():
+        parameter.grad = all_reduce(parameter.grad, mesh, "cp")
+    return float(all_reduce(total, mesh, "cp")), pieces(model, "grad")

@@ -64,7 +64,7 @@ def train_here(
 ) -> None:
     """One rank of a training run; for `run_ranks`."""
     plan = config.plan(dist.get_world_size())
-    mesh = Mesh.build(config.parallel)
+    mesh = Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads)
     corpora = open_corpora(config)
     engine = build_engine(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index)

@@ -8,12 +8,12 @@ from typing import Final
 
 from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
+from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.schema import Config, ModelConfig
 
 # Axes whose code has not landed: each must be 1. Take a line out when its axis lands.
 NOT_IN_THIS_VERSION: Final = {
-    "context_parallel_size": "context parallelism",
     "expert_model_parallel_size": "expert parallelism",
     "expert_tensor_parallel_size": "tensor parallelism of experts",
 }
@@ -21,6 +21,7 @@ NOT_IN_THIS_VERSION: Final = {
 
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"
 _PP: Final = "neomoba.parallel.pipeline_model_parallel_size"
+_CP: Final = "neomoba.parallel.context_parallel_size"
 
 
 def check_rules(config: Config) -> None:
@@ -157,11 +158,37 @@ def tensor_parallel(config: Config) -> Iterator[str]:
     if tp == 1:
         yield f"neomoba.parallel.sequence_parallel needs tensor parallelism; set it to false, or {_TP} to 2 or more"
     positions = config.micro_batch_size * config.phase.sequence_length
-    if positions % tp:
+    if positions % tp and config.parallel.context_parallel_size == 1:  # a context-parallel batch is padded anyway
         yield (
             f"train_micro_batch_size_per_gpu {config.micro_batch_size} x neomoba.phase.sequence_length "
             f"{config.phase.sequence_length} is not a multiple of {_TP} {tp}, which sequence_parallel needs; "
             f"set sequence_length to {nearest_multiples(config.phase.sequence_length, tp)}"
+        )
+
+
+def context_parallel(config: Config) -> Iterator[str]:
+    """Refuse exchange strategies that the KV heads do not allow, and attention that no strategy serves."""
+    model, parallel, cp = config.model, config.parallel, config.parallel.context_parallel_size
+    if cp == 1:
+        return
+    heads = max(1, model.num_key_value_heads // parallel.tensor_model_parallel_size)
+    for kind, names in (("moba", MOBA_STRATEGIES), ("full", FULL_STRATEGIES)):
+        key = f"context_parallel_{kind}"
+        if not possible(name := getattr(parallel, key), cp, heads):
+            usable = ", ".join(["auto", *(n for n in names if possible(n, cp, heads))])
+            yield (
+                f"neomoba.parallel.{key} {name} cannot divide {heads} KV heads per tensor-parallel rank over {_CP} "
+                f"{cp}; set it to one of {usable}"
+            )
+    if model.position_embedding in ("alibi", "t5_relative"):
+        yield (
+            f"neomoba.model.position_embedding {model.position_embedding} biases the scores, which {_CP} {cp} does not "
+            "exchange; set position_embedding to rope"
+        )
+    if model.global_tokens and "sliding_window" in model.layer_attentions and not possible("ulysses", cp, heads):
+        yield (
+            f"neomoba.model.global_tokens {model.global_tokens} needs a {_CP} that divides the {heads} KV heads of a "
+            f"tensor-parallel rank, not {cp}; set global_tokens to 0, or {_CP} to {ulysses_ranks(cp, heads)}"
         )
 
 
@@ -248,6 +275,7 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     attention,
     positions,
     tensor_parallel,
+    context_parallel,
     pipeline,
     phase_lengths,
     batch,

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.config.context import possible
 from neomoba_dist.model.context_exchange import GatheredAttention, RingAttention
 from neomoba_dist.model.context_parts import Exchange
 from neomoba_dist.model.context_routing import RoutedQueries
 from neomoba_dist.model.kernels import log_choice
 from neomoba_dist.model.masked import sliding_window_attention
 from neomoba_dist.parallel.context import group_order, heads_for_tokens, tokens_for_heads, with_halo
-from neomoba_dist.parallel.context_cost import AttentionShape, choose, possible, received_bytes, ulysses_ranks
-from neomoba_dist.parallel.context_split import ContextSplit, segments
+from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_bytes
+from neomoba_dist.parallel.context_split import ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -53,28 +54,29 @@ def context_attention(
     """
     split = context_split(len(q), mesh, config)
     strategy = context_strategy(kind, q, k, config, mesh)
-    outer, axis, inner = split, "cp", ""
-    if strategy.startswith("ulysses"):
-        inner = "cp" if strategy == "ulysses" else "cp_heads"
-        group = mesh[inner].size
-        order = group_order(split, group, mesh["cp"].index // group, q.device)
-        q, k, v = tokens_for_heads([q, k, v], mesh, inner, order)
-        outer, axis = split.merged(group), "cp_tokens"
-    if strategy == "ulysses":
-        out = core(q, k, v, cu_seqlens)
-    elif kind == "sliding_window":
-        out = _window_with_halo(q, k, v, cu_seqlens, config, mesh, split)
-    else:
+    if strategy == "halo":
+        return _window_with_halo(q, k, v, cu_seqlens, config, mesh, split)
+
+    def exchanged(q: Tensor, k: Tensor, v: Tensor, split: ContextSplit, axis: str) -> Tensor:
         moba = (config.moba_block_size, config.moba_top_k) if kind == "moba" else None
-        exchange = Exchange.of(cu_seqlens, outer, mesh, axis, config.causal, moba)
-        out = FUNCTIONS[strategy.removeprefix("ulysses+")].apply(q, k, v, exchange)
-    return heads_for_tokens(out, mesh, inner, order) if inner else out
+        exchange = Exchange.of(cu_seqlens, split, mesh, axis, config.causal, moba)
+        return FUNCTIONS[strategy.removeprefix("ulysses+")].apply(q, k, v, exchange)
+
+    if not strategy.startswith("ulysses"):
+        return exchanged(q, k, v, split, "cp")
+    inner = "cp" if strategy == "ulysses" else "cp_heads"
+    group = mesh[inner].size
+    order = group_order(split, group, mesh["cp"].index // group, q.device)
+    q, k, v = tokens_for_heads([q, k, v], mesh, inner, order)
+    whole = strategy == "ulysses"
+    out = core(q, k, v, cu_seqlens) if whole else exchanged(q, k, v, split.merged(group), "cp_tokens")
+    return heads_for_tokens(out, mesh, inner, order)
 
 
 def context_strategy(kind: str, q: Tensor, k: Tensor, config: ModelConfig, mesh: Mesh) -> str:
     """The strategy of a layer: the configured one, or for "auto" the cheapest; logged once.
 
-    A window that reaches few tokens beyond a rank's own needs a halo ("allgather_kv" stands for it) or Ulysses.
+    A sliding window takes Ulysses where the heads suffice, else a "halo" of neighbouring keys.
     """
     ranks = mesh["cp"].size
     if kind == "sliding_window":

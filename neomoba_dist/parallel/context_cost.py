@@ -9,11 +9,8 @@ rank, D head size, e bytes of an element, k blocks per query (the own block incl
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.parallel.context_split import ContextSplit
-
-MOBA_STRATEGIES = ("ulysses", "allgather_kv", "route_queries", "ulysses+allgather_kv", "ulysses+route_queries")
-FULL_STRATEGIES = ("ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring")
-
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -25,19 +22,6 @@ class AttentionShape:
     element_size: int
     block_size: int
     top_k: int
-
-
-def ulysses_ranks(ranks: int, kv_heads: int) -> int:
-    """The largest part of `ranks` over which KV heads can be split: what "ulysses+..." gives to Ulysses."""
-    return max(size for size in range(1, ranks + 1) if ranks % size == 0 and kv_heads % size == 0)
-
-
-def possible(strategy: str, ranks: int, kv_heads: int) -> bool:
-    """Whether the heads allow the strategy; "ulysses+..." is for ranks that KV heads do not suffice for."""
-    inner = ulysses_ranks(ranks, kv_heads)
-    if strategy == "ulysses":
-        return inner == ranks
-    return 1 < inner < ranks if strategy.startswith("ulysses+") else True
 
 
 def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> tuple[float, float]:

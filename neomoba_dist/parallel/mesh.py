@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from neomoba_dist.config import ConfigError, ParallelConfig
+from neomoba_dist.config.context import ulysses_ranks
 from neomoba_dist.parallel.comm import Ledger
-from neomoba_dist.parallel.context_cost import ulysses_ranks
 
 AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "world")
 

@@ -27,6 +27,7 @@ from neomoba_dist.model.attention import set_full_attention
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.optim import build_optimizer
@@ -194,6 +195,16 @@ class Engine(ABC):
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""
         return micro_batches * self.mesh["dp_cp"].size / num_valid
 
+    def _local(self, batch: Batch) -> Batch:
+        """This rank's share of a micro-batch, which all its context-parallel ranks hold."""
+        cp, tp = self.mesh["cp"], self.mesh["tp"]
+        if cp.size == 1:
+            return batch
+        multiple = tp.size if self.mesh.sequence_parallel else 1
+        block_size, tokens = self.config.model.moba_block_size, len(batch.input_ids)
+        split = ContextSplit.of_tokens(tokens, cp.size, self.mesh.context_split, block_size, multiple)
+        return split_batch(batch, split, cp.index)
+
     def _global_sum(self, value: torch.Tensor) -> float:
         # only last pipeline stages have a loss; the other stages add zeros
         return float(all_reduce(all_reduce(value, self.mesh, "dp_cp"), self.mesh, "pp"))
@@ -242,7 +253,7 @@ class FlatEngine(Engine):
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            loss_sum, aux_loss = self.engine(batch.to(self.mesh.device))
+            loss_sum, aux_loss = self.engine(self._local(batch).to(self.mesh.device))
             self._loss_sum += loss_sum.detach()
             self._aux_sum += aux_loss.detach()
             self.engine.backward(loss_sum * self.scale(batch.num_valid, len(batches)) + aux_loss)
@@ -250,7 +261,7 @@ class FlatEngine(Engine):
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            self._loss_sum += self.engine(batch.to(self.mesh.device))[0]
+            self._loss_sum += self.engine(self._local(batch).to(self.mesh.device))[0]
 
 
 class PipelineParallelEngine(Engine):
@@ -280,7 +291,7 @@ class PipelineParallelEngine(Engine):
         return loss_sum * scale + aux_loss
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
-        for batch in batches:
+        for batch in map(self._local, batches):
             scale = torch.tensor(self.scale(batch.num_valid, len(batches)))
             yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, scale)
 

@@ -48,7 +48,7 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_and_collect(config: Any, folder: Path) -> dict[str, Pieces]:
-    engine = build_engine(config, config.plan(dist.get_world_size()), Mesh.build(config.parallel))
+    engine = build_engine(config, config.plan(dist.get_world_size()), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
     engine.load(CheckpointReader(folder), moments=True)
     return {
         kind: [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible
 from neomoba_dist.model.attention import Attention
 from neomoba_dist.model.context_attention import context_attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.parallel.comm import Ledger
-from neomoba_dist.parallel.context_cost import FULL_STRATEGIES, MOBA_STRATEGIES, possible
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
 from tests.ranks import run_ranks
@@ -110,7 +110,7 @@ def rank_result(case: Case, mesh: Mesh) -> RankResult:
 
 def received(mesh: Mesh) -> dict[str, int]:
     """Bytes by operation so far."""
-    return {name: entry.bytes for (_, name), entry in mesh.ledger.entries.items()}
+    return {f"{axis} {name}": entry.bytes for (axis, name), entry in mesh.ledger.entries.items()}
 
 
 def check(ranks: int, cases: list[Case]) -> None:

@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.model.context_attention import context_attention
 from neomoba_dist.parallel.comm import Ledger
-from neomoba_dist.parallel.context_cost import (
-    FULL_STRATEGIES,
-    MOBA_STRATEGIES,
-    AttentionShape,
-    choose,
-    possible,
-    received_bytes,
-    ulysses_ranks,
-    work_imbalance,
-)
+from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_bytes, work_imbalance
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
 from tests.parallel.test_context_attention import core_of

@@ -85,7 +85,7 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
 
 def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pieces, Pieces, Pieces]:
     world = torch.distributed.get_world_size()
-    mesh = Mesh.build(config.parallel)
+    mesh = Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads)
     engine = build_engine(config, config.plan(world), mesh)
     engine.set_full_attention(full)
 
@@ -132,6 +132,20 @@ LAYOUTS = {
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1),
     "pp4": (4, {"pipeline_model_parallel_size": 4}, 1),
     "tp2_pp2_dp2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+    "cp2_zero2": (2, {"context_parallel_size": 2}, 2),
+    "cp4_zero1": (4, {"context_parallel_size": 4}, 1),
+    "cp2_dp2_zero3": (4, {"context_parallel_size": 2, "context_parallel_moba": "route_queries"}, 3),
+    "tp2_sp_cp2_zero2": (
+        4,
+        {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        2,
+    ),
+    "cp2_pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+    "tp2_cp2_pp2": (
+        8,
+        {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        1,
+    ),
     "tp2_sp_pp2": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
@@ -179,7 +193,7 @@ def test_full_attention_and_recompute(layout: str) -> None:
 
 
 def poisoned_rank(config: Config) -> tuple[float, bool]:
-    engine = build_engine(config, config.plan(torch.distributed.get_world_size()), Mesh.build(config.parallel))
+    engine = build_engine(config, config.plan(torch.distributed.get_world_size()), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
     next(engine.parameters()).data[0] = math.inf
     result = engine.update(updates("mlm")[0][torch.distributed.get_rank() :: 2], RATE)
     return result.grad_norm, result.skipped
@@ -195,7 +209,7 @@ def test_not_finite_is_not_hidden(precision: dict[str, object]) -> None:
 
 
 def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
-    engine = build_engine(config, config.plan(1), Mesh.build(config.parallel))
+    engine = build_engine(config, config.plan(1), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
     losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return losses, dict(torch._dynamo.utils.counters["graph_break"]), graphs

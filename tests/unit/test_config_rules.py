@@ -15,9 +15,29 @@ from tests.configs import build
 
 TP = "neomoba.parallel.tensor_model_parallel_size"
 PP = "neomoba.parallel.pipeline_model_parallel_size"
+CP = "neomoba.parallel.context_parallel_size"
 
 BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, what the line says, what mends it
-    ({"neomoba.parallel.context_parallel_size": 2}, "context parallelism is not in this version", {}),
+    (
+        {CP: 8, "neomoba.parallel.context_parallel_moba": "ulysses"},
+        "set it to one of auto, allgather_kv, route_queries, ulysses+allgather_kv, ulysses+route_queries",
+        {"neomoba.parallel.context_parallel_moba": "ulysses+route_queries"},
+    ),
+    (
+        {CP: 4, "neomoba.parallel.context_parallel_full": "ulysses+ring"},
+        "set it to one of auto, ulysses, allgather_kv, ring",
+        {"neomoba.parallel.context_parallel_full": "ulysses"},
+    ),
+    (
+        {CP: 2, "neomoba.model.position_embedding": "alibi"},
+        "set position_embedding to rope",
+        {"neomoba.model.position_embedding": "rope"},
+    ),
+    (
+        {CP: 8, "neomoba.model.attention": "sliding_window*25,full*3", "neomoba.model.global_tokens": 4},
+        "neomoba.model.global_tokens 4 needs a " + CP,
+        {CP: 4},
+    ),
     ({"neomoba.parallel.expert_model_parallel_size": 2}, "expert parallelism is not in this version", {}),
     ({"neomoba.parallel.expert_tensor_parallel_size": 2}, "neomoba.parallel.expert_tensor_parallel_size to 1", {}),
     ({"zero_optimization.stage": 0}, "set zero_optimization.stage to 1", {"zero_optimization.stage": 1}),
