@@ -59,12 +59,17 @@ def run_config(
     )
 
 
+def build_mesh(config: Config) -> Mesh:
+    """The mesh that a launch would build."""
+    return Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads)
+
+
 def train_here(
     config: Config, output: Path, last_step: int, resume: Path | None = None, init: Path | None = None
 ) -> None:
     """One rank of a training run; for `run_ranks`."""
     plan = config.plan(dist.get_world_size())
-    mesh = Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads)
+    mesh = build_mesh(config)
     corpora = open_corpora(config)
     engine = build_engine(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index)

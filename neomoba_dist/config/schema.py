@@ -78,9 +78,9 @@ class ParallelConfig:
     context_parallel_moba: Literal[
         "auto", "ulysses", "allgather_kv", "route_queries", "ulysses+allgather_kv", "ulysses+route_queries"
     ] = "auto"
-    context_parallel_full: Literal["auto", "ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring"] = (
-        "auto"
-    )
+    context_parallel_full: Literal[
+        "auto", "ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring"
+    ] = "auto"
     expert_model_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False

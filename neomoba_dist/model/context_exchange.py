@@ -6,7 +6,6 @@ Legend: S tokens of this rank, T of all ranks, Hq/Hkv query and KV heads, h KV h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from neomoba_dist.model.context_parts import (
     Squares,
     add_rectangle_gradients,
     add_rectangles,
+    zeros_like_all,
 )
 from neomoba_dist.model.kernels.layout import make_layout
 from neomoba_dist.model.kernels.routing import score_dtype
 from neomoba_dist.model.moba import block_means, route
 from neomoba_dist.parallel.comm import pass_on
 from neomoba_dist.parallel.context import gather_tokens, scatter_gradients
-from neomoba_dist.parallel.context_split import ContextSplit
 
 
 def local_rows(exchange: Exchange, start: int, stop: int) -> slice:
@@ -98,12 +97,12 @@ class GatheredAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
-        dtype, parts = score_dtype(q.dtype), []
+        parts = []
         for (heads, keys), routes in zip(_chunks(q, k, exchange), ctx.routes, strict=True):
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
             results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
             all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
-            totals = tuple(torch.zeros_like(x, dtype=dtype) for x in (queries, all_k, all_v))
+            totals = zeros_like_all(queries, all_k, all_v)
             own: Grads | None = None
             if exchange.causal or exchange.moba is None:
                 own = squares(exchange, q.device).backward(queries, own_k, own_v, *results)
@@ -204,12 +203,12 @@ class RingAttention(torch.autograd.Function):
         dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
         for owner, (keys, values) in _around(k, v, exchange):
             if owner == exchange.rank:
-                totals = (dq, dk, dv)
-                add_rectangle_gradients(totals, _ring_rectangles(exchange, owner), q, keys, values, out, lse, grad)
+                own = (dq, dk, dv)
+                add_rectangle_gradients(own, _ring_rectangles(exchange, owner), q, keys, values, out, lse, grad)
                 continue
-            part = [torch.zeros_like(x, dtype=dtype) for x in (keys, values)]
-            rectangles = _ring_rectangles(exchange, owner)
-            add_rectangle_gradients((dq, *part), rectangles, q, keys, values, out, lse, grad)
+            totals = (dq, *zeros_like_all(keys, values))
+            add_rectangle_gradients(totals, _ring_rectangles(exchange, owner), q, keys, values, out, lse, grad)
+            part = list(totals[1:])
             if travelling is not None:
                 part = [a + b for a, b in zip(travelling.wait(), part, strict=True)]
             travelling = pass_on(part, exchange.mesh, exchange.axis)
@@ -240,5 +239,3 @@ def _ring_rectangles(exchange: Exchange, owner: int) -> list[Rectangle]:
         if keys.stop > keys.start:
             found.append((local_rows(exchange, start, stop), keys))
     return found
-
-

@@ -137,8 +137,20 @@ def add_rectangles(merged: Merged, rectangles: Sequence[Rectangle], q: Tensor, k
         merged.add(rows, *rectangle_routes(q[rows], k[keys]).forward(q[rows], k[keys], v[keys]))
 
 
+def zeros_like_all(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sums to add gradients to, in the dtype of the scores."""
+    return tuple(torch.zeros_like(x, dtype=score_dtype(x.dtype)) for x in tensors)
+
+
 def add_rectangle_gradients(
-    totals: Grads, rectangles: Sequence[Rectangle], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor
+    totals: Sequence[Tensor],
+    rectangles: Sequence[Rectangle],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
 ) -> None:
     """Backward of rectangles, added to dq [S, Hq, D], dk and dv [K, Hkv, D]."""
     dq, dk, dv = totals

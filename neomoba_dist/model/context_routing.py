@@ -80,6 +80,7 @@ def gather_means(k: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
     A block on one rank has the same bits as in a single process. Those of several add up in their order, weighted by
     their lengths, in float32 (float64 for float64), and are rounded once.
     """
+    assert exchange.moba is not None
     rank, dtype = exchange.rank, score_dtype(k.dtype)
     lengths = torch.nn.functional.pad(everything.length[everything.of(rank)].cumsum(0), (1, 0)).int()
     own = block_means(k.to(dtype), block_size=int(everything.length.max()), cu_seqlens=lengths.to(k.device))
@@ -88,7 +89,7 @@ def gather_means(k: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
     sent[: len(lengths) - 1] = own[: len(lengths) - 1]
     gathered = all_gather(sent, exchange.mesh, exchange.axis)
     pooled = gathered[everything.owner.to(k.device), everything.number.to(k.device)]
-    weight = torch.zeros(everything.num_blocks, dtype=dtype).index_add_(0, everything.block, everything.length.to(dtype))
+    weight = torch.bincount(everything.block, everything.length.to(dtype), everything.num_blocks).to(dtype)
     share = (everything.length / weight[everything.block]).to(k.device)
     size = max_blocks(exchange.split.num_tokens, exchange.moba[0], len(exchange.borders) - 1)
     means = own.new_zeros(size, *own.shape[1:])
@@ -172,7 +173,7 @@ class Trip:
         return all_to_all(leaving, *arguments)[:, None]
 
     def back(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the received rows [N, ...] became, at home again and by the rank they had visited: [M of a rank, ...]."""
+        """What the received rows [N, ...] became, at home again, by the rank they had visited: [M, ...] each."""
         arguments = (self.exchange.mesh, self.exchange.axis, self.receive_counts, self.send_counts)
         return all_to_all(x, *arguments).split(self.send_counts)
 

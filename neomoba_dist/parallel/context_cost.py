@@ -12,6 +12,7 @@ from itertools import accumulate
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.parallel.context_split import ContextSplit
 
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Heads of one tensor-parallel rank, head size, bytes of an element, and MoBA's block size and top k."""
@@ -77,7 +78,7 @@ def work_imbalance(kind: str, strategy: str, split: ContextSplit, shape: Attenti
     if kind == "full":
         pairs = [position + 0.5 if causal else 1.0 for position in range(blocks)]
     elif strategy.endswith("route_queries"):
-        visits = list(accumulate(min(others, block) / block for block in range(blocks - 1, 0, -1)))[::-1] + [0.0]
+        visits = [0.0, *accumulate(min(others, block) / block for block in range(blocks - 1, 0, -1))][::-1]
         pairs = [0.5 + visits[block] if causal else 1.0 for block in range(blocks)]
     else:
         pairs = [0.5 + min(others, block) if causal else 1.0 for block in range(blocks)]

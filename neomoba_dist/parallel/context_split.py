@@ -14,13 +14,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from neomoba_dist.data.batch import Batch
 
 SPLITS = ("block_cyclic", "zigzag", "contiguous")
 
@@ -35,7 +32,7 @@ class ContextSplit:
 
     @classmethod
     def of_tokens(cls, tokens: int, ranks: int, split: str, block_size: int, multiple: int = 1) -> "ContextSplit":
-        """The split of a batch of `tokens` tokens; a rank's tokens are a multiple of `multiple`, the batch is padded."""
+        """The split of a batch of `tokens` tokens, padded so that every rank has a multiple of `multiple`."""
         local = -(-tokens // ranks)
         while local % multiple or local % _rounds(local, split, block_size):
             local += 1
@@ -174,7 +171,10 @@ def pieces(split: ContextSplit, borders: Sequence[int], block_size: int) -> Piec
     )
 
 
-def split_batch(batch: "Batch", split: ContextSplit, rank: int) -> "Batch":
+AnyBatch = TypeVar("AnyBatch", bound=Any)  # data/batch.py's Batch; this package knows its fields, not its class
+
+
+def split_batch(batch: AnyBatch, split: ContextSplit, rank: int) -> AnyBatch:
     """The rank's share of a batch: its tokens, labels, masks and positions; `cu_seqlens` stays that of all T tokens.
 
     The tokens that pad the batch to T are a document of their own, at position -1, and count nowhere.

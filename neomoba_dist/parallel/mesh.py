@@ -87,10 +87,10 @@ class Mesh:
 
 
 def _context_axes(parallel: ParallelConfig, heads: int) -> dict[str, Axis]:
-    """cp_heads, neighbouring ranks `heads` at a time, and cp_tokens, those of equal place. All ranks make all groups."""
+    """cp_heads, `heads` neighbouring ranks at a time, and cp_tokens, those of equal place. All make all groups."""
     world, me = torch.arange(dist.get_world_size()), dist.get_rank()
-    cp = world.view(-1, parallel.context_parallel_size, parallel.tensor_model_parallel_size).transpose(1, 2).flatten(0, 1)
-    divided = cp.unflatten(1, (-1, heads))
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    divided = world.view(-1, cp, tp).transpose(1, 2).flatten(0, 1).unflatten(1, (-1, heads))
     found = {}
     for name, groups in (("cp_heads", divided.flatten(0, 1)), ("cp_tokens", divided.transpose(1, 2).flatten(0, 1))):
         for ranks in groups.tolist():
@@ -167,8 +167,8 @@ def _first_host(node_list: str) -> str:
 def map_launcher_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns (rank, world size).
 
-    deepspeed and torchrun set them; SLURM's (srun), Open MPI's and MPICH's (mpirun) own variables are translated; a plain
-    `python` is a world of one.
+    deepspeed and torchrun set them; SLURM's (srun), Open MPI's and MPICH's (mpirun) own variables are translated; a
+    plain `python` is a world of one.
     """
     found = environment
     mapped: dict[str, str] = {}

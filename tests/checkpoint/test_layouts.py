@@ -12,11 +12,10 @@ import torch.distributed as dist
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.model.init import Shard
-from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
 from tests.equivalence import Pieces, assemble
 from tests.ranks import run_ranks
-from tests.runs import run_config, train_here
+from tests.runs import build_mesh, run_config, train_here
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one": (1, {}, 1),
@@ -48,7 +47,11 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_and_collect(config: Any, folder: Path) -> dict[str, Pieces]:
-    engine = build_engine(config, config.plan(dist.get_world_size()), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
+    engine = build_engine(
+        config,
+        config.plan(dist.get_world_size()),
+        build_mesh(config),
+    )
     engine.load(CheckpointReader(folder), moments=True)
     return {
         kind: [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()]

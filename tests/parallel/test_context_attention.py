@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class RankResult(NamedTuple):
-    """Global indices of a rank's tokens; output, dq, dk, dv there; bytes received by operation, forward and backward."""
+    """Global indices of a rank's tokens; output, dq, dk, dv there; bytes received by operation, there and back."""
 
     index: torch.Tensor
     values: list[torch.Tensor]

@@ -20,6 +20,7 @@ from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
 from tests.ranks import run_ranks
+from tests.runs import build_mesh
 
 STEPS = 3
 MICRO_BATCHES = 4  # of the whole update, over all data-parallel ranks
@@ -85,7 +86,7 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
 
 def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pieces, Pieces, Pieces]:
     world = torch.distributed.get_world_size()
-    mesh = Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads)
+    mesh = build_mesh(config)
     engine = build_engine(config, config.plan(world), mesh)
     engine.set_full_attention(full)
 
@@ -193,7 +194,11 @@ def test_full_attention_and_recompute(layout: str) -> None:
 
 
 def poisoned_rank(config: Config) -> tuple[float, bool]:
-    engine = build_engine(config, config.plan(torch.distributed.get_world_size()), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
+    engine = build_engine(
+        config,
+        config.plan(torch.distributed.get_world_size()),
+        build_mesh(config),
+    )
     next(engine.parameters()).data[0] = math.inf
     result = engine.update(updates("mlm")[0][torch.distributed.get_rank() :: 2], RATE)
     return result.grad_norm, result.skipped
@@ -209,7 +214,7 @@ def test_not_finite_is_not_hidden(precision: dict[str, object]) -> None:
 
 
 def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
-    engine = build_engine(config, config.plan(1), Mesh.build(config.parallel, num_key_value_heads=config.model.num_key_value_heads))
+    engine = build_engine(config, config.plan(1), build_mesh(config))
     losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return losses, dict(torch._dynamo.utils.counters["graph_break"]), graphs

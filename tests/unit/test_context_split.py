@@ -1,5 +1,7 @@
 """How tokens are dealt to context-parallel ranks, and where segments and pieces then lie."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,7 +52,7 @@ def test_segments_and_pieces_cover_everything(
     split = ContextSplit.of_tokens(300, ranks, name, block, multiple)
     cu = [0, *sorted(borders), split.num_tokens]
     cut = pieces(split, cu, block)
-    blocks = [range(a + o, min(a + o + block, b)) for a, b in zip(cu, cu[1:], strict=False) for o in range(0, b - a, block)]
+    blocks = [range(o, min(o + block, b)) for a, b in pairwise(cu) for o in range(a, b, block)]
     assert cut.num_blocks == len(blocks)
     for number, tokens in enumerate(blocks):
         first, last = cut.first[number : number + 2].tolist()
