@@ -1,87 +1,105 @@
-"""Cleaning of text: what every document goes through before it is tokenised.
+"""Cleans text once, for everything that follows.
 
-Byte order mark dropped, CRLF and CR to LF, Unicode NFC, control characters dropped (tab and newline stay), invalid
-UTF-8 replaced by U+FFFD and counted with file and line, empty documents and exact repetitions dropped.
+Byte order marks, CRLF, control characters and invalid UTF-8 go, Unicode becomes NFC, empty documents and exact
+repetitions are dropped; where asked for, near repetitions and documents that share text with evaluation sets too.
+Writes OUTPUT/documents-*.jsonl.zst and, last, OUTPUT/manifest.json with the counts. An interrupted run goes on behind
+its last finished part. train_tokenizer and tokenize_corpus clean what they read in the same way, without the last two.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-CLEANING_VERSION = 1
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `raw_bytes`: how far it takes its input file, for progress."""
-
-    id: str
-    text: str
-    raw_bytes: int
+from data_tools.cleaning import CLEANING_VERSION, CleaningReport, Document, clean_documents, text_digest
+from data_tools.cli import command_parser, positive_float, positive_int, progress, run
+from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
+from neomoba_dist.data.errors import DataError
 
 
-@dataclass
-class CleaningReport:
-    """Counts what cleaning met. `invalid_lines` names lines with invalid UTF-8 as file:line."""
-
-    documents: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    invalid_lines: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The report for people, one fact a line; nothing where nothing was dropped."""
-        facts = []
-        if self.empty or self.duplicates:
-            facts.append(f"dropped {self.empty} empty and {self.duplicates} repeated of {self.documents} documents")
-        if self.invalid_lines:
-            shown = ", ".join(self.invalid_lines[:5]) + (", ..." if len(self.invalid_lines) > 5 else "")
-            facts.append(f"invalid UTF-8 replaced in {len(self.invalid_lines)} lines: {shown}")
-        return facts
+def file_facts(files: list[SourceFile]) -> list[list[Any]]:
+    """Name, size and time of change of each file: what tells an interrupted run that its input is still the same."""
+    return [[file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns] for file in files]
 
 
-def decode_utf8(payload: bytes, name: str, report: CleaningReport, first_line: int = 1) -> str:
-    """Text of `payload`; lines that are not UTF-8 are reported as name:line and keep U+FFFD in place of the bytes."""
-    try:
-        return payload.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        for number, line in enumerate(payload.split(b"\n"), first_line):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                report.invalid_lines.append(f"{name}:{number}")
-        return payload.decode("utf-8-sig", errors="replace")
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = command_parser("clean", __doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="txt, jsonl(.gz|.zst), parquet or folders of them")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--strict", action="store_true", help="stop at invalid UTF-8 instead of replacing it")
+    parser.add_argument(
+        "--near_duplicates",
+        type=positive_float,
+        metavar="SIMILARITY",
+        help="also drop documents whose 5-word shingles are this similar to an earlier one's, by MinHash; usual: 0.8",
+    )
+    parser.add_argument(
+        "--decontaminate", nargs="+", metavar="FILE", help="evaluation sets (txt, json, jsonl, tsv, csv, parquet)"
+    )
+    parser.add_argument(
+        "--ngram", type=positive_int, default=13, help="consecutive words shared with one that drop it (default: 13)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace other text in OUTPUT")
+    args = parser.parse(argv)
+    if args.near_duplicates is not None and args.near_duplicates > 1:
+        raise DataError(f"--near_duplicates {args.near_duplicates}: a similarity is at most 1; usual: 0.8")
 
+    from data_tools.overlap import Contamination, NearDuplicates, evaluation_texts
+    from data_tools.text_folder import TextFolder
 
-def clean_text(text: str) -> str:
-    """The cleaned text; cleaning it again changes nothing."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    text = _SURROGATE.sub("\ufffd", text)
-    return unicodedata.normalize("NFC", _CONTROL.sub("", text))
-
-
-def text_digest(text: str) -> bytes:
-    """16 bytes that tell texts apart."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-
-
-def clean_documents(documents: Iterable[Document], report: CleaningReport) -> Iterator[Document]:
-    """Cleans each document; drops empty ones and exact repetitions (the first stays) and counts them in `report`."""
+    files = input_files(args.input)
+    held_out = evaluation_texts(args.decontaminate) if args.decontaminate else []
+    recipe = {
+        "command": "clean",
+        "version": CLEANING_VERSION,
+        "input": file_facts(files),
+        "near_duplicates": args.near_duplicates,
+        "ngram": args.ngram if held_out else None,
+        "evaluation_texts": text_digest("\0".join(held_out)).hex() if held_out else None,
+    }
+    folder = TextFolder(args.output, recipe, args.overwrite)
+    if folder.finished:
+        print(f"{args.output}: already holds this text, nothing to do")
+        return
+    report = CleaningReport(**folder.state)
+    report.strict = args.strict
+    contamination = Contamination(held_out, args.ngram) if held_out else None
+    near = None if args.near_duplicates is None else NearDuplicates(args.near_duplicates)
     seen: set[bytes] = set()
-    for document in documents:
-        report.documents += 1
-        text = clean_text(document.text)
-        digest = text_digest(text)
-        if not text.strip():
-            report.empty += 1
-        elif digest in seen:
-            report.duplicates += 1
-        else:
-            seen.add(digest)
-            yield Document(document.id, text, document.raw_bytes)
+    with progress(total_bytes(files), "clean", "B") as bar:
+
+        def counted(documents: Iterator[Document]) -> Iterator[Document]:
+            for document in documents:
+                bar.update(document.raw_bytes)
+                yield document
+
+        # what an interrupted run kept is remembered by reading it again; invalid UTF-8 was reported when it was met
+        for document in read_documents([SourceFile(path, path.name) for path in folder.files()], CleaningReport()):
+            seen.add(text_digest(document.text))
+            if near is not None:
+                near(document.text)
+        invalid = list(report.invalid_lines)
+        documents = counted(read_documents(files, report))
+        for _ in islice(documents, report.documents):
+            pass
+        report.invalid_lines = invalid
+        kept = clean_documents(documents, report, seen=seen, is_contaminated=contamination, is_near_duplicate=near)
+        for document in kept:
+            folder.add(document, lambda: dataclasses.asdict(report))
+    manifest = folder.close({"report": dataclasses.asdict(report)})
+    if contamination is not None and contamination.too_short:
+        short = contamination.too_short
+        print(
+            f"{short} of {len(held_out)} evaluation texts have fewer than --ngram {args.ngram} words and find nothing"
+        )
+    for line in report.lines():
+        print(line)
+    print(f"{args.output}: {sum(part['documents'] for part in manifest['parts'])} documents")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -52,7 +52,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def progress(total: int, description: str, unit: str) -> tqdm[Any]:
+def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
     """A progress bar with rate and remaining time; call `update(n)`, use it as a context manager."""
     from tqdm import tqdm
 

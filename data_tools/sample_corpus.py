@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.clean import CleaningReport, Document, clean_documents
+from data_tools.cleaning import CleaningReport, Document, clean_documents
 from data_tools.cli import command_parser, positive_float, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, standard_library_files, total_bytes
 from neomoba_dist.data.errors import DataError

@@ -3,7 +3,10 @@
 Each document is cleaned, tokenised whole (no truncation) and wrapped: [CLS] document [SEP], or document and the
 end-of-text token where the tokenizer has no [CLS] and [SEP]. Exact repetitions are dropped. The result is the same,
 byte for byte, for any number of workers. An interrupted run goes on where it stopped; a finished one is left alone.
-Writes OUTPUT/shard-*.tar (plain WebDataset tars), the tokenizer, members.npz and, last, index.json.
+Writes OUTPUT/shard-*.tar (plain WebDataset tars), the tokenizer, two tables and, last, index.json.
+
+On many machines: mpirun -n K python -m data_tools.tokenize_corpus --mpi ...; rank 0 reads, the others tokenise, OUTPUT
+lies on a file system that all of them share.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from data_tools.clean import CleaningReport
+from data_tools.cleaning import CleaningReport
 from data_tools.cli import command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
@@ -50,7 +55,7 @@ def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, sha
     index = CorpusIndex.from_file(output / INDEX_FILE)
     keys = []
     with progress(total_bytes(files), "compare with OUTPUT", "B") as bar:
-        for block in divide(read_documents(files, CleaningReport()), tokenizer.sha256):
+        for block in divide(read_documents(files, CleaningReport()), tokenizer):
             keys.append(block.key)
             bar.update(block.raw_bytes)
     if index.recipe != recipe_of(keys, shard_bytes):
@@ -60,7 +65,7 @@ def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, sha
 
 def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_bytes: int, recipe: str) -> CorpusIndex:
     """Assembles the parts, in order, into shards and writes the index last."""
-    from data_tools.blocks import Part
+    from data_tools.blocks import read_parts
     from data_tools.corpus_index import CorpusCounts, write_index
     from neomoba_dist.data.index import INDEX_FILE
     from neomoba_dist.data.shards import ShardWriter, id_dtype
@@ -76,9 +81,9 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
     empty = duplicates = 0
     seen: set[bytes] = set()
     with progress(len(parts), "write shards", "block") as bar:
-        for path in parts:
+        for documents in read_parts(parts):
             kept = []
-            for ids, digest in Part.from_file(path).documents():
+            for ids, digest in documents:
                 if not len(ids):
                     empty += 1
                 elif digest in seen:
@@ -97,28 +102,50 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
 
 
 def tokenize_corpus(
-    files: list[SourceFile], tokenizer: Tokenizer, output: Path, workers: int, shard_bytes: int
+    files: list[SourceFile],
+    tokenizer: Tokenizer,
+    output: Path,
+    workers: int,
+    shard_bytes: int,
+    pool: Executor | None = None,
 ) -> CorpusIndex:
-    """Makes the corpus in `output`, going on from the parts that an interrupted run left there."""
-    from data_tools.blocks import Block, divide, tokenize_blocks
+    """Makes the corpus in `output`, going on from the parts that an interrupted run left there.
+
+    The work is done by `pool`, which has `workers` workers; without one by processes of this machine."""
+    from data_tools.blocks import Block, divide, tokenize_blocks, worker_pool
 
     parts_folder = output / _PARTS
     parts_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
     report = CleaningReport()
-    with progress(total_bytes(files), "tokenize", "B") as bar:
+    own_pool = worker_pool(workers) if pool is None and workers > 1 else nullcontext(pool)
+    with progress(total_bytes(files), "tokenize", "B") as bar, own_pool as executor:
 
         def done(block: Block) -> None:
             parts.append(block.part(parts_folder))
             bar.update(block.raw_bytes)
 
-        blocks = divide(read_documents(files, report), tokenizer.sha256)
-        keys = tokenize_blocks(blocks, tokenizer, parts_folder, workers, done)
+        blocks = divide(read_documents(files, report), tokenizer)
+        keys = tokenize_blocks(blocks, tokenizer, parts_folder, executor, workers, done)
     for line in report.lines():
         print(line)
     index = write_shards(output, parts, tokenizer, shard_bytes, recipe_of(keys, shard_bytes))
     shutil.rmtree(parts_folder)
     return index
+
+
+def run_under_mpi(work: Callable[[Executor, int], None]) -> None:
+    """Calls `work(pool, workers)` on rank 0, with all other ranks as the pool; these serve until it returns."""
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor
+
+    with cast("AbstractContextManager[Executor | None]", MPICommExecutor(MPI.COMM_WORLD, root=0)) as pool:
+        if pool is None:
+            return
+        if MPI.COMM_WORLD.size == 1:
+            library = MPI.Get_library_version().split("\n")[0]
+            print(f"one process under {library}: start it with the mpirun of this MPI, mpirun -n K, for more")
+        work(pool, max(1, MPI.COMM_WORLD.size - 1))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -133,24 +160,31 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--shard_mb", type=positive_float, default=128.0, help="size of a shard in MB (default: 128)")
     parser.add_argument("--overwrite", action="store_true", help="replace another corpus in OUTPUT")
+    parser.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun instead of --workers processes")
     args = parser.parse(argv)
 
-    from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
-    from neomoba_dist.data.tokenizer import load_tokenizer
+    def work(pool: Executor | None, workers: int) -> None:
+        from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
+        from neomoba_dist.data.tokenizer import load_tokenizer
 
-    files = input_files(args.input)
-    tokenizer = load_tokenizer(args.tokenizer)
-    shard_bytes = int(args.shard_mb * 1e6)
-    began = time.monotonic()
-    if not args.overwrite and is_finished(args.output, files, tokenizer, shard_bytes):
-        index = CorpusIndex.from_file(args.output / INDEX_FILE)
-        print(f"{args.output}: already holds this corpus, nothing to do")
+        files = input_files(args.input)
+        tokenizer = load_tokenizer(args.tokenizer)
+        shard_bytes = int(args.shard_mb * 1e6)
+        began = time.monotonic()
+        if not args.overwrite and is_finished(args.output, files, tokenizer, shard_bytes):
+            index = CorpusIndex.from_file(args.output / INDEX_FILE)
+            print(f"{args.output}: already holds this corpus, nothing to do")
+        else:
+            index = tokenize_corpus(files, tokenizer, args.output, workers, shard_bytes, pool)
+        print(
+            f"{args.output}: {index.documents} documents, {index.tokens} tokens in {len(index.shards)} shards, "
+            f"unigram entropy {index.unigram_entropy:.3f} nats/token, {time.monotonic() - began:.1f} s"
+        )
+
+    if args.mpi:
+        run_under_mpi(work)
     else:
-        index = tokenize_corpus(files, tokenizer, args.output, args.workers, shard_bytes)
-    print(
-        f"{args.output}: {index.documents} documents, {index.tokens} tokens in {len(index.shards)} shards, "
-        f"unigram entropy {index.unigram_entropy:.3f} nats/token, {time.monotonic() - began:.1f} s"
-    )
+        work(None, args.workers)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.clean import CleaningReport, clean_documents
+from data_tools.cleaning import CleaningReport, clean_documents
 from data_tools.cli import command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # SentencePiece learns from "sentences": pieces of about this many characters, cut at line ends so that newlines and
 # indentation are learnt too.
 _SENTENCE_CHARACTERS = 1000
+# SentencePiece would learn pieces such as ".\\n"; with line ends as pieces of their own, long texts can be cut at them
+_LINE_ENDS = ["\n" * n for n in range(1, 9)]
 
 
 def train_wordpiece(texts: list[str], vocab_size: int) -> bytes:
@@ -87,6 +89,7 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, model_type: str) -> 
             vocab_size=vocab_size,
             pad_id=0, unk_id=1, bos_id=2, eos_id=3,
             pad_piece=pad, unk_piece=unk, bos_piece=cls, eos_piece=sep, control_symbols=[mask],
+            user_defined_symbols=_LINE_ENDS,
             # the library's defaults lose newlines and double spaces and put a space before the text
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,

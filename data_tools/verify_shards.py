@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 _LINES_PER_SHARD = 5
 
 
-def _header_problem(header: bytes, size: int, name: str | None) -> str | None:
-    """What is wrong with a member's tar header; `name` is None where the index does not fix it."""
+def _header_problem(header: bytes, size: int, suffix: str) -> str | None:
+    """What is wrong with a member's tar header."""
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"tar header damaged ({error})"
-    if found.name != (name or found.name) or found.size < size:
+    if not found.name.endswith(suffix) or found.size != size:
         return f"tar header names {found.name!r} of {found.size} bytes"
     return None
 
@@ -50,7 +50,7 @@ def member_problems(payload: memoryview, index: CorpusIndex, members: MemberTabl
         offset, size = (int(getattr(members, f"{name}_{field}")[row]) for field in ("offset", "size"))
         if paired:
             suffix = "len" if name == "lengths" else ID_SUFFIX[index.dtype]
-            problem = _header_problem(bytes(payload[offset - 512 : offset]), size, f"{row:09d}.{suffix}")
+            problem = _header_problem(bytes(payload[offset - 512 : offset]), size, f".{suffix}")
             if problem:
                 yield f"offset {offset - 512}: {problem}"
         data = payload[offset : offset + size]
@@ -98,10 +98,14 @@ def corpus_problems(folder: Path) -> Iterator[str]:
     """One line for each problem of the corpus in `folder`."""
     import numpy as np
 
+    from data_tools.foreign import is_text_index, text_problems
     from neomoba_dist.data import index as layout
     from neomoba_dist.data.shards import structural_problems
 
     path = folder / layout.INDEX_FILE
+    if is_text_index(path):
+        yield from text_problems(folder)
+        return
     if not path.is_file():
         raise DataError(f"{folder}: no finished corpus, {path.name} is missing; run data_tools.tokenize_corpus")
     index = layout.CorpusIndex.from_file(path)

@@ -71,6 +71,12 @@ class MemberTable:
     lengths_size: np.ndarray
     lengths_crc32: np.ndarray
 
+    @classmethod
+    def from_columns(cls, columns: dict[str, list[int]]) -> MemberTable:
+        """The table of these columns, each with its type."""
+        types = {"shard": np.int32} | {name: np.uint32 for name in columns if name.endswith("crc32")}
+        return cls(**{name: np.array(column, types.get(name, np.int64)) for name, column in columns.items()})
+
     def to_bytes(self) -> bytes:
         """As an .npz file; the same table gives the same bytes."""
         return _npz(vars(self))
@@ -170,8 +176,11 @@ class CorpusIndex:
         """Reads and checks `index.json`; DataError names what is wrong with it."""
         try:
             raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if raw.pop("format") != FORMAT:
-                raise DataError(f"{path}: not an index of {FORMAT}")
+            if (found := raw.pop("format")) != FORMAT:
+                raise DataError(
+                    f"{path}: index of {found}, not of token shards; make them with: python -m "
+                    f"data_tools.tokenize_corpus --input {path.parent}"
+                )
             if (version := raw.pop("version")) != VERSION:
                 raise DataError(f"{path}: version {version}; this program reads version {VERSION}")
             fingerprint = raw.pop("fingerprint")

@@ -13,8 +13,10 @@ import mmap
 import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -111,9 +113,7 @@ class ShardWriter:
         """Finishes the last shard; returns the entries for the index and the member table."""
         if self._shard:
             self._finish_shard(self._shard)
-        types = {"shard": np.int32} | {name: np.uint32 for name in self._members if name.endswith("crc32")}
-        table = {name: np.array(column, types.get(name, np.int64)) for name, column in self._members.items()}
-        return self._shards, MemberTable(**table)
+        return self._shards, MemberTable.from_columns(self._members)
 
     def _write_member(self, shard: _ShardFile) -> None:
         """Writes the collected parts as one pair; its key counts over the whole corpus."""
@@ -209,13 +209,22 @@ class ShardReader:
         return self._map
 
 
-def check_files(folder: Path, shards: list[ShardEntry]) -> None:
+class FileSize(Protocol):
+    """An entry of an index: the file's name, and its size in bytes."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+def check_files(folder: Path, shards: Sequence[FileSize]) -> None:
     """Structural check that costs one stat per shard: DataError names the first missing, cut or extra shard."""
     for problem in structural_problems(folder, shards):
         raise DataError(problem)
 
 
-def structural_problems(folder: Path, shards: list[ShardEntry]) -> list[str]:
+def structural_problems(folder: Path, shards: Sequence[FileSize]) -> list[str]:
     """One line for each shard that is missing, has another size than the index says, or is not in the index."""
     problems = []
     for entry in shards:

@@ -8,6 +8,7 @@ Existing tokenizers load without network: a folder or file of ours (`tokenizer.j
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,10 @@ _ROLE_NAMES = {
     "bos": ("[BOS]", "<s>", "[CLS]", "<|endoftext|>"),
     "eos": ("[EOS]", "</s>", "[SEP]", "<|endoftext|>"),
 }
+_OVER_LINE_END = re.compile(r"[^\n]\n")
+# parts of a tokenizer.json that look at no character across a line end
+_SPLIT_AT_WHITE_SPACE = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
+_CHARACTER_NORMALIZERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 _UNUSED_NAME = re.compile(r"\[unused\d+\]|<unused\d+>")
 
 
@@ -104,11 +109,21 @@ class Tokenizer(ABC):
         """Hex digest of the tokenizer's file."""
         return hashlib.sha256(self.payload).hexdigest()
 
-    def wrap_document(self, ids: list[int]) -> list[int]:
-        """`ids` as one document: [CLS] ids [SEP], or ids and the end-of-text token where there is no [CLS]/[SEP]."""
+    @cached_property
+    def document_borders(self) -> tuple[list[int], list[int]]:
+        """Ids before and after a document: [CLS] and [SEP]; where there is neither, the end-of-text token after it."""
         end = self.special.sep if self.special.sep is not None else self.special.eos
-        head = [] if self.special.cls is None else [self.special.cls]
-        return head + ids + ([] if end is None else [end])
+        return [] if self.special.cls is None else [self.special.cls], [] if end is None else [end]
+
+    def wrap_document(self, ids: list[int]) -> list[int]:
+        """`ids` between the borders of a document."""
+        head, tail = self.document_borders
+        return head + ids + tail
+
+    @property
+    @abstractmethod
+    def splits_at_line_ends(self) -> bool:
+        """True if a text, cut before any line end that follows a visible character, yields the ids of the whole."""
 
     def save(self, folder: Path) -> Path:
         """Writes the tokenizer's file into `folder` (made if missing) and returns its path."""
@@ -157,6 +172,21 @@ class HuggingFaceTokenizer(Tokenizer):
         roles = {i for i in vars(self.special).values() if i is not None}
         return sorted(unused | special | roles)
 
+    @property
+    def splits_at_line_ends(self) -> bool:
+        state = json.loads(self.payload)
+        normalizer = state["normalizer"] or {"type": "Sequence", "normalizers": []}
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        words = state["pre_tokenizer"] or {"type": "none"}
+        # GPT-2's expression begins a new match at white space that follows anything else
+        byte_level = words["type"] == "ByteLevel" and not words["add_prefix_space"] and words.get("use_regex", True)
+        return (
+            (byte_level or words["type"] in _SPLIT_AT_WHITE_SPACE)
+            and all(step["type"] in _CHARACTER_NORMALIZERS for step in steps)
+            and all(token["special"] for token in state["added_tokens"])
+            and not state["model"].get("dropout")
+        )
+
 
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece unigram and BPE models, held as a `tokenizer.model`."""
@@ -201,6 +231,18 @@ class SentencePieceTokenizer(Tokenizer):
         return [
             i for i in range(self.vocab_size) if backend.is_control(i) or backend.is_unknown(i) or backend.is_unused(i)
         ]
+
+    @property
+    def splits_at_line_ends(self) -> bool:
+        # Merges (BPE, whose scores are ranks) happen inside pieces: none may reach over a line end, and normalisation
+        # has to leave line ends and spaces alone. Unigram sums probabilities over the whole text in single precision:
+        # in a book their rounding decides between equal readings.
+        backend = self._backend
+        kept = "x\n\n  x "
+        return backend.normalize(kept).replace("\u2581", " ") == kept and all(
+            backend.get_score(i).is_integer() and not _OVER_LINE_END.search(backend.id_to_piece(i))
+            for i in range(self.vocab_size)
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

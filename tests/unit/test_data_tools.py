@@ -9,21 +9,28 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 import data_tools.blocks as blocks
 import data_tools.tokenize_corpus as tokenize_command
 from data_tools import sample_corpus, train_tokenizer, verify_shards
-from data_tools.clean import CleaningReport, clean_text, decode_utf8
-from data_tools.sources import input_files, read_documents, standard_library_files
+from data_tools.cleaning import clean_text
+from data_tools.sources import standard_library_files
 from neomoba_dist.data.corpus import open_corpus
 from neomoba_dist.data.errors import DataError
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("sample_corpus", "train_tokenizer", "tokenize_corpus", "verify_shards", "inspect_shards")
+COMMANDS = (
+    "fetch",
+    "clean",
+    "sample_corpus",
+    "train_tokenizer",
+    "tokenize_corpus",
+    "index",
+    "verify_shards",
+    "inspect_shards",
+)
 
 
 def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -45,12 +52,6 @@ def _succeed(command: str, *arguments: object) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "byte_bpe")
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many blocks from little text."""
-    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 20_000)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -128,55 +129,6 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: tuple[str, ...], messa
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_same_bytes_for_any_number_of_workers(tmp_path: Path, tokenizer: Path) -> None:
-    text = write_texts(tmp_path / "text")
-    common = ["--input", str(text), "--tokenizer", str(tokenizer), "--shard_mb", "0.2"]
-    for workers in ("1", "4"):
-        tokenize_command.main([*common, "--output", str(tmp_path / workers), "--workers", workers])
-    digests = folder_digests(tmp_path / "1")
-    assert sum(name.endswith(".tar") for name in digests) > 2
-    assert digests == folder_digests(tmp_path / "4")
-    assert list(verify_shards.corpus_problems(tmp_path / "4")) == []
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_restart_does_only_what_is_missing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = write_texts(tmp_path / "text")
-    common = ["--input", str(text), "--tokenizer", str(tokenizer), "--workers", "1"]
-    tokenize_command.main([*common, "--output", str(tmp_path / "whole")])
-    done: list[Path] = []
-    tokenize_block = blocks.tokenize_block
-
-    def stops_after_five(texts: list[str], tokenizer_path: Path, sha256: str, part: Path) -> None:
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(part)
-        tokenize_block(texts, tokenizer_path, sha256, part)
-
-    def counts(texts: list[str], tokenizer_path: Path, sha256: str, part: Path) -> None:
-        done.append(part)
-        tokenize_block(texts, tokenizer_path, sha256, part)
-
-    output = tmp_path / "output"
-    monkeypatch.setattr(blocks, "tokenize_block", stops_after_five)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize_command.main([*common, "--output", str(output)])
-    with pytest.raises(DataError, match="no finished corpus"):
-        open_corpus(output)
-    monkeypatch.setattr(blocks, "tokenize_block", counts)
-    tokenize_command.main([*common, "--output", str(output)])
-    assert len(done) == len(set(done)) > 10
-    assert folder_digests(output) == folder_digests(tmp_path / "whole")
-
-    blocks_made = len(done)
-    tokenize_command.main([*common, "--output", str(output)])
-    assert len(done) == blocks_made
-    (output / "shard-00000.tar").unlink()
-    tokenize_command.main([*common, "--output", str(output)])
-    assert folder_digests(output) == folder_digests(tmp_path / "whole")
-
-
 def test_another_corpus_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path) -> None:
     for name, text in (("a.txt", "one text\n"), ("b.txt", "another text\n")):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -247,43 +199,6 @@ def test_sample_of_one_document_is_cut_at_a_line(tmp_path: Path) -> None:
     ]
     assert "".join(texts) == (tmp_path / "one.txt").read_text(encoding="utf-8")
     assert texts[1].startswith("line 9")
-
-
-def test_cleaning() -> None:
-    dirty = "\ufeffa\r\nb\rc\x00\x1b[0m e\u0301\x85\ud800\tz\n"
-    clean = "a\nb\nc[0m \u00e9\ufffd\tz\n"
-    assert clean_text(dirty) == clean
-    assert clean_text(clean) == clean
-    report = CleaningReport()
-    assert decode_utf8(b"\xef\xbb\xbfgood\nb\xffd\nok\n\xfe", "f.txt", report) == "good\nb\ufffdd\nok\n\ufffd"
-    assert report.invalid_lines == ["f.txt:2", "f.txt:4"]
-    assert "f.txt:2, f.txt:4" in report.lines()[0]
-
-
-def test_sources(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a.txt").write_bytes(b"text a\n")
-    (folder / "sub" / "b.jsonl").write_text('{"text": "b1"}\n{"id": 7, "content": "b2"}\n', encoding="utf-8")
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["c1", None, "c2"]}), folder / "c.parquet")
-    (folder / "ignored.md").write_text("no", encoding="utf-8")
-    report = CleaningReport()
-    documents = {d.id: d.text for d in read_documents(input_files([folder]), report)}
-    assert documents == {
-        "a.txt": "text a\n",
-        "c.parquet:0": "c1",
-        "c.parquet:1": "",
-        "c.parquet:2": "c2",
-        "sub/b.jsonl:1": "b1",
-        "7": "b2",
-    }
-    for content, message in (('{"text": 1}', r"bad.jsonl:1: no text under"), ("{", r"bad.jsonl:1: not a JSON object")):
-        (tmp_path / "bad.jsonl").write_text(content, encoding="utf-8")
-        with pytest.raises(DataError, match=message):
-            list(read_documents(input_files([tmp_path / "bad.jsonl"]), report))
-    (tmp_path / "bad.parquet").write_bytes(b"rubbish")
-    with pytest.raises(DataError, match="not a parquet file"):
-        list(read_documents(input_files([tmp_path / "bad.parquet"]), report))
 
 
 def test_a_book_with_bom_and_crlf(tmp_path: Path, tokenizer: Path) -> None:

@@ -1,0 +1,378 @@
+"""Fetching and reading text: files of every kind, foreign shards, data sets of the hub (as local folders of them)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+
+import data_tools.text_folder as text_folder
+from data_tools import fetch, index, tokenize_corpus, verify_shards
+from data_tools.cleaning import CleaningReport
+from data_tools.sources import input_files, read_documents
+from data_tools.text_folder import UNFINISHED_FILE
+from neomoba_dist.data.corpus import open_corpus
+from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.index import INDEX_FILE
+from tests.corpora import folder_digests, make_corpus, make_tokenizer
+
+
+def texts_in(folder: Path) -> list[str]:
+    return [document.text for document in read_documents(input_files([folder]), CleaningReport())]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return path
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_bytes(b"text a\n")
+    lines = b'{"text": "b1"}\n{"id": 7, "content": "b2"}\n'
+    (folder / "sub" / "b.jsonl").write_bytes(lines)
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines))
+    with pyarrow.output_stream(folder / "e.jsonl.zst", compression="zstd") as stream:
+        stream.write(lines)
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["c1", None, "c2"]}), folder / "c.parquet")
+    (folder / "ignored.md").write_text("no", encoding="utf-8")
+    files = input_files([folder])
+    documents = list(read_documents(files, CleaningReport()))
+    assert [(d.id, d.text) for d in documents] == [
+        ("a.txt", "text a\n"),
+        ("c.parquet:0", "c1"),
+        ("c.parquet:1", ""),
+        ("c.parquet:2", "c2"),
+        ("d.jsonl.gz:1", "b1"),
+        ("7", "b2"),
+        ("e.jsonl.zst:1", "b1"),
+        ("7", "b2"),
+        ("sub/b.jsonl:1", "b1"),
+        ("7", "b2"),
+    ]
+    assert sum(d.raw_bytes for d in documents[4:8]) == sum((folder / n).stat().st_size for n in _COMPRESSED)
+
+
+_COMPRESSED = ("d.jsonl.gz", "e.jsonl.zst")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", b'{"text": 1}', r"bad.jsonl:1: no text under 'text' or 'content'"),
+        ("bad.jsonl", b'{"text": "a"}\n{', r"bad.jsonl:2: not a JSON object"),
+        ("bad.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-9], r"bad.jsonl.gz: damaged or cut"),
+        ("bad.jsonl.zst", b"rubbish", r"bad.jsonl.zst: damaged or cut"),
+        ("bad.parquet", b"rubbish", r"bad.parquet: not a parquet file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts_in(tmp_path)
+
+
+def test_invalid_utf8_names_the_line_in_compressed_files_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b\xff"}\n'))
+    report = CleaningReport()
+    assert [d.text for d in read_documents(input_files([tmp_path]), report)] == ["a", "b\ufffd"]
+    assert report.invalid_lines == ["a.jsonl.gz:2"]
+
+
+# -- fetch
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_folder, "PART_BYTES", 3000)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A data set as the hub stores it: a card that names a configuration, parquet files in parts."""
+    folder = tmp_path / "set"
+    (folder / "cfg").mkdir(parents=True)
+    for part in range(3):
+        texts = [f"text {part} {i} " + "word " * 20 for i in range(50)]
+        table = pyarrow.table({"url": ["u"] * 50, "content": texts})
+        pyarrow.parquet.write_table(table, folder / "cfg" / f"train-{part:05d}-of-00003.parquet", row_group_size=20)
+    card = "---\nconfigs:\n- config_name: cfg\n  data_files:\n  - split: train\n    path: cfg/train-*\n---\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, documents: int) -> None:
+    """The process dies while it adds this document."""
+    add = text_folder.TextFolder.add
+    left = [documents]
+
+    def dies(self: text_folder.TextFolder, *arguments: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        add(self, *arguments)
+
+    monkeypatch.setattr(text_folder.TextFolder, "add", dies)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_fetch_from_the_hub_goes_on_where_it_stopped(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--source", f"hf:{hub}:cfg@main", "--output"]
+    fetch.main([*source, str(tmp_path / "whole")])
+    expected = [f"text {part} {i} " + "word " * 20 for part in range(3) for i in range(50)]
+    assert texts_in(tmp_path / "whole") == expected
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["documents"], len(manifest["parts"]) > 5) == (150, True)
+    assert manifest["commit"] in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 77)
+        with pytest.raises(Interrupted):
+            fetch.main([*source, str(tmp_path / "again")])
+    assert (tmp_path / "again" / UNFINISHED_FILE).is_file()
+    with pytest.raises(DataError, match="unfinished; run the command that writes it again"):
+        input_files([tmp_path / "again"])
+    read: list[int] = []
+    documents = fetch.hub_documents
+    monkeypatch.setattr(
+        fetch, "hub_documents", lambda data, name, done: (read.append(done), documents(data, name, done))[1]
+    )
+    fetch.main([*source, str(tmp_path / "again")])
+    assert 50 < read[0] < 77
+    assert folder_digests(tmp_path / "again") == folder_digests(tmp_path / "whole")
+    fetch.main([*source, str(tmp_path / "again")])
+    assert "already holds this text" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_fetch_of_local_files_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"text": f"text {i} " + "word " * 20}) for i in range(100)]
+    (tmp_path / "in" / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "in" / "b.txt").write_text("the last one", encoding="utf-8")
+    source = ["--source", str(tmp_path / "in"), "--output"]
+    fetch.main([*source, str(tmp_path / "whole")])
+    assert texts_in(tmp_path / "whole") == [f"text {i} " + "word " * 20 for i in range(100)] + ["the last one"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 60)
+        with pytest.raises(Interrupted):
+            fetch.main([*source, str(tmp_path / "again")])
+    fetch.main([*source, str(tmp_path / "again")])
+    assert folder_digests(tmp_path / "again") == folder_digests(tmp_path / "whole")
+
+
+def test_fetch_limit_and_other_text(tmp_path: Path, hub: Path) -> None:
+    source, output = ["--source", f"hf:{hub}:cfg@main"], ["--output", str(tmp_path / "out")]
+    fetch.main([*source, *output, "--max_mb", "0.001"])
+    assert len(texts_in(tmp_path / "out")) == 10  # 109 bytes each
+    with pytest.raises(DataError, match="holds text of another source or settings; add --overwrite"):
+        fetch.main([*source, *output])
+    fetch.main([*source, *output, "--overwrite"])
+    assert len(texts_in(tmp_path / "out")) == 150
+
+
+def test_presets_are_pinned_parquet_sets_of_the_hub() -> None:
+    assert set(fetch.PRESETS) == {"bookcorpus", "pg19", "refinedweb", "wikipedia", "wikitext-103"}
+    for source in fetch.PRESETS.values():
+        spec = fetch._HUB.fullmatch(source)
+        assert spec
+        assert len(spec["revision"]) == 40 or spec["revision"] == "refs/convert/parquet"
+
+
+def test_offline_is_one_line_that_names_the_local_alternative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"cannot be had .*wikitext.*give the files, --source FOLDER") as error:
+        fetch.main(["--source", "wikitext-103", "--output", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["hf:name/without_revision"], "write hf:NAME"),
+        (["wikipedia", "pg19"], "give one data set of the hub alone"),
+        (["no/such/file.txt"], "no such file or folder"),
+        (["hf:{set}:cfg@main", "--split", "test"], "cannot be had .*test"),
+        (["hf:{jsonl}@main"], "not stored as parquet; try hf:.*@refs/convert/parquet"),
+        (["hf:{other}@main"], "no column 'text' or 'content', only a, b"),
+    ],
+)
+def test_fetch_refuses_in_one_line(tmp_path: Path, hub: Path, source: list[str], message: str) -> None:
+    (tmp_path / "jsonl").mkdir()
+    (tmp_path / "jsonl" / "train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    (tmp_path / "other").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1], "b": [2]}), tmp_path / "other" / "train.parquet")
+    places = {"set": hub, "jsonl": tmp_path / "jsonl", "other": tmp_path / "other"}
+    with pytest.raises(DataError, match=message) as error:
+        fetch.main(["--output", str(tmp_path / "out"), "--source", *(word.format(**places) for word in source)])
+    assert "\n" not in str(error.value)
+
+
+# -- shards that others made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "byte_bpe")
+
+
+@pytest.mark.parametrize("suffix", ["u16", "u32", "i64", "npy"])
+def test_foreign_shards_of_ids_are_read_in_place(tmp_path: Path, tokenizer: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(5, 600, n) for n in (3, 2000, 1, 700, 40, 9000)]
+    dtype = {"u16": "<u2", "u32": "<u4", "i64": "<i8", "npy": "<i4"}[suffix]
+    for number in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"part-{number}.tar")) as writer:
+            for i, ids in enumerate(documents[3 * number : 3 * number + 3]):
+                array = ids.astype(dtype)
+                # the peer's own writer, with its extended headers
+                payload = array if suffix == "npy" else array.tobytes()
+                writer.write({"__key__": f"d{i}", suffix: payload, "json": {"url": "u"}})
+    before = {name: digest for name, digest in folder_digests(tmp_path).items() if name.endswith(".tar")}
+    arguments = [str(tmp_path), "--tokenizer", str(tokenizer)]
+    with pytest.raises(DataError, match="give --suffix: one of"):
+        index.main(arguments)
+    index.main([*arguments, "--suffix", suffix])
+    corpus = open_corpus(tmp_path)
+    assert corpus.index.subsets[0][:2] == [1024, 2]
+    read = []
+    for shard in corpus.shards:
+        start = 0
+        for length in shard.document_lengths().tolist():
+            read.append(np.empty(length, np.int64))
+            shard.read(start, read[-1])
+            start += length
+    assert [ids.tolist() for ids in read] == [ids.tolist() for ids in documents]
+    assert list(verify_shards.corpus_problems(tmp_path)) == []
+    assert {name: digest for name, digest in folder_digests(tmp_path).items() if name.endswith(".tar")} == before
+    with pytest.raises(DataError, match=r"has an index; check it .* or add --overwrite"):
+        index.main(arguments)
+
+    payload = bytearray((tmp_path / "part-1.tar").read_bytes())
+    place = int(corpus.shards[1].members.tokens_offset[4])
+    payload[place + 1] ^= 4
+    (tmp_path / "part-1.tar").write_bytes(payload)
+    (problem,) = verify_shards.corpus_problems(tmp_path)
+    assert f"part-1.tar: offset {place}: " in problem
+    with pytest.raises(DataError, match=rf"part-1.tar: tokens at byte offset {place} "):
+        open_corpus(tmp_path).shards[1].read(700, np.empty(1, np.int64))
+
+
+def test_lost_index_is_made_again(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    tables = folder_digests(corpus.folder)
+    (corpus.folder / INDEX_FILE).unlink()
+    index.main([str(corpus.folder), "--tokenizer", str(corpus.folder)])
+    again = open_corpus(corpus.folder)
+    assert again.fingerprint == corpus.fingerprint
+    assert {k: v for k, v in folder_digests(corpus.folder).items() if k != INDEX_FILE} == {
+        k: v for k, v in tables.items() if k != INDEX_FILE
+    }
+    assert again.index.length_histogram == corpus.index.length_histogram
+    assert again.unigram_entropy == corpus.unigram_entropy
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_foreign_shards_of_text_are_tokenised(tmp_path: Path, tokenizer: Path, suffix: str) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    texts = [f"document {i} " + "word " * i for i in range(6)]
+    for number in range(2):
+        with webdataset.TarWriter(str(shards / f"{number}.tar")) as writer:
+            for i, text in enumerate(texts[3 * number : 3 * number + 3]):
+                writer.write({"__key__": f"d{i}", suffix: text if suffix == "txt" else {"content": text}})
+    with pytest.raises(DataError, match=r"needs an index: python -m data_tools\.index"):
+        input_files([shards])
+    index.main([str(shards)])
+    assert texts_in(shards) == texts
+    assert list(verify_shards.corpus_problems(shards)) == []
+    with pytest.raises(DataError, match=r"not of token shards; make them with: .*tokenize_corpus --input"):
+        open_corpus(shards)
+    common = ["--tokenizer", str(tokenizer), "--workers", "1", "--output"]
+    tokenize_corpus.main([*common, str(tmp_path / "corpus"), "--input", str(shards)])
+    assert open_corpus(tmp_path / "corpus").documents == 6
+
+    payload = (shards / "1.tar").read_bytes()
+    damaged = payload.replace(b"document 4", b"document 9")
+    (shards / "1.tar").write_bytes(damaged)
+    place = damaged.index(b"document 9") - (0 if suffix == "txt" else len('{"content": "'))
+    with pytest.raises(DataError, match=rf"1.tar: text at byte offset {place} .* fails its crc32"):
+        texts_in(shards)
+    assert len(list(verify_shards.corpus_problems(shards))) == 1
+    (shards / "1.tar").write_bytes(payload[:2048])
+    with pytest.raises(DataError, match=r"1.tar: 2048 bytes, the index says"):
+        texts_in(shards)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (8 * 512, "no end of archive at offset 4096"),
+        (8 * 512 + 100, "no end of archive at offset 4096"),
+        (6 * 512, "cut inside 1.u16 at offset 2560"),
+        (0, "empty file"),
+    ],
+)
+def test_cut_foreign_shards_are_refused(tmp_path: Path, tokenizer: Path, size: int, message: str) -> None:
+    shard = write_tar(tmp_path / "a.tar", {f"{i}.u16": b"\1\0" * 600 for i in range(4)})
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(DataError, match=rf"a.tar: .*({message})"):
+        index.main([str(tmp_path), "--tokenizer", str(tokenizer), "--suffix", "u16"])
+    assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_damaged_header_of_a_foreign_shard_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", {f"{i}.u16": b"\1\0" * 100 for i in range(4)})
+    payload = bytearray(shard.read_bytes())
+    payload[2 * 1024 + 3] ^= 1
+    shard.write_bytes(payload)
+    with pytest.raises(DataError, match=r"a.tar: damaged header or no end of archive at offset 2048"):
+        index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.u16": b"\1\0\1"}, "3 bytes are no whole number of uint16"),
+        ({"a.u16": b"\xff\xff"}, r"a.tar: ids from 65535 to 65535, the tokenizer has \d+; give --tokenizer"),
+        ({"a.npy": b"rubbish"}, "not an .npy file"),
+        ({"a.u16": b"\1\0", "a.len": b"\2\0\0\0"}, ".len does not add up"),
+        ({"a.u16": b"\1\0", "a.len": b"\xff\xff\xff\xff"}, "last document goes on in no other member"),
+        ({"a.u16": b""}, "hold no id"),
+        ({"a.png": b""}, "give --suffix: one of .* has png"),
+    ],
+)
+def test_foreign_ids_that_cannot_be(tmp_path: Path, tokenizer: Path, members: dict[str, bytes], message: str) -> None:
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
+    assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_ids_need_their_tokenizer(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.u16": b"\1\0"})
+    with pytest.raises(DataError, match=r"holds ids \(.u16\); add --tokenizer"):
+        index.main([str(tmp_path)])
+    with pytest.raises(DataError, match=r"no \*.tar in this folder"):
+        index.main([str(tmp_path / "none")])
