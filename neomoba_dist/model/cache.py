@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.kernels.mask_chunks import Mask, masked_attention
 from neomoba_dist.model.key_conv import add_taps
-from neomoba_dist.model.masked import Mask, Places, find_places, find_routes, masked_attention
+from neomoba_dist.model.masked import bias_weight, find_places, with_routes
 from neomoba_dist.model.moba import Places as MobaPlaces
 from neomoba_dist.model.moba import attend, block_means, moba_attention, route
 from neomoba_dist.model.positions import ScoreBias
@@ -30,15 +31,18 @@ class Step:
     """Where the new tokens of one step go; the same for all layers.
 
     first: no document has earlier tokens. offset: position of each document's first new token, int64 [documents].
-    counts: new tokens of each document, the same. target: row of every new token in the buffers, int64 [T].
-    numbers, block_keys: blocks that these tokens complete, int64 [n], and the rows of their keys [n * block_size].
+    counts: new tokens of each document, the same. places: document and position of every new token, int64 [2, T].
+    target: row of every new token in the buffers, int64 [T]. near: rows of the keys that a sliding-window layer's new
+    queries can see, int64 [K], empty where there is no such layer. numbers, block_keys: blocks that these tokens
+    complete, int64 [n], and the rows of their keys [n * block_size].
     """
 
     first: bool
     offset: Tensor
     counts: Tensor
-    places: Places
+    places: Tensor
     target: Tensor
+    near: Tensor
     numbers: Tensor
     block_keys: Tensor
 
@@ -83,16 +87,28 @@ class KVCache:
         offset = torch.tensor(before, device=self.device)
         borders = torch.tensor([0, *accumulate(counts)], device=self.device)
         places = find_places(sum(counts), borders, offset)
+        document, position = places
         self.step = Step(
             not any(before),
             offset,
             torch.tensor(counts, device=self.device),
             places,
-            self.borders.long()[places.document] + places.position,
+            self.borders.long()[document] + position,
+            self._near_rows(before, after),
             *self._completed_blocks(before, after),
         )
         self.lengths = after
-        return places.position
+        return position
+
+    def _near_rows(self, before: Sequence[int], after: Sequence[int]) -> Tensor:
+        """For every document with new tokens: its global tokens and all from the first new one's window on."""
+        parts = [torch.arange(0)]
+        if any(layer.kind == "sliding_window" for layer in self.layers):
+            for a, b, border in zip(before, after, self.borders.tolist(), strict=False):
+                low = max(0, a - self.config.sliding_window + 1) if b > a else b
+                far = min(self.config.global_tokens, low) if b > a else 0
+                parts += [torch.arange(border, border + far), torch.arange(border + low, border + b)]
+        return torch.cat(parts).to(self.device)
 
     def _completed_blocks(self, before: Sequence[int], after: Sequence[int]) -> tuple[Tensor, Tensor]:
         size = self.config.moba_block_size
@@ -137,8 +153,8 @@ class LayerCache:
             old = 1 + document * tail + tail + back
             return torch.where(back >= 0, 1 + len(self.tail) * tail + token, torch.where(position >= 0, old, 0))
 
-        places, token = step.places, torch.arange(len(k_TND), device=k_TND.device)
-        out = add_taps(k_TND, weight_CW, True, lambda o: known[row_of(places.document, places.position + o, token + o)])
+        (document, position), token = step.places, torch.arange(len(k_TND), device=k_TND.device)
+        out = add_taps(k_TND, weight_CW, True, lambda o: known[row_of(document, position + o, token + o)])
         document = torch.arange(len(self.tail), device=k_TND.device)[:, None]
         back = torch.arange(-tail, 0, device=k_TND.device)
         end, last = (step.offset + step.counts)[:, None], step.counts.cumsum(0)[:, None]
@@ -156,19 +172,21 @@ class LayerCache:
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""
         config, step, borders = self.cache.config, self.cache.step, self.cache.borders
-        size = config.moba_block_size
+        size, weight = config.moba_block_size, bias_weight(bias, q.device)
+        if self.kind == "sliding_window":
+            keys = find_places(len(self.k), borders)[:, step.near]
+            window, far = config.sliding_window, config.global_tokens
+            mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far)
+            return masked_attention(q, self.k[step.near], self.v[step.near], mask, weight)
         places = MobaPlaces(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
         blocks = None
         if self.means is not None:
             blocks = route(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **places)
-        if self.kind == "sliding_window" or bias is not None:
-            keys, routes = find_places(len(self.k), borders), None
+        if bias is not None:
+            mask = Mask(step.places, find_places(len(self.k), borders), True, aligned=False)
             if blocks is not None and self.means is not None:
-                routes = find_routes(blocks, keys, borders, size, len(self.means))
-            window = config.sliding_window if self.kind == "sliding_window" else 0
-            far = config.global_tokens
-            mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far, routes=routes)
-            return masked_attention(q, self.k, self.v, mask, bias)
+                mask = with_routes(mask, blocks, borders, size, len(self.means))
+            return masked_attention(q, self.k, self.v, mask, weight)
         if blocks is not None:
             return attend(q, self.k, self.v, blocks, **places)[0]
         # one block as long as the longest document is full attention

@@ -135,7 +135,6 @@ class ScoreBias(nn.Module):
 
     def __init__(self, name: str, config: ModelConfig, init: Initializer) -> None:
         super().__init__()
-        self.causal = config.causal
         tp, heads = init.mesh["tp"], config.num_attention_heads
         self.table: nn.Parameter | None = None
         if config.position_embedding == "t5_relative":
@@ -148,15 +147,16 @@ class ScoreBias(nn.Module):
         """The bias of the config's position scheme, None where it has none."""
         return cls(name, config, init) if config.position_embedding in ("alibi", "t5_relative") else None
 
-    def weight_N(self, device: torch.device) -> torch.Tensor:
-        """What `scores` computes from: the table [N, T5_BUCKETS], or the slopes [N]."""
+    def weight(self, device: torch.device) -> torch.Tensor:
+        """What `bias_scores` computes from: the table [N, T5_BUCKETS], or the slopes [N]."""
         return self.slopes.to(device) if self.table is None else self.table
 
-    def scores(self, weight_N: torch.Tensor, distance_QK: torch.Tensor) -> torch.Tensor:
-        """[N, Q, K] from distances (query position - key position), in the dtype of the weight."""
-        if self.table is None:
-            return weight_N[:, None, None] * -distance_QK.abs().to(weight_N.dtype)
-        return weight_N[:, t5_buckets(distance_QK, self.causal)]
+
+def bias_scores(weight: torch.Tensor, distance_QK: torch.Tensor, causal: bool) -> torch.Tensor:
+    """[N, Q, K] from `ScoreBias.weight` and distances (query position - key position), in the dtype of the weight."""
+    if weight.dim() == 1:
+        return weight[:, None, None] * -distance_QK.abs().to(weight.dtype)
+    return weight[:, t5_buckets(distance_QK, causal)]
 
 
 def t5_buckets(distance: torch.Tensor, causal: bool) -> torch.Tensor:

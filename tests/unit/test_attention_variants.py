@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model import masked
 from neomoba_dist.model.attention import Attention, set_full_attention
 from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.kernels import mask_chunks
 from neomoba_dist.model.key_conv import convolve_keys
 from neomoba_dist.model.masked import biased_attention, sliding_window_attention
 from neomoba_dist.model.neobert import NeoBERT
@@ -70,7 +70,7 @@ def bias_loops(bias: ScoreBias, kind: str, causal: bool) -> Any:
 @pytest.mark.parametrize("window", [1, 5, 16, 100])
 @pytest.mark.parametrize("causal", [True, False])
 def test_sliding_window(causal: bool, window: int, far: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked, "CHUNK_QUERIES", chunk)
+    monkeypatch.setattr(mask_chunks, "CHUNK_QUERIES", chunk)
     q, k, v, upstream = inputs()
     out = sliding_window_attention(q, k, v, window=window, global_tokens=far, causal=causal, cu_seqlens=CU_SEQLENS)
     expected = attention_loops(q, k, v, BORDERS, sees=window_rule(window, far, causal))
@@ -97,7 +97,7 @@ def test_short_floats(kind: str, dtype: torch.dtype, atol: float) -> None:
 @pytest.mark.parametrize("core", ["full", "moba", "sliding_window"])
 @pytest.mark.parametrize("kind", ["alibi", "t5_relative"])
 def test_score_bias(kind: str, core: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked, "CHUNK_QUERIES", 11)
+    monkeypatch.setattr(mask_chunks, "CHUNK_QUERIES", 11)
     q, k, v, upstream = inputs()
     bias, sees, moba = make_bias(kind, causal), (lambda i, j, _: j <= i or not causal), None
     if core == "sliding_window":
@@ -116,14 +116,14 @@ def test_score_bias(kind: str, core: str, causal: bool, monkeypatch: pytest.Monk
 
 def test_chunks_stay_small() -> None:
     """Never [T, T]: a window's work grows with the window, a biased layer's chunks have a fixed size."""
-    tokens = torch.zeros(32768, dtype=torch.int64)
-    places = masked.Places(tokens, tokens)
-    chunks = list(masked.Mask(places, places, False, aligned=True, window=512).chunks(12))
+    tokens = 32768
+    places = torch.zeros(2, tokens, dtype=torch.int64)
+    chunks = list(mask_chunks.Mask(places, places, False, aligned=True, window=512).chunks(12, biased=False))
     areas = [(rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in chunks]
     assert max(areas) <= 512 * 3 * 512
-    assert sum(areas) <= len(tokens) * 3 * 512
-    biased = masked.Mask(places, places, True, aligned=True, bias=make_bias("alibi", True))
-    assert all((r.stop - r.start) * (c.stop - c.start) * 12 <= masked.CHUNK_ELEMENTS for r, c in biased.chunks(12))
+    assert sum(areas) <= tokens * 3 * 512
+    biased = mask_chunks.Mask(places, places, True, aligned=True).chunks(12, biased=True)
+    assert all((r.stop - r.start) * (c.stop - c.start) * 12 <= mask_chunks.CHUNK_ELEMENTS for r, c in biased)
 
 
 @pytest.mark.parametrize(("width", "causal"), [(1, True), (3, True), (4, True), (1, False), (3, False), (5, False)])

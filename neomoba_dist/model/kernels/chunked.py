@@ -7,6 +7,7 @@ without a device synchronisation, but it does the work of full attention.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,16 +45,14 @@ def attend_chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; sums over chunks run in the dtype of the scores."""
     dtype = score_dtype(problem.q.dtype)
-    k, v = (x.detach().requires_grad_() for x in (problem.k, problem.v))
+    k, v = problem.k, problem.v
     dq = torch.empty_like(problem.q)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     for rows in _chunks(problem):
-        with torch.enable_grad():
-            q = problem.q[rows].detach().requires_grad_()
-            out, lse = _attend(problem, q, k, v, rows)
-        results = [(out, grad_out)] if grad_lse is None else [(out, grad_out), (lse, grad_lse)]
-        outputs, grads = [result for result, _ in results], [grad[rows] for _, grad in results]
-        dq[rows], part_dk, part_dv = torch.autograd.grad(outputs, (q, k, v), grads)
+        # torch.autograd is switched off inside a custom operator, torch.func is not
+        (_, lse), pull_back = torch.func.vjp(partial(_attend, problem, rows=rows), problem.q[rows], k, v)
+        part_grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse[rows]
+        dq[rows], part_dk, part_dv = pull_back((grad_out[rows], part_grad_lse))
         dk += part_dk
         dv += part_dv
     return dq, dk.to(k.dtype), dv.to(v.dtype)
