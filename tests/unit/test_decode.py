@@ -66,6 +66,24 @@ def test_every_variant(name: str) -> None:
     check(VARIANTS[name], 3, "moba")
 
 
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("name", ["window", "window_global"])
+def test_windows_read_the_window_only(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the global tokens; every step still equals a whole pass."""
+    read: list[int] = []
+
+    def record(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(len(k))
+        return masked_attention(q, k, *rest)
+
+    masked_attention = cache_module.masked_attention
+    monkeypatch.setattr(cache_module, "masked_attention", record)
+    check(VARIANTS[name], chunk, "moba")
+    assert read
+    assert max(read) <= len(LENGTHS) * (chunk + 5 - 1 + VARIANTS[name].get("global_tokens", 0))
+    assert max(read) < sum(LENGTHS)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("decode", ["full", "moba"])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 8, 16, 64])

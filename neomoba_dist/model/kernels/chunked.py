@@ -50,8 +50,8 @@ def attend_chunked_backward(
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     for rows in _chunks(problem):
         # torch.autograd is switched off inside a custom operator, torch.func is not
-        (_, lse), pull_back = torch.func.vjp(partial(_attend, problem, rows=rows), problem.q[rows], k, v)
-        part_grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse[rows]
+        results, pull_back = torch.func.vjp(partial(_attend, problem, rows=rows), problem.q[rows], k, v)[:2]
+        part_grad_lse = torch.zeros_like(results[1]) if grad_lse is None else grad_lse[rows]
         dq[rows], part_dk, part_dv = pull_back((grad_out[rows], part_grad_lse))
         dk += part_dk
         dv += part_dv

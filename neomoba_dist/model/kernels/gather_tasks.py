@@ -100,7 +100,15 @@ def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
     dtype = score_dtype(problem.q.dtype)
     q_RD = _head_rows(problem.q, head, problem.group, rows).mul_(math.log2(math.e) * problem.q.shape[2] ** -0.5)
     k_SD, v_SD = (x[doc.keys, head].to(dtype).contiguous() for x in (problem.k, problem.v))
+    if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
+        damaged = ~v_SD.isfinite().all(-1)
+        k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
     return Head(q_RD, k_SD, v_SD, problem.group, doc.position + rows.start - doc.queries.start)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements are finite: at the cost of a sum, which also may refuse values near the largest number."""
+    return bool(x.sum(dtype=score_dtype(x.dtype)).isfinite())
 
 
 def _head_rows(x: Tensor, head: int, group: int, rows: slice) -> Tensor:

@@ -1,6 +1,7 @@
 """MoBA on the CPU: decides document by document how to compute, and runs the heads side by side.
 
-- every block chosen: full attention by torch's flash kernel, the same bits as `full_attention`;
+- every block chosen: full attention by torch's flash kernel, the same bits as `full_attention`; so too the first
+  queries of a causal document, which see all keys before them, where blocks are small;
 - small documents: the same kernel with an additive mask, because gathering costs tens of microseconds per block;
 - all others: queries gathered per block (gather_plan, gather_head).
 
@@ -18,17 +19,26 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.kernels.flash_cpu import flash_backward, flash_forward, group_queries
-from neomoba_dist.model.kernels.gather_tasks import Document, Problem, backward_task, forward_task, head_pieces
+from neomoba_dist.model.kernels.gather_tasks import (
+    Document,
+    Problem,
+    backward_task,
+    forward_task,
+    head_pieces,
+    is_finite,
+)
 from neomoba_dist.model.kernels.routing import score_dtype
 from neomoba_dist.model.kernels.workers import run_side_by_side
 
 # Nanoseconds on one AVX-512 core, forward: they only decide which of two exact methods runs.
-NS_PER_FLASH_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.5, 1.4, 60_000.0
+NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 130_000.0
+FLASH_TILE = 512  # keys; the causal flash kernel skips whole tiles only
 MASK_ELEMENTS = 1 << 24  # of one additive mask
 
 
 def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and logsumexp [T, Hq]; see moba.attend."""
+    problem = _spell_out(problem)
     q = problem.q
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
@@ -52,6 +62,7 @@ def attend_cpu_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; every sum runs in one fixed order."""
+    problem = _spell_out(problem)
     q, causal = problem.q, problem.causal
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, problem.k, problem.v))
     tasks, targets = [], []
@@ -89,27 +100,58 @@ def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
         if q_span[1] == q_span[0] or k_span[1] == k_span[0]:
             continue
         doc = Document(slice(*q_span), slice(*k_span), position, first_block, "full")
-        if routes is not None:
-            method = "gathered" if sparse_only else _cheapest_method(problem, doc, routes)
-            doc = doc._replace(method=method)
-        found.append(doc)
+        if sparse_only and routes is not None:
+            found.append(doc._replace(method="gathered"))
+        else:
+            found.extend([doc] if routes is None else _choose_methods(problem, doc, routes))
     return found
 
 
-def _cheapest_method(problem: Problem, doc: Document, routes: Tensor) -> str:
-    block_size, num_heads = problem.layout.block_size, problem.q.shape[1]
-    blocks = -(-doc.num_keys // block_size)
+def _spell_out(problem: Problem) -> Problem:
+    """Full attention over damaged values as routes to the one block of each document, so that it may be gathered."""
+    if problem.routes is not None or not problem.causal or is_finite(problem.v):
+        return problem
+    own = problem.layout.own_blocks(*problem.layout.query_places(0, problem.q.shape[0]))
+    return problem._replace(routes=own.int()[:, None, None].expand(-1, problem.k.shape[1], -1))
+
+
+def _choose_methods(problem: Problem, doc: Document, routes: Tensor) -> list[Document]:
+    """The document as one piece or two, each with the cheapest way to compute it."""
+    block_size, causal = problem.layout.block_size, problem.causal
+    values_finite = is_finite(problem.v[doc.keys])
+    flash = values_finite or not causal  # the causal flash kernel lets a damaged value reach earlier queries
     square = doc.position == 0 and doc.num_queries == doc.num_keys
-    if (square or not problem.causal) and _all_chosen(routes[doc.queries], blocks, block_size, problem.causal):
-        return "full"
-    pairs = num_heads * doc.num_queries * doc.num_keys
-    sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, routes.shape[2] * block_size)
-    gathered = sparse_pairs * NS_PER_GATHERED_PAIR + blocks * problem.k.shape[1] * NS_PER_BLOCK
-    if gathered < pairs * NS_PER_FLASH_PAIR:
-        return "gathered"
+    blocks = -(-doc.num_keys // block_size)
+    if flash and (square or not causal) and _all_chosen(routes[doc.queries], blocks, block_size, causal):
+        return [doc]
     # An additive mask does not hide a key that is not a number.
-    finite = problem.q[doc.queries].isfinite().all() & problem.k[doc.keys].isfinite().all()
-    return "masked" if bool(finite) else "gathered"
+    maskable = values_finite and is_finite(problem.q[doc.queries]) and is_finite(problem.k[doc.keys])
+    early = routes.shape[2] * block_size  # causal queries before it see all keys before them
+    exact = problem.q.dtype == score_dtype(problem.q.dtype)  # half precision would round the gradients of two pieces
+    if exact and causal and square and values_finite and early < doc.num_queries and _prefers_flash(problem, early):
+        split = doc.queries.start + early
+        head = doc._replace(queries=slice(doc.queries.start, split), keys=slice(doc.keys.start, doc.keys.start + early))
+        if _all_chosen(routes[head.queries], routes.shape[2], block_size, causal):
+            tail = doc._replace(queries=slice(split, doc.queries.stop), position=early)
+            return [head, tail._replace(method=_cheapest_method(problem, tail, maskable))]
+    return [doc._replace(method=_cheapest_method(problem, doc, maskable))]
+
+
+def _prefers_flash(problem: Problem, tokens: int) -> bool:
+    """Whether causal full attention over the first tokens of a document is faster than gathering their blocks."""
+    rows, blocks = problem.q.shape[1] * tokens, problem.k.shape[1] * tokens // problem.layout.block_size
+    flash = rows * min(tokens, (tokens + FLASH_TILE) / 2) * NS_PER_FLASH_PAIR
+    return flash < rows * tokens / 2 * NS_PER_GATHERED_PAIR + blocks * NS_PER_BLOCK
+
+
+def _cheapest_method(problem: Problem, doc: Document, maskable: bool) -> str:
+    assert problem.routes is not None
+    block_size, num_heads = problem.layout.block_size, problem.q.shape[1]
+    pairs = num_heads * doc.num_queries * doc.num_keys
+    sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, problem.routes.shape[2] * block_size)
+    blocks = -(-doc.num_keys // block_size) * problem.k.shape[1]
+    gathered = sparse_pairs * NS_PER_GATHERED_PAIR + blocks * NS_PER_BLOCK
+    return "masked" if maskable and pairs * NS_PER_MASKED_PAIR <= gathered else "gathered"
 
 
 def _all_chosen(routes_TRC: Tensor, blocks: int, block_size: int, causal: bool) -> bool:

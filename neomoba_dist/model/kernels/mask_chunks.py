@@ -100,9 +100,7 @@ def attend_chunk(mask: Mask, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
     if q.device.type != "cpu" or bool(q_broken.any() or broken[0].any() or broken[1].any()):  # asks no GPU
         key_broken = (broken[0] | broken[1]).repeat_interleave(group, dim=1).float()  # [K, Hq]
         spoilt = q_broken | ((seen.float() @ key_broken.t()[:, :, None])[..., 0].t() > 0)
-        q, k, v = (
-            x.masked_fill(where[..., None], 0) for x, where in zip((q, k, v), (q_broken, *broken), strict=True)
-        )
+        q, k, v = (x.masked_fill(where[..., None], 0) for x, where in zip((q, k, v), (q_broken, *broken), strict=True))
     additive = seen
     if bias is not None:
         # a bias of thousands has no room in half precision, so biased scores are added up in float32
@@ -167,7 +165,7 @@ def _backward(
     for rows, keys in mask.chunks(q.shape[1], bias is not None):
         parts = [q[rows], mask.gather(k, keys), mask.gather(v, keys), *([bias] if trained else [])]
         # torch.autograd is switched off inside a custom operator, torch.func is not
-        _, pull_back = torch.func.vjp(partial(_attend_leaves, mask, bias, rows, keys), *parts)
+        pull_back = torch.func.vjp(partial(_attend_leaves, mask, bias, rows, keys), *parts)[1]
         dq[rows], *key_grads = pull_back(grad[rows])
         near = keys.stop - keys.start
         for total, total_far, part in zip((dk, dv), dfar, key_grads[:2], strict=True):

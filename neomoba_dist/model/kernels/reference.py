@@ -20,12 +20,14 @@ def attend_reference(
     mask = routed_keys(routes, layout, k.shape[0], causal, first)  # [T, R, S]
     mask = mask.repeat_interleave(num_heads // mask.shape[1], dim=1).unflatten(1, (num_kv_heads, -1))
     dtype = score_dtype(q.dtype)
+    damaged = ~v.isfinite().all(-1, keepdim=True)  # 0 times not-a-number would reach queries that do not see the key
+    k, v = k.masked_fill(damaged, torch.nan), v.masked_fill(damaged, 0)
     queries = q.to(dtype).unflatten(1, (num_kv_heads, -1))
     logits = torch.einsum("thgd,shd->thgs", queries, k.to(dtype)) * head_dim**-0.5
     has_key = mask.any(-1, keepdim=True)
     logits = logits.masked_fill(~mask & has_key, -torch.inf)  # a row without keys is computed over all, then zeroed
     lse = logits.logsumexp(-1)
-    out = torch.einsum("thgs,shd->thgd", logits.softmax(-1), v.to(dtype)) * has_key
+    out = torch.einsum("thgs,shd->thgd", logits.softmax(-1), v.to(dtype)).masked_fill(~has_key, 0)
     lse = lse.masked_fill(~has_key[..., 0], -torch.inf)
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
