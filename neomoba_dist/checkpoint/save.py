@@ -95,14 +95,17 @@ def _owned_names(source: StateSource) -> set[str]:
     return {
         shard.name
         for shard in mine
-        if mesh["dp_cp"].index == 0 and shard.name not in earlier and (shard.dim is not None or mesh["tp"].index == 0)
+        if shard.name not in earlier
+        and mesh["expert_dp" if "ep" in shard.axes else "dp_cp"].index == 0
+        and ("tp" in shard.axes or mesh["tp"].index == 0)
     }
 
 
 def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -> dict[str, dict[str, Any]]:
     """Write this rank's file of one kind; returns its pieces by logical name."""
     mesh = source.mesh
-    file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}.safetensors"
+    expert = f"-ep{mesh['ep'].index}" if mesh["ep"].size > 1 else ""
+    file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}{expert}.safetensors"
     tensors, pieces = {}, {}
     for parameter in source.parameters():
         shard = shard_of(parameter)

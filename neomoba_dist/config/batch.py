@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,5 +85,12 @@ def _data_parallel_size(config: Config, world_size: int) -> int:
             f"{config.source}: {world_size} ranks are not a multiple of neomoba.parallel.tensor_model_parallel_size "
             f"{tp} x context_parallel_size {cp} x pipeline_model_parallel_size {pp}; "
             f"start {nearest_multiples(world_size, size)} ranks (deepspeed --num_gpus N ...)"
+        )
+    ep, ranks = parallel.expert_model_parallel_size, world_size // (tp * pp)
+    if ranks % ep:
+        raise ConfigError(
+            f"{config.source}: neomoba.parallel.expert_model_parallel_size {ep} does not divide the {ranks} ranks of "
+            f"data and context parallelism; set it to {max(n for n in range(1, ep) if ranks % n == 0)}, or "
+            f"start {nearest_multiples(world_size, math.lcm(size, tp * pp * ep))} ranks"
         )
     return world_size // size

@@ -10,14 +10,8 @@ from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.config.errors import ConfigError
+from neomoba_dist.config.expert_rules import expert_engine, experts
 from neomoba_dist.config.schema import Config, ModelConfig
-
-# Axes whose code has not landed: each must be 1. Take a line out when its axis lands.
-NOT_IN_THIS_VERSION: Final = {
-    "expert_model_parallel_size": "expert parallelism",
-    "expert_tensor_parallel_size": "tensor parallelism of experts",
-}
-
 
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"
 _PP: Final = "neomoba.parallel.pipeline_model_parallel_size"
@@ -29,13 +23,6 @@ def check_rules(config: Config) -> None:
     for rule in RULES:
         for problem in rule(config):
             raise ConfigError(f"{config.source}: {problem}")
-
-
-def axes_that_landed(config: Config) -> Iterator[str]:
-    """Refuse axes whose code is not in this version."""
-    for key, what in NOT_IN_THIS_VERSION.items():
-        if getattr(config.parallel, key) != 1:
-            yield f"{what} is not in this version; set neomoba.parallel.{key} to 1"
 
 
 def zero_stage(config: Config) -> Iterator[str]:
@@ -268,7 +255,6 @@ def _not_divisible(model: ModelConfig, tp: int) -> Iterator[str]:
 
 
 RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
-    axes_that_landed,
     zero_stage,
     precision,
     model_shape,
@@ -277,6 +263,8 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     tensor_parallel,
     context_parallel,
     pipeline,
+    experts,
+    expert_engine,
     phase_lengths,
     batch,
     texts,

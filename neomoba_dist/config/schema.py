@@ -46,11 +46,34 @@ class ModelConfig:
     global_tokens: NonNegativeInt = 0
     key_conv_width: NonNegativeInt = 0
     initializer_range: PositiveFloat = 0.02
+    num_experts: NonNegativeInt = 0
+    num_experts_per_tok: PositiveInt = 2
+    moe_intermediate_size: PositiveInt | None = None
+    num_shared_experts: NonNegativeInt = 0
+    moe_layer_frequency: PositiveInt = 1
+    first_k_dense_replace: NonNegativeInt = 0
+    router_scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: PositiveFloat = 1.0
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
+    router_bias_update_rate: NonNegativeFloat = 0.0
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+    router_aux_loss_scope: Literal["row", "global"] = "row"
+    router_z_loss_coef: NonNegativeFloat = 0.0
+    router_jitter: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    moe_capacity_factor: PositiveFloat | None = None
+    moe_overflow: Literal["drop", "pad", "reroute"] = "drop"
 
     def __post_init__(self) -> None:
-        """Resolve `head_dim`, so that no reader has to know its default; None stays when the division leaves a rest."""
+        """Resolve `head_dim` and `moe_intermediate_size`, so that no reader has to know their defaults.
+
+        `head_dim` stays None when the division leaves a rest.
+        """
         if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.moe_intermediate_size is None and self.num_experts:
+            object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
 
     @property
     def causal(self) -> bool:
@@ -61,6 +84,12 @@ class ModelConfig:
     def layer_attentions(self) -> tuple[str, ...]:
         """Kind of attention of every layer, first to last: "moba", "full" or "sliding_window"."""
         return expand_attention(self.attention, self.num_hidden_layers, self.hybrid_layer_count)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose feed-forward part is a mixture of experts (as in DeepSeek's models)."""
+        layers = range(self.first_k_dense_replace, self.num_hidden_layers)
+        return tuple(i for i in layers if i % self.moe_layer_frequency == 0) if self.num_experts else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +111,7 @@ class ParallelConfig:
         "auto", "ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring"
     ] = "auto"
     expert_model_parallel_size: PositiveInt = 1
-    expert_tensor_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt | None = None
     sequence_parallel: bool = False
 
 

@@ -72,7 +72,7 @@ class Decoder:
             hidden = torch.empty(sum(counts), stage.config.hidden_size, dtype=self.dtype, device=self.device)
             receive(hidden, mesh, "pp", source=pp.index - 1)
         for block, cache in zip(stage.blocks, self.cache.layers, strict=True):
-            hidden = block.transform(hidden, position_ids, cu_seqlens, cache)
+            hidden, *_ = block.transform(hidden, position_ids, cu_seqlens, cache)
         if stage.is_last:
             return stage.final_norm.norm(hidden)
         send(hidden, mesh, "pp", target=pp.index + 1)

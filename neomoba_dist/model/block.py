@@ -9,9 +9,10 @@ from neomoba_dist.model.attention import Attention
 from neomoba_dist.model.cache import LayerCache
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.moe import MoE
 from neomoba_dist.model.norm import RMSNorm
 
-# hidden [S, H], aux_loss [] (float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1].
+# hidden [S, H], aux_loss [] (at least float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1].
 # Fixed shapes, because pipeline stages allocate their receive buffers once.
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -20,11 +21,19 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     attention: its kind (ModelConfig.layer_attentions). recompute: "full" keeps only the block's input for the backward
-    pass, "selective" recomputes the attention core.
+    pass, "selective" recomputes the attention core. row_length: tokens of a training row, which mixtures of experts
+    balance; None: a micro-batch is one row.
     """
 
     def __init__(
-        self, index: int, config: ModelConfig, init: Initializer, *, attention: str = "moba", recompute: str = "none"
+        self,
+        index: int,
+        config: ModelConfig,
+        init: Initializer,
+        *,
+        attention: str = "moba",
+        recompute: str = "none",
+        row_length: int | None = None,
     ) -> None:
         super().__init__()
         name, partial = f"blocks.{index}", init.mesh.sequence_parallel
@@ -36,16 +45,25 @@ class Block(nn.Module):
             f"{name}.attention", config, init, kind=attention, recompute_core=recompute == "selective"
         )
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
-        self.mlp = SwiGLU(f"{name}.mlp", config, init)
+        self.mlp: SwiGLU | MoE
+        if index in config.moe_layers:
+            self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
+        else:
+            self.mlp = SwiGLU(f"{name}.mlp", config, init)
+        self.routed: torch.Tensor | None = None  # sum of the records of its routing since the engine last took it
 
     def forward(self, state: State) -> State:
         hidden, aux_loss, position_ids, cu_seqlens = state
         if self.recompute == "full" and torch.is_grad_enabled():
-            hidden = checkpoint(
+            hidden, added, record = checkpoint(
                 self.transform, hidden, position_ids, cu_seqlens, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden = self.transform(hidden, position_ids, cu_seqlens)
+            hidden, added, record = self.transform(hidden, position_ids, cu_seqlens)
+        if added is not None:
+            aux_loss = aux_loss + added
+        if record is not None and self.training:  # here, where a recomputed layer passes once
+            self.routed = record if self.routed is None else self.routed + record
         return hidden, aux_loss, position_ids, cu_seqlens
 
     def transform(
@@ -54,7 +72,11 @@ class Block(nn.Module):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         cache: LayerCache | None = None,
-    ) -> torch.Tensor:
-        """The block proper: [S, H] -> [S, H]. cache: of its attention layer, for decoding."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The block proper: [S, H] -> [S, H], and a mixture's auxiliary loss and record. cache: for decoding."""
         x_SH = x_SH + self.attention(self.attention_norm(x_SH), position_ids, cu_seqlens, cache)
-        return x_SH + self.mlp(self.mlp_norm(x_SH))
+        normed_SH = self.mlp_norm(x_SH)
+        if isinstance(self.mlp, SwiGLU):
+            return x_SH + self.mlp(normed_SH), None, None
+        output_SH, aux_loss, record = self.mlp(normed_SH, position_ids)
+        return x_SH + output_SH, aux_loss, record

@@ -30,8 +30,7 @@ def vocab_parallel_cross_entropy(
     labels_N: int64 in [0, vocab_size), no ignored ones. Returns [N], float32 (float64 for float64 input).
     """
     shard = shard_of(weight_vH)
-    offset, length = (shard.offset, shard.length) if shard.dim == 0 else (0, shard.shape[0])
-    return _CrossEntropy.apply(hidden_NH, weight_vH, labels_N, mesh, offset, length)
+    return _CrossEntropy.apply(hidden_NH, weight_vH, labels_N, mesh, shard.start[0], shard.extent[0])
 
 
 class _CrossEntropy(torch.autograd.Function):

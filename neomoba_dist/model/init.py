@@ -17,30 +17,27 @@ from neomoba_dist.parallel.mesh import Mesh
 class Shard:
     """Where a parameter lies in its logical tensor.
 
-    shape: shape of the whole tensor. dim: the dimension that tp splits, None if every rank holds it whole.
-    offset, length: the part of that dimension held here; the parameter may be longer (vocabulary padding), what lies
-    beyond `length` is padding, always zero, and belongs to no checkpoint.
+    shape: of the whole tensor. start, extent: offset and shape of the part held here; left out: the whole. The
+    parameter may be longer (vocabulary padding); what lies beyond `extent` is padding, always zero, and belongs to no
+    checkpoint. axes: the mesh axes that cut the tensor, "tp" or "ep" or both; all other ranks hold copies.
     """
 
     name: str
     shape: tuple[int, ...]
-    dim: int | None = None
-    offset: int = 0
-    length: int = 0
+    start: tuple[int, ...] = ()
+    extent: tuple[int, ...] = ()
+    axes: tuple[str, ...] = ()
 
-    @property
-    def start(self) -> tuple[int, ...]:
-        """Offset of the part in every dimension."""
-        return tuple(self.offset if d == self.dim else 0 for d in range(len(self.shape)))
-
-    @property
-    def extent(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return tuple(self.length if d == self.dim else n for d, n in enumerate(self.shape))
+    def __post_init__(self) -> None:
+        if not self.start:
+            object.__setattr__(self, "start", (0,) * len(self.shape))
+            object.__setattr__(self, "extent", self.shape)
 
     def valid(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of a local tensor without its padding."""
-        return tensor if self.dim is None else tensor.narrow(self.dim, 0, self.length)
+        for dim, length in enumerate(self.extent):
+            tensor = tensor.narrow(dim, 0, length)
+        return tensor
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
@@ -64,29 +61,53 @@ class Initializer:
 
         padded: length of `shard_dim` after zero padding (0: none); must divide by tp.
         """
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std * scale).to(self.dtype)
-        return self._place(name, whole, shard_dim, padded)
+        whole = self._draw(name, shape, scale)
+        if shard_dim is None:
+            return self._parameter(whole, Shard(name, shape))
+        part, shard = self._cut(whole, Shard(name, shape), shard_dim, padded)
+        return self._parameter(part, shard)
+
+    def experts(self, name: str, shape: tuple[int, int, int], *, shard_dim: int, scale: float = 1.0) -> nn.Parameter:
+        """Matrices of all experts, [experts, ...]: those of this rank of ep, each cut over tp along `shard_dim`.
+
+        Each is drawn by itself, so that a rank never holds those of the others.
+        """
+        ep = self.mesh["ep"]
+        local = shape[0] // ep.size
+        first = ep.index * local
+        start, extent = [first, 0, 0], [local, *shape[1:]]
+        parts = []
+        for expert in range(first, first + local):
+            whole = self._draw(f"{name}.{expert}", shape[1:], scale)
+            part, shard = self._cut(whole, Shard(name, shape[1:]), shard_dim - 1, 0)
+            parts.append(part)
+        start[1:], extent[1:] = shard.start, shard.extent
+        return self._parameter(torch.stack(parts), Shard(name, shape, tuple(start), tuple(extent), ("ep", "tp")))
 
     def ones(self, name: str, size: int) -> nn.Parameter:
         """A norm's weight: ones, held whole on every rank, without weight decay."""
-        return self._place(name, torch.ones(size, dtype=self.dtype), None, 0)
+        return self._parameter(torch.ones(size, dtype=self.dtype), Shard(name, (size,)))
 
-    def _place(self, name: str, whole: torch.Tensor, shard_dim: int | None, padded: int) -> nn.Parameter:
-        tp = self.mesh["tp"]
-        if shard_dim is None:
-            parameter, shard = nn.Parameter(whole), Shard(name, tuple(whole.shape))
-        else:
-            total = whole.shape[shard_dim]
-            local = (padded or total) // tp.size
-            offset = min(tp.index * local, total)
-            length = min(local, total - offset)
-            shape = [local if d == shard_dim else n for d, n in enumerate(whole.shape)]
-            part = whole.new_zeros(shape)
-            part.narrow(shard_dim, 0, length).copy_(whole.narrow(shard_dim, offset, length))
-            parameter, shard = nn.Parameter(part), Shard(name, tuple(whole.shape), shard_dim, offset, length)
+    def _draw(self, name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std * scale).to(self.dtype)
+
+    def _cut(self, whole: torch.Tensor, shard: Shard, dim: int, padded: int) -> tuple[torch.Tensor, Shard]:
+        """This tp rank's part along `dim`, zero beyond the whole tensor's length."""
+        tp, total = self.mesh["tp"], whole.shape[dim]
+        local = (padded or total) // tp.size
+        offset = min(tp.index * local, total)
+        length = min(local, total - offset)
+        part = whole.new_zeros([local if d == dim else n for d, n in enumerate(whole.shape)])
+        part.narrow(dim, 0, length).copy_(whole.narrow(dim, offset, length))
+        start = tuple(offset if d == dim else 0 for d in range(whole.ndim))
+        extent = tuple(length if d == dim else n for d, n in enumerate(whole.shape))
+        return part, Shard(shard.name, shard.shape, start, extent, ("tp",))
+
+    def _parameter(self, part: torch.Tensor, shard: Shard) -> nn.Parameter:
+        parameter = nn.Parameter(part)
         parameter.shard = shard  # type: ignore[attr-defined]
         # DeepSpeed sums the squared norms of marked parameters over tp and counts all others once
-        parameter.tensor_model_parallel = shard_dim is not None and tp.size > 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = "tp" in shard.axes and self.mesh["tp"].size > 1  # type: ignore[attr-defined]
         return parameter

@@ -10,11 +10,16 @@ from neomoba_dist.parallel.megatron import column_linear, row_linear
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), intermediate features split over tp. x: [T, hidden_size]."""
+    """down(silu(gate(x)) * up(x)), intermediate features split over tp. x: [T, hidden_size].
 
-    def __init__(self, name: str, config: ModelConfig, init: Initializer) -> None:
+    intermediate_size: where it is not the config's.
+    """
+
+    def __init__(
+        self, name: str, config: ModelConfig, init: Initializer, *, intermediate_size: int | None = None
+    ) -> None:
         super().__init__()
-        hidden, intermediate = config.hidden_size, config.intermediate_size
+        hidden, intermediate = config.hidden_size, intermediate_size or config.intermediate_size
         self.mesh = init.mesh
         self.gate_proj = init.weight(f"{name}.gate_proj", (intermediate, hidden), shard_dim=0)
         self.up_proj = init.weight(f"{name}.up_proj", (intermediate, hidden), shard_dim=0)

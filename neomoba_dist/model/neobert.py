@@ -59,11 +59,12 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> State:
         input_ids, position_ids, cu_seqlens = inputs
         shard = shard_of(self.weight)
-        local = input_ids - shard.offset
-        owned = (local >= 0) & (local < shard.length)
+        local = input_ids - shard.start[0]
+        owned = (local >= 0) & (local < shard.extent[0])
         x_TH = F.embedding(local.where(owned, 0), self.weight) * owned[:, None]
         # a leaf that needs a gradient: pipeline stages send one back for every float tensor of the state
-        aux_loss = torch.zeros((), dtype=torch.float32, device=x_TH.device, requires_grad=x_TH.requires_grad)
+        exact = torch.promote_types(x_TH.dtype, torch.float32)
+        aux_loss = torch.zeros((), dtype=exact, device=x_TH.device, requires_grad=x_TH.requires_grad)
         return sum_over_tensor_parallel(x_TH, self.mesh), aux_loss, position_ids, cu_seqlens
 
 
@@ -125,7 +126,12 @@ class Layer:
 
 
 def layer_list(
-    config: ModelConfig, init: Initializer, *, recompute: str = "none", recompute_every: int = 1
+    config: ModelConfig,
+    init: Initializer,
+    *,
+    recompute: str = "none",
+    recompute_every: int = 1,
+    row_length: int | None = None,
 ) -> list[Layer]:
     """Embedding, added positions if any, blocks, final norm, head: the order in which `State` travels."""
     common = {"config": config, "init": init}
@@ -139,6 +145,7 @@ def layer_list(
                 "index": i,
                 "attention": kind,
                 "recompute": "none" if recompute == "full" and i % recompute_every else recompute,
+                "row_length": row_length,
             },
         )
         for i, kind in enumerate(config.layer_attentions)
@@ -161,6 +168,7 @@ class NeoBERT(nn.Module):
     """The whole model in one pipeline stage.
 
     seed: of the initial weights. recompute, recompute_every: activation checkpointing (config.PhaseConfig).
+    row_length: tokens of a training row, for the balance of experts; None: a micro-batch is one row.
     """
 
     def __init__(
@@ -172,11 +180,14 @@ class NeoBERT(nn.Module):
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         recompute_every: int = 1,
+        row_length: int | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
         init = Initializer(mesh, seed, config.initializer_range, dtype)
-        *body, _ = layer_list(config, init, recompute=recompute, recompute_every=recompute_every)
+        *body, _ = layer_list(
+            config, init, recompute=recompute, recompute_every=recompute_every, row_length=row_length
+        )
         embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
         assert isinstance(embedding, Embedding)
         self.embedding, self.final_norm = embedding, final_norm

@@ -70,6 +70,7 @@ def initialize_groups(parallel: "ParallelConfig") -> dict[str, torch.distributed
         "dp_cp": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "model": parallel_state.get_model_parallel_group(),
         "ep": parallel_state.get_expert_model_parallel_group(),
+        "expert_dp": parallel_state.get_expert_data_parallel_group(),
     }
 
 

@@ -18,7 +18,7 @@ from neomoba_dist.config import ConfigError, ParallelConfig
 from neomoba_dist.config.context import ulysses_ranks
 from neomoba_dist.parallel.comm import Ledger
 
-AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "world")
+AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "expert_dp", "world")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, by name: `mesh["tp"].size`. "model" is tp x pp, "dp_cp" the group over which ZeRO shards.
+    """All axes, by name: `mesh["tp"].size`.
 
-    cp = cp_heads x cp_tokens: neighbouring ranks that split KV heads, and what is left. The context_... fields say how
-    tokens are dealt to cp and what its attention layers move (config.ParallelConfig).
+    "model" is tp x pp, "dp_cp" the group over which ZeRO shards, "expert_dp" the same for experts: dp_cp / ep, the
+    ranks that hold copies of the same experts. cp = cp_heads x cp_tokens: neighbouring ranks that split KV heads, and
+    what is left. The context_... fields say how tokens are dealt to cp and what its attention layers move
+    (config.ParallelConfig).
     """
 
     axes: Mapping[str, Axis]
@@ -143,14 +145,17 @@ def rank_map(parallel: ParallelConfig, world_size: int) -> str:
         parallel.context_parallel_size,
         parallel.pipeline_model_parallel_size,
     )
-    dp = world_size // (tp * cp * pp)
-    lines = [f"world {world_size} = tp {tp} x cp {cp} x dp {dp} x pp {pp}", "rank  pp  dp  cp  tp"]
+    ep, dp = parallel.expert_model_parallel_size, world_size // (tp * cp * pp)
+    experts = f"; ep {ep} within dp x cp" if ep > 1 else ""
+    lines = [f"world {world_size} = tp {tp} x cp {cp} x dp {dp} x pp {pp}{experts}", "rank  pp  dp  cp  tp"]
+    lines[1] += "  ep" if ep > 1 else ""
     shown = range(world_size) if world_size <= 32 else [*range(16), *range(world_size - 16, world_size)]
     for rank in shown:
         rest, tp_index = divmod(rank, tp)
         rest, cp_index = divmod(rest, cp)
         pp_index, dp_index = divmod(rest, dp)
-        lines.append(f"{rank:4d} {pp_index:3d} {dp_index:3d} {cp_index:3d} {tp_index:3d}")
+        ep_index = f" {(dp_index * cp + cp_index) % ep:3d}" if ep > 1 else ""
+        lines.append(f"{rank:4d} {pp_index:3d} {dp_index:3d} {cp_index:3d} {tp_index:3d}{ep_index}")
         if world_size > 32 and rank == 15:
             lines.append(" ...")
     return "\n".join(lines)

@@ -246,6 +246,7 @@ class FlatEngine(Engine):
             seed=phase.seed,
             recompute=phase.recompute,
             recompute_every=phase.recompute_every,
+            row_length=phase.sequence_length,
         ).to(self.mesh.device)
 
     def _mpu(self) -> DeepSpeedMPU | None:
@@ -270,7 +271,13 @@ class PipelineParallelEngine(Engine):
     def _build_module(self) -> nn.Module:
         phase = self.config.phase
         init = Initializer(self.mesh, phase.seed, self.config.model.initializer_range)
-        layers = layer_list(self.config.model, init, recompute=phase.recompute, recompute_every=phase.recompute_every)
+        layers = layer_list(
+            self.config.model,
+            init,
+            recompute=phase.recompute,
+            recompute_every=phase.recompute_every,
+            row_length=phase.sequence_length,
+        )
         return build_pipeline(layers, self.mesh, self._loss, balance="Block")
 
     def _mpu(self) -> DeepSpeedMPU | None:
