@@ -27,7 +27,12 @@ def shared_corpus() -> Path:
 
 
 def run_config(
-    layout: dict[str, Any], stage: int = 1, *, deepspeed: dict[str, Any] | None = None, **phase: Any
+    layout: dict[str, Any],
+    stage: int = 1,
+    *,
+    deepspeed: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **phase: Any,
 ) -> Config:
     """Two MoBA layers and a full one on rows of 128 real tokens, 8 rows per update, half of the steps full."""
     corpus = str(shared_corpus())
@@ -48,7 +53,7 @@ def run_config(
             "zero_optimization": {"stage": stage},
             **(deepspeed or {}),
             "neomoba": {
-                "model": vars(tiny_model(vocab_size=1200, initializer_range=0.02)),
+                "model": vars(tiny_model(vocab_size=1200, initializer_range=0.02, **(model or {}))),
                 "parallel": layout,
                 "data": {"train": corpus, "validation": corpus, "max_documents_per_row": 32},
                 "phase": {**settings, **phase},

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from neomoba_dist.checkpoint.layout import CheckpointError, find_checkpoint, logical_name, read_index, read_json
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import Shard, shard_of
+from neomoba_dist.model.moe import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -80,6 +81,8 @@ def load_weights(reader: CheckpointReader, module: torch.nn.Module) -> None:
         for parameter in module.parameters():
             shard = shard_of(parameter)
             shard.valid(parameter).copy_(reader.read("model", shard))
+        for shard, buffer in saved_buffers(module):
+            buffer.copy_(reader.read("model", shard))
 
 
 def load_model(

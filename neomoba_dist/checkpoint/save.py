@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from neomoba_dist.checkpoint.layout import (
     step_folder,
 )
 from neomoba_dist.config import Config
-from neomoba_dist.model.init import shard_of
+from neomoba_dist.model.init import Shard, shard_of
 from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -33,6 +34,7 @@ class StateSource(Protocol):
     mesh: Mesh
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def saved_buffers(self) -> Iterator[tuple[Shard, torch.Tensor]]: ...
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor: ...
 
 
@@ -89,7 +91,7 @@ def set_aside_newer(output: Path, step: int) -> None:
 def _owned_names(source: StateSource) -> set[str]:
     """Logical names whose shards this rank writes: one writer per shard."""
     mesh = source.mesh
-    mine = [shard_of(p) for p in source.parameters()]
+    mine = [shard_of(p) for p in source.parameters()] + [shard for shard, _ in source.saved_buffers()]
     by_stage: Sequence[list[str]] = all_gather_objects([shard.name for shard in mine], mesh, "pp")
     earlier = {name for stage in by_stage[: mesh["pp"].index] for name in stage}  # a tied matrix lives on two stages
     return {
@@ -107,9 +109,8 @@ def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -
     expert = f"-ep{mesh['ep'].index}" if mesh["ep"].size > 1 else ""
     file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}{expert}.safetensors"
     tensors, pieces = {}, {}
-    for parameter in source.parameters():
-        shard = shard_of(parameter)
-        whole = source.full_state(parameter, kind)
+    states = ((shard_of(p), source.full_state(p, kind)) for p in source.parameters())
+    for shard, whole in chain(states, source.saved_buffers() if kind == "model" else ()):
         if shard.name not in owned or 0 in shard.extent:
             continue
         tensors[shard.name] = shard.valid(whole).detach().to("cpu", copy=True).contiguous()

@@ -92,8 +92,8 @@ def expert_engine(config: Config) -> Iterator[str]:
         return
     if stage == 3 and tp > 1:
         yield (
-            f"zero_optimization.stage 3 with {_EP} {ep} and {_TP} {tp}: DeepSpeed counts too small a gradient norm; set "
-            "zero_optimization.stage to 2"
+            f"zero_optimization.stage 3 with {_EP} {ep} and {_TP} {tp}: DeepSpeed counts too small a gradient norm; "
+            "set zero_optimization.stage to 2"
         )
     zero = config.deepspeed["zero_optimization"]
     for key in ("reduce_scatter", "contiguous_gradients"):

@@ -96,7 +96,7 @@ class Decoder:
         best = torch.zeros(documents, dtype=torch.int64, device=self.device)
         if hidden_NH is not None:
             logits, weight = self.logits(hidden_NH), self.stage.output_matrix
-            offset = shard_of(weight).offset
+            offset = shard_of(weight).start[0]
             ids = torch.arange(offset, offset + logits.shape[1], device=self.device)
             nowhere = torch.iinfo(torch.int64).max
             largest = all_reduce(logits.amax(-1), self.mesh, "tp", op="max")

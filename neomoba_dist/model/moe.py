@@ -47,19 +47,19 @@ class MoE(nn.Module):
         """
         mesh = self.mesh
         tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length if self.training else None, mesh)
-        routing = self.router(x_SH, tokens)
-        dispatch = plan_dispatch(routing.expert_SK, self.config.num_experts, mesh, routing.fill)
+        expert_SK, weight_SK, aux_loss, record = self.router(x_SH, tokens)
+        dispatch = plan_dispatch(expert_SK, self.config.num_experts, mesh, self.router.fill(tokens))
         if mesh.sequence_parallel:
             rows = self.experts(to_experts(x_SH, dispatch, mesh), dispatch.sizes)
-            y_SH = from_experts(rows, routing.weight_SK, dispatch, mesh)
+            y_SH = from_experts(rows, weight_SK, dispatch, mesh)
         else:
             # every tp rank sends all tokens to its part of the experts; what comes back is its part of a sum
             rows = self.experts(to_experts(enter_tensor_parallel(x_SH, mesh), dispatch, mesh), dispatch.sizes)
-            weight_SK = sum_gradient(routing.weight_SK, mesh, "tp")
+            weight_SK = sum_gradient(weight_SK, mesh, "tp")
             y_SH = sum_over_tensor_parallel(from_experts(rows, weight_SK, dispatch, mesh), mesh)
         if self.shared is not None:
             y_SH = y_SH + self.shared(x_SH)
-        return y_SH, routing.aux_loss, routing.record
+        return y_SH, aux_loss, record
 
 
 def moe_layers(module: nn.Module) -> list[MoE]:

@@ -185,9 +185,7 @@ class NeoBERT(nn.Module):
         super().__init__()
         self.config, self.mesh = config, mesh
         init = Initializer(mesh, seed, config.initializer_range, dtype)
-        *body, _ = layer_list(
-            config, init, recompute=recompute, recompute_every=recompute_every, row_length=row_length
-        )
+        *body, _ = layer_list(config, init, recompute=recompute, recompute_every=recompute_every, row_length=row_length)
         embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
         assert isinstance(embedding, Embedding)
         self.embedding, self.final_norm = embedding, final_norm

@@ -8,8 +8,6 @@ least, whatever the model's dtype.
 Shape letters: S tokens of this rank, H hidden size, E experts, K experts per token.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,17 +23,9 @@ from neomoba_dist.parallel.expert import NOWHERE
 RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the rows of each expert
 
 
-@dataclass(frozen=True)
-class Routing:
-    """expert_SK int64 (NOWHERE: none) and weight_SK; fill: rows that every expert is brought to (0: not);
-    aux_loss [], what the losses add to the training loss; record float64 [4 + E], see RECORD.
-    """
-
-    expert_SK: torch.Tensor
-    weight_SK: torch.Tensor
-    fill: int
-    aux_loss: torch.Tensor
-    record: torch.Tensor
+# A plain tuple, because ZeRO-3 gathers a module's weights for the backward pass only where it finds tensors in a tuple:
+# experts int64 [S, K] (NOWHERE: none), weights [S, K], what the losses add to the training loss [], record [4 + E].
+Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Router(nn.Module):
@@ -59,7 +49,8 @@ class Router(nn.Module):
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.mesh.sequence_parallel else self.weight
         x_SH = x_SH.to(exact)
         if self.training and config.router_jitter:
-            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, (self.seed, self.step, self.index)).to(exact)
+            key = (self.seed, self.step, self.index)
+            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, key).to(exact)
         logits_SE = F.linear(x_SH, weight.to(exact))
         scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
         wanted_SE = limit_groups(scores_SE.detach() + self.bias, config)
@@ -77,8 +68,13 @@ class Router(nn.Module):
         aux_loss = scores_SE.new_zeros(())
         if self.training and (config.router_aux_loss_coef or config.router_z_loss_coef):
             aux_loss = auxiliary_loss(logits_SE, prob_SE, first_SK, tokens, config, self.mesh)
-        fill = min(capacity, tokens.here_of_row) * tokens.rows if config.moe_overflow == "pad" else 0
-        return Routing(expert_SK, weight_SK, fill, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens))
+        return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
+
+    def fill(self, tokens: Tokens) -> int:
+        """Rows that this rank brings every expert to, with empty ones; 0: none are added."""
+        if self.config.moe_overflow != "pad" or not self.training:
+            return 0
+        return min(expert_capacity(self.config, tokens), tokens.here_of_row) * tokens.rows
 
 
 def limit_groups(wanted_SE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -104,9 +100,7 @@ def expert_capacity(config: ModelConfig, tokens: Tokens) -> int:
     return max(1, round(config.moe_capacity_factor * fair))
 
 
-def make_record(
-    prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.Tensor, tokens: Tokens
-) -> torch.Tensor:
+def make_record(prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """What is reported of a layer's routing, as sums over this rank's tokens: float64 [4 + E]."""
     with torch.no_grad():
         num_experts = prob_SE.shape[1]

@@ -13,7 +13,7 @@ from neomoba_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Tokens:
-    """number_S: int64, token of the micro-batch (row * length + place). valid_S: not padding. rows, length: as a whole."""
+    """number_S: int64, token of the micro-batch (row * length + place). valid_S: not padding. rows, length: of all."""
 
     number_S: torch.Tensor
     valid_S: torch.Tensor

@@ -27,7 +27,8 @@ class Dispatch:
 
     pair_P: the (token * K + choice) of each row sent, sorted by expert, NOWHERE where the row only fills up.
     slot_SK: the row of each choice, NOWHERE where it has none. full: no NOWHERE in either.
-    send, receive: rows to and from each member of ep. gathered: rows of each tp rank, None without sequence parallelism.
+    send, receive: rows to and from each member of ep. gathered: those of each tp rank, None without sequence
+    parallelism.
     sizes: rows of each local expert. order_R: from the order of arrival to that by expert, inverse_R back; None where
     they are the same.
     """
@@ -123,7 +124,7 @@ def from_experts(rows_RH: torch.Tensor, weight_SK: torch.Tensor, dispatch: Dispa
         tp = mesh["tp"]
         own = dispatch.gathered[tp.index]
         rows_RH = all_to_all(rows_RH, mesh, "tp", dispatch.gathered, [own] * tp.size)
-        rows_RH = rows_RH.view(tp.size, own, -1).sum(0)
+        rows_RH = rows_RH.unflatten(0, (tp.size, own)).sum(0)
     rows_PH = all_to_all(rows_RH, mesh, "ep", dispatch.receive, dispatch.send)
     return _Combine.apply(rows_PH, weight_SK, dispatch)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
@@ -24,12 +26,14 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
-from neomoba_dist.model.init import Initializer, shard_of
+from neomoba_dist.model.init import Initializer, Shard, shard_of
+from neomoba_dist.model.moe import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
+from neomoba_dist.train.expert_groups import declare_experts, take_records
 from neomoba_dist.train.optim import build_optimizer
 
 # DeepSpeed compiles a shared-memory operator at start on a CPU machine (40-150 s that look like a hang, and a killed
@@ -39,12 +43,16 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping."""
+    """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping.
+
+    skipped: fp16's loss scale overflowed and no step was taken. routing: see expert_groups.take_records.
+    """
 
     loss: float
     aux_loss: float
     grad_norm: float
-    skipped: bool  # fp16 only: the loss scale overflowed and no step was taken
+    skipped: bool
+    routing: torch.Tensor | None
 
 
 class Engine(ABC):
@@ -63,6 +71,7 @@ class Engine(ABC):
             for layer in self.module.modules():
                 if type(layer).__name__ == "Block":
                     layer.compile(dynamic=False)
+        declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase)
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
@@ -87,6 +96,7 @@ class Engine(ABC):
             aux_loss=self._global_sum(self._aux_sum) / micro_batches,
             grad_norm=math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0),
             skipped=overflow and fp16,
+            routing=take_records(self.module, self.config.model, self.mesh, stepped=not overflow),
         )
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -100,6 +110,15 @@ class Engine(ABC):
     def set_full_attention(self, full: bool) -> None:
         """Switch the MoBA layers to full attention or back."""
         set_full_attention(self.module, full)
+
+    def set_step(self, step: int) -> None:
+        """Number of the update to come: what the routers' jitter is drawn from."""
+        for layer in moe_layers(self.module):
+            layer.router.step = step
+
+    def saved_buffers(self) -> Iterator[tuple[Shard, torch.Tensor]]:
+        """What else belongs into a checkpoint, the same on all ranks of dp x cp x tp."""
+        return saved_buffers(self.module)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters; each tells its place in the whole model by its `shard`."""
@@ -130,6 +149,8 @@ class Engine(ABC):
                 shard = shard_of(parameter)
                 shard.valid(value).copy_(reader.read(kind, shard))
                 self._set_full_state(parameter, kind, value.to(self.mesh.device))
+        for shard, buffer in self.saved_buffers():
+            buffer.copy_(reader.read("model", shard))
         self._forget_gathered()
 
     def _forget_gathered(self) -> None:
@@ -184,9 +205,9 @@ class Engine(ABC):
                 parameter.data.copy_(value)
             return
         # DeepSpeed's safe_set_full_* fails at stage 3 where dp does not divide the size: set the local part
-        part = parameter.ds_tensor
-        padded = torch.nn.functional.pad(value.flatten(), (0, part.numel() * self.mesh["dp_cp"].size - value.numel()))
-        local = padded.narrow(0, part.numel() * self.mesh["dp_cp"].index, part.numel())
+        part, ranks = parameter.ds_tensor, self.mesh["expert_dp" if "ep" in shard_of(parameter).axes else "dp_cp"]
+        padded = torch.nn.functional.pad(value.flatten(), (0, part.numel() * ranks.size - value.numel()))
+        local = padded.narrow(0, part.numel() * ranks.index, part.numel())
         parameter._z3_optimizer.set_local_hp_param(local, parameter, key)
         if key is None:
             part.data.copy_(local)

@@ -11,15 +11,23 @@ from neomoba_dist.model.init import shard_of
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices get weight decay; norms and embeddings do not. Empty groups are left out (small pipeline stages)."""
+    """Matrices get weight decay; norms and embeddings do not. Empty groups are left out (small pipeline stages).
+
+    Experts that other ranks do not hold make a third group, whose name DeepSpeed knows (train/expert_groups.py).
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    experts: dict[str, list[nn.Parameter]] = {}
     for parameter in module.parameters():
+        if hasattr(parameter, "group_name"):
+            experts.setdefault(parameter.group_name, []).append(parameter)
+            continue
         is_matrix = parameter.ndim >= 2 and not shard_of(parameter).name.startswith("embedding")
         (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
         {"params": plain, "weight_decay": 0.0, "name": "no_decay"},
+        *({"params": e, "weight_decay": weight_decay, "name": name, "moe": True} for name, e in experts.items()),
     ]
     return [group for group in groups if group["params"]]
 

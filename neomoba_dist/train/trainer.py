@@ -107,6 +107,7 @@ class Trainer:
         if num_valid == 0:
             raise TrainingError(f"step {step}: no token of the update counts; raise neomoba.phase.tokens_per_update")
         self.engine.set_full_attention(full)
+        self.engine.set_step(step)
         result = self.engine.update([replace(batch, num_valid=int(num_valid)) for batch in batches], rate)
         self.step = step
         tokens = phase.tokens_per_update

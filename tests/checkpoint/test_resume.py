@@ -17,6 +17,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "dp3_zero3": (3, {}, 3, {"train_micro_batch_size_per_gpu": 1}),  # three ranks divide no matrix evenly
     "tp2_sp_dp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, {}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1, {}),
+    "ep2_zero2": (2, {"expert_model_parallel_size": 2}, 2, {}),
+    "ep2_zero3": (2, {"expert_model_parallel_size": 2}, 3, {}),
+    "ep2_tp2_sp": (
+        4,
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        1,
+        {"bf16": {"enabled": True}},
+    ),
+    "ep2_pp2": (4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, {}),
+}
+MOE = {
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "router_scoring": "sigmoid",
+    "router_bias_update_rate": 0.01,
+    "router_jitter": 0.1,  # depends on the step, which a resumed run must know
 }
 
 
@@ -32,7 +48,7 @@ def folder_state(folder: Path) -> dict[str, Any]:
 def test_bit_for_bit(layout: str, tmp_path: Path) -> None:
     world, parallel, stage, deepspeed = LAYOUTS[layout]
     rows = {"tokens_per_update": 128 * 6} if world == 3 else {}
-    config = run_config(parallel, stage, deepspeed=deepspeed, **rows)
+    config = run_config(parallel, stage, deepspeed=deepspeed, model=MOE if "ep" in layout else None, **rows)
     run_ranks(world, train_here, config, tmp_path / "whole", 6)
     run_ranks(world, train_here, config, tmp_path / "parts", 5)  # step 3 is saved; 4 and 5 are lost with the "crash"
     run_ranks(world, train_here, config, tmp_path / "parts", 6, tmp_path / "parts" / "checkpoints" / "step_3")

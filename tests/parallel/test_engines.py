@@ -6,6 +6,7 @@ times 1 - beta1), and the weights after the third step.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.moe import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.expert_groups import take_records
 from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
@@ -27,17 +30,20 @@ MICRO_BATCHES = 4  # of the whole update, over all data-parallel ranks
 RATE = 1e-2
 
 
-def make_config(objective: str, layout: dict[str, int | bool], stage: int, **phase: object) -> Config:
+def make_config(
+    objective: str, layout: dict[str, int | bool], stage: int, model: dict[str, Any] | None = None, **phase: object
+) -> Config:
     # untied for one objective, tied for the other, so that both heads meet every layout; a layer for every stage
     stages = int(layout.get("pipeline_model_parallel_size", 1))
-    model = tiny_model(objective=objective, tie_word_embeddings=objective == "clm", num_hidden_layers=max(3, stages))
+    settings = {"tie_word_embeddings": objective == "clm", "num_hidden_layers": max(3, stages), **(model or {})}
+    network = tiny_model(objective=objective, **settings)
     return parse_config(
         {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": stage},
             "neomoba": {
-                "model": vars(model),
+                "model": vars(network),
                 "parallel": layout,
                 "data": {"train": "unused"},
                 "phase": {
@@ -66,7 +72,7 @@ def updates(objective: str) -> list[list[Batch]]:
 
 def reference(config: Config, full: bool) -> tuple[list[float], list[float], dict, dict]:
     """Losses, gradient norms, gradients of the first step (clipped) and final weights of a plain loop."""
-    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
+    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
     phase = config.phase
     optimizer = torch.optim.AdamW(
@@ -75,13 +81,20 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
     losses, norms, gradients = [], [], {}
     for batches in updates(config.model.objective):
         optimizer.zero_grad()
-        parts = [model(batch)[0] / batch.num_valid for batch in batches]
-        torch.stack(parts).sum().backward()
+        outputs = [model(batch) for batch in batches]
+        parts = [loss / batch.num_valid for (loss, _), batch in zip(outputs, batches, strict=True)]
+        (torch.stack(parts).sum() + torch.stack([aux_loss for _, aux_loss in outputs]).mean()).backward()
         losses.append(sum(float(part.detach()) for part in parts))
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping or 1e9)))
         gradients = gradients or assemble([pieces(model, "grad")])
         optimizer.step()
-    return losses, norms, gradients, assemble([pieces(model, "data")])
+        take_records(model, config.model, model.mesh, stepped=True)
+    return losses, norms, gradients, all_state(model)
+
+
+def all_state(module: NeoBERT) -> dict[str, torch.Tensor]:
+    """Logical tensors of a whole model: weights and the routers' biases."""
+    return assemble([pieces(module, "data") + list(saved_buffers(module))])
 
 
 def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pieces, Pieces, Pieces]:
@@ -91,7 +104,8 @@ def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pi
     engine.set_full_attention(full)
 
     def state(kind: str) -> Pieces:
-        return [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()]
+        buffers = [(shard, value.clone()) for shard, value in engine.saved_buffers()] if kind == "model" else []
+        return [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()] + buffers
 
     initial, first_moment, losses, norms = state("model"), [], [], []
     dp = mesh["dp"]
@@ -108,7 +122,9 @@ def check(world: int, config: Config, full: bool = False) -> None:
     assert abs(losses[0] - reference(config, not full)[0][0]) > 1e-3, "sparse must differ from full"
     results = run_ranks(world, train_rank, config, full)
     fresh = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
-    assert_same(assemble([r[2] for r in results]), assemble([pieces(fresh, "data")]), rtol=0.0)
+    initial = assemble([r[2] for r in results])
+    assert all(torch.equal(initial.pop(name), value) for name, value in all_state(fresh).items())
+    assert not initial
     for rank_losses, rank_norms, *_ in results:
         assert rank_losses[:2] == pytest.approx(losses[:2], rel=1e-5)
         assert rank_norms[:2] == pytest.approx(norms[:2], rel=1e-5)

@@ -38,8 +38,6 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
         "neomoba.model.global_tokens 4 needs a " + CP,
         {CP: 4},
     ),
-    ({"neomoba.parallel.expert_model_parallel_size": 2}, "expert parallelism is not in this version", {}),
-    ({"neomoba.parallel.expert_tensor_parallel_size": 2}, "neomoba.parallel.expert_tensor_parallel_size to 1", {}),
     ({"zero_optimization.stage": 0}, "set zero_optimization.stage to 1", {"zero_optimization.stage": 1}),
     ({"zero_optimization.stage": 2, PP: 2}, "cannot be combined with " + PP, {"zero_optimization.stage": 1}),
     ({"zero_optimization.stage": 3, PP: 2}, "cannot be combined with " + PP, {PP: 1}),

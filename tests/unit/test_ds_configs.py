@@ -21,9 +21,11 @@ FILES = sorted(FOLDER.glob("*.json"))
 LARGEST_WORLD = {
     "cpu_tiny": 8,
     "cpu_tiny_clm": 8,
+    "cpu_tiny_moe": 8,
     "phase1": 128,
     "phase2": 128,
     "phase3": 64,
+    "phase3_moe": 64,
 }  # every power of two to it
 
 
@@ -77,6 +79,7 @@ def test_every_shipped_file_loads_round_trips_and_closes(path: Path) -> None:
     config = load_config(path)
     assert parse_config(json.loads(json.dumps(config.to_dict()))) == config
     model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    model_parallel *= config.parallel.expert_model_parallel_size
     for world_size in [model_parallel << power for power in range(8)]:
         if world_size <= LARGEST_WORLD.get(path.stem, 4):
             plan = config.plan(world_size)
@@ -127,7 +130,7 @@ def test_phases_share_one_model() -> None:
     assert models[0] == models[1] == models[2]
 
 
-@pytest.mark.parametrize("name", ["cpu_tiny", "cpu_tiny_clm"])
+@pytest.mark.parametrize("name", ["cpu_tiny", "cpu_tiny_clm", "cpu_tiny_moe"])
 def test_cpu_files_exercise_sparse_attention(name: str) -> None:
     config = load_config(FOLDER / f"{name}.json")
     assert config.dtype_name == "float32"

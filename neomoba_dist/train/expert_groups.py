@@ -1,0 +1,76 @@
+"""What DeepSpeed must know of experts of which every rank holds only some, and what becomes of the routers' records.
+
+DeepSpeed finds such layers by its own MoE class (ZeRO 1 and 2) or by tags on their parameters (ZeRO 3), the groups over
+which their gradients are reduced in module-level dictionaries, and their parameters in groups of their own. The engine
+passes the class and the dictionaries in; measured in docs/moe.md.
+
+Shape letters: L layers with experts, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.moe import MoE, moe_layers
+from neomoba_dist.model.router import RECORD, update_bias
+from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.mesh import Mesh
+
+
+def declare_experts(module: nn.Module, mesh: Mesh, stage: int, marker: type[nn.Module], groups: Any) -> None:
+    """Tell DeepSpeed of the experts of `module`; before the optimizer is built. Without ep they are like other weights.
+
+    marker: deepspeed.moe.layer.MoE. groups: deepspeed.utils.groups.
+    """
+    if mesh["ep"].size == 1:
+        return
+    name = f"ep_size_{mesh['ep'].size}"
+    for axis, kind in (("ep", "EXPERT_PARALLEL"), ("expert_dp", "EXPERT_DATA_PARALLEL")):
+        getattr(groups, f"_{kind}_GROUP")[name] = mesh[axis].group
+        getattr(groups, f"_{kind}_GROUP_RANKS")[name] = list(mesh[axis].ranks)
+    marked = type("MoE", (MoE, marker), {"set_deepspeed_parallelism": _nothing_to_set})
+    for layer in moe_layers(module):
+        for parameter in layer.experts.parameters():
+            tags: dict[str, Any] = {"allreduce": False, "group_name": name}
+            if stage == 3:
+                tags |= {
+                    "ds_zero_placement_family": "autoep_expert",
+                    "ds_zero_partition_group_name": name,
+                    "ds_zero_partition_process_group": mesh["expert_dp"].group,
+                }
+            for key, value in tags.items():
+                setattr(parameter, key, value)
+        if stage < 3:  # at stage 3 DeepSpeed refuses its own class
+            layer.__class__ = marked
+            layer.num_experts = layer.config.num_experts  # type: ignore[assignment]
+
+
+def _nothing_to_set(layer: nn.Module, *unused: Any, **also_unused: Any) -> None:
+    """DeepSpeed asks its layers to make their groups; ours exist."""
+
+
+def take_records(module: nn.Module, config: ModelConfig, mesh: Mesh, *, stepped: bool) -> torch.Tensor | None:
+    """The routing of the update that just ran, summed over all its tokens: float64 [L, 4 + E], on every rank.
+
+    Also moves the routers' biases, unless the optimizer did not step. None for a model without experts.
+    """
+    if not config.moe_layers:
+        return None
+    blocks = [block for block in module.modules() if isinstance(block, Block) and block.routed is not None]
+    whole = torch.zeros(len(config.moe_layers), len(RECORD) + config.num_experts, dtype=torch.float64)
+    whole = whole.to(mesh.device)
+    if blocks:
+        records = torch.stack([block.routed for block in blocks if block.routed is not None])
+        if mesh.sequence_parallel:
+            records = all_reduce(records, mesh, "tp")
+        records = all_reduce(records, mesh, "dp_cp")
+        for block, record in zip(blocks, records, strict=True):
+            assert isinstance(block.mlp, MoE)
+            block.routed, router = None, block.mlp.router
+            whole[config.moe_layers.index(router.index)] = record
+            if stepped and config.router_bias_update_rate:
+                update_bias(router.bias, record[len(RECORD) :], config.router_bias_update_rate)
+    return all_reduce(whole, mesh, "pp")

@@ -1,0 +1,104 @@
+"""Expert parallelism equals the single process in float64: loss, auxiliary loss, counts, every gradient, bytes sent."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.data.batch import Batch
+from tests.equivalence import assemble, assert_same
+from tests.expert_parallel import Outcome, in_one_process, moe_model, on_this_rank, padded_batches
+from tests.ranks import run_ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "ep4": (4, {"expert_model_parallel_size": 4}),
+    "ep2_dp4": (4, {"expert_model_parallel_size": 2}),
+    "ep8": (8, {"expert_model_parallel_size": 8}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "ep2_tp2": (4, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    "ep2_tp2_sp": (
+        4,
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "ep2_tp4_sp": (
+        8,
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 4, "sequence_parallel": True},
+    ),
+}
+DEEPSEEK = {"router_scoring": "sigmoid", "router_bias_update_rate": 0.1, "n_group": 4, "topk_group": 2}
+ROUTINGS: dict[str, tuple[dict[str, Any], list[float] | None]] = {
+    "softmax": ({}, None),
+    "deepseek": ({**DEEPSEEK, "router_jitter": 0.2}, [0.1, -0.1, 0.2, 0.0, -0.2, 0.1, 0.0, 0.0]),
+    "reroute": ({"moe_capacity_factor": 1.0, "moe_overflow": "reroute"}, None),
+    "pad": ({"moe_capacity_factor": 0.75, "moe_overflow": "pad"}, None),
+    # every token's first choice is expert 6, nobody's is expert 1
+    "skewed": ({"router_bias_update_rate": 0.1, "num_experts_per_tok": 1}, [0, -9.0, 0, 0, 0, 0, 9.0, 0]),
+}
+
+
+def compare(config: ModelConfig, name: str, batches: list[Batch], bias: list[float] | None) -> list[Outcome]:
+    world, layout = LAYOUTS[name]
+    expected, gradients = in_one_process(config, batches, bias)
+    outcomes = run_ranks(world, on_this_rank, config, ParallelConfig(**layout), batches, bias)
+    for outcome in outcomes:
+        assert outcome.loss == pytest.approx(expected.loss, rel=1e-12)
+        assert outcome.aux_loss == pytest.approx(expected.aux_loss, rel=1e-12)
+        assert outcome.aux_loss > 0.1
+        assert torch.equal(outcome.records[:, :3], expected.records[:, :3])
+        assert torch.equal(outcome.records[:, 4:], expected.records[:, 4:])
+        torch.testing.assert_close(outcome.records[:, 3], expected.records[:, 3], rtol=1e-12, atol=0)
+    merged = assemble([outcome.gradients for outcome in outcomes])
+    if bias is None or max(bias) < 1:
+        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert_same(merged, gradients, rtol=1e-10)
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_gradients_and_counts(layout: str) -> None:
+    compare(moe_model(), layout, padded_batches(8), None)
+
+
+@pytest.mark.parametrize("routing", [name for name in ROUTINGS if name != "softmax"])
+@pytest.mark.parametrize("layout", ["ep2", "ep2_tp2", "ep2_tp2_sp"])
+def test_every_kind_of_routing(layout: str, routing: str) -> None:
+    changes, bias = ROUTINGS[routing]
+    config = moe_model(objective="clm", **changes)
+    (outcome, *_) = compare(config, layout, padded_batches(4, "clm"), bias)
+    _, dropped, rerouted, _, *counts = outcome.records[0].tolist()
+    assert (dropped > 0) == (routing in ("pad", "reroute"))  # rerouted ones may find no expert with room
+    assert (rerouted > 0) == (routing == "reroute")
+    if routing == "skewed":
+        assert (counts[1], counts[6]) == (0, sum(counts))
+
+
+@pytest.mark.parametrize("layout", ["ep2", "ep4", "ep2_dp4", "ep2_tp2", "ep2_tp2_sp"])
+def test_bytes_are_those_of_pairs_that_live_elsewhere(layout: str) -> None:
+    config, batches = moe_model(), padded_batches(4)
+    world, sizes = LAYOUTS[layout]
+    outcomes = run_ranks(world, on_this_rank, config, ParallelConfig(**sizes), batches)
+    ep = sizes["expert_model_parallel_size"]
+    micro_batches = len(batches) // (world // sizes.get("tensor_model_parallel_size", 1))
+    layers, hidden, element = 2, config.hidden_size, 8
+    # rows go out and back, forward and backward; counts go once
+    rows = sum(4 * outcome.away * hidden * element for outcome in outcomes)
+    counts = world * layers * micro_batches * (ep - 1) * (config.num_experts // ep) * 8
+    assert sum(outcome.moved for outcome in outcomes) == rows + counts
+    assert rows > 0
+    if layout == "ep2_tp2_sp":  # each token once; without sequence parallelism, by every tp rank
+        twice = run_ranks(world, on_this_rank, config, ParallelConfig(**LAYOUTS["ep2_tp2"][1]), batches)
+        assert sum(outcome.away for outcome in twice) == 2 * sum(outcome.away for outcome in outcomes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grid(layout: str, objective: str, routing: str) -> None:
+    changes, bias = ROUTINGS[routing]
+    config = moe_model(objective=objective, tie_word_embeddings=objective == "clm", **changes)
+    compare(config, layout, padded_batches(8, objective), bias)
