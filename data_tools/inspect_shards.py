@@ -86,10 +86,13 @@ def main(argv: Sequence[str]) -> None:
     corpus = open_corpus(args.folder, key="folder")
     print("\n".join(summary_lines(corpus)), flush=True)
 
+    from neomoba_dist.config import DataConfig
+    from neomoba_dist.data.rows import Source
     from neomoba_dist.data.stream import UpdateStream
 
     stream = UpdateStream(
-        corpus,
+        [Source(corpus)],
+        DataConfig(train=str(args.folder), cache=None, prefetch=0),
         objective=args.objective,
         sequence_length=args.sequence_length,
         micro_batch_size=1,

@@ -75,14 +75,14 @@ def shard_problems(
     """Problems inside one shard of the right size. `rows`: its members in the table; `lengths`: its documents'."""
     import numpy as np
 
-    from neomoba_dist.data.shards import ShardReader
+    from neomoba_dist.data.shards import stored_lengths
 
     with open(folder / entry.file, "rb") as file:
         payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     found = [problem for row in rows for problem in member_problems(payload, index, members, row)]
     if not found:
         try:
-            stored = ShardReader(folder, entry, index.dtype, members, rows.start, rows.stop).document_lengths()
+            stored = stored_lengths(folder, entry, members, rows.start, rows.stop)
             if not np.array_equal(stored, lengths):
                 found = ["its document lengths differ from documents.npz"]
         except DataError as error:

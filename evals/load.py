@@ -82,7 +82,7 @@ def _open_data(reader: CheckpointReader, data: Path | None) -> Corpus:
 
 def _check_tokenizer(reader: CheckpointReader, corpus: Corpus) -> None:
     """Compare with the training corpus, where it still lies: ids of another tokenizer mean nothing to the model."""
-    train = Path(reader.config.data.train)
+    train = Path(reader.config.data.sources[0].place)
     if not (train / INDEX_FILE).is_file():
         return
     index = CorpusIndex.from_file(train / INDEX_FILE)

@@ -89,16 +89,11 @@ def make_prompt(tokenizer: Tokenizer, *, mask: bool) -> Prompt:
 
 def read_text(corpus: Corpus, start: int, count: int) -> np.ndarray:
     """At most `count` ordinary tokens int64 of the corpus from token `start` on, shard after shard, once around."""
-    ends = np.cumsum([shard.entry.tokens for shard in corpus.shards])
     parts: list[np.ndarray] = []
     found = seen = 0
     while found < count and seen < corpus.tokens:
         place = (start + seen) % corpus.tokens
-        number = int(np.searchsorted(ends, place, side="right"))
-        shard = corpus.shards[number]
-        within = place - int(ends[number] - shard.entry.tokens)
-        chunk = np.empty(min(count, shard.entry.tokens - within, corpus.tokens - seen), dtype=np.int64)
-        shard.read(within, chunk)
+        chunk = corpus.tokens_at(place, min(count, corpus.tokens - max(place, seen)))
         seen += len(chunk)
         parts.append(chunk[corpus.ordinary[chunk]])
         found += len(parts[-1])

@@ -11,7 +11,8 @@ Legend: R rows, L tokens in a row, B buckets.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from evals.load import Subject
     from evals.tasks import Result, Table
-    from neomoba_dist.data.stream import BatchBuilder
+    from neomoba_dist.data.build import BatchBuilder
+    from neomoba_dist.data.rows import Rows
 
 TITLE = "Loss by position"
 TOKENS_PER_FORWARD = 4096
@@ -35,6 +37,7 @@ FIRST_OCTAVE = 16  # the first bucket of "log2": fewer positions would be noise
 class Plan:
     """Which rows are measured and how positions are grouped. `edges` int64 [B + 1], from 0 to the length."""
 
+    source: Rows
     builder: BatchBuilder
     rows: list[int]
     edges: np.ndarray
@@ -43,7 +46,7 @@ class Plan:
     @property
     def length(self) -> int:
         """L."""
-        return self.builder.reader.length
+        return self.source.packing.length
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,10 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def prepare(subject: Subject, args: argparse.Namespace) -> Plan:
     """Choose the rows: full ones, in the fixed order of validation. Raises EvalError."""
-    from neomoba_dist.data.stream import VALIDATION_SEED, BatchBuilder, RowOrder
+    from neomoba_dist.data.build import BatchBuilder
+    from neomoba_dist.data.pack import Packing
+    from neomoba_dist.data.rows import Rows, Source
+    from neomoba_dist.data.validation import VALIDATION_SEED
 
     config = subject.config
     trained = config.phase.sequence_length
@@ -119,30 +125,21 @@ def prepare(subject: Subject, args: argparse.Namespace) -> Plan:
     border = args.border or (trained if trained < length else None)
     if border and border >= length:
         raise EvalError(f"--border {border}: must be less than --length {length}")
-    builder = BatchBuilder(
-        subject.corpus,
-        objective=config.model.objective,
-        sequence_length=length,
-        seed=VALIDATION_SEED,
-        mlm_probability=config.data.mlm_probability,
-        mlm_scheme=config.data.mlm_scheme,
-        max_documents_per_row=config.data.max_documents_per_row,
-    )
-    order = RowOrder(builder.reader.rows, VALIDATION_SEED)
-    rows: list[int] = []
-    for place in range(builder.reader.rows):
-        row = order.row_id(place)
-        if builder.reader.read(row)[1][0] == length:
-            rows.append(row)
-            if len(rows) == args.rows:
-                break
+    settings, seed = replace(config.data, token_dropout=0.0), VALIDATION_SEED
+    packing = Packing(length=length, max_documents=settings.max_documents_per_row)
+    source = Rows([Source(subject.corpus)], packing, seed)
+    builder = BatchBuilder(subject.corpus, settings, objective=config.model.objective, length=length, seed=seed)
+    plan = source.readers[0].plan
+    full = plan.piece_length[plan.row_starts[:-1]] == length
+    order = map(source.row_id, range(source.total))
+    rows = list(islice((row for row in order if full[row]), args.rows))
     if not rows:
-        longest = max(int(shard.document_lengths().max()) for shard in subject.corpus.shards)
+        longest = int(subject.corpus.document_lengths.max())
         raise EvalError(
             f"--length {length}: no document of {subject.corpus.folder} is that long; its longest has {longest} "
             "tokens, give at most that or another corpus with --data"
         )
-    return Plan(builder, rows, bucket_edges(args.buckets, length), border)
+    return Plan(source, builder, rows, bucket_edges(args.buckets, length), border)
 
 
 def bucket_edges(buckets: int | str, length: int) -> np.ndarray:
@@ -165,7 +162,7 @@ def row_losses(subject: Subject, plan: Plan, attention: str) -> tuple[np.ndarray
     losses, counted = [], []
     with torch.inference_mode():
         for rows in progress(parts, len(parts), f"position_loss, {attention}", "batch"):
-            batch = plan.builder.build(rows)
+            batch = plan.builder.build(plan.source.read(rows))
             losses.append(subject.model.token_losses(batch.to(subject.device)).double().cpu())
             counted.append(batch.labels != IGNORE_LABEL)
     shape = (-1, plan.length)

@@ -49,7 +49,8 @@ def continue_text(arguments: argparse.Namespace) -> str:
         )
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {arguments.max_new_tokens}; give at least 1")
-    tokenizer = open_corpus(config.data.train).tokenizer()
+    cache = None if config.data.cache is None else Path(config.data.cache)
+    tokenizer = open_corpus(config.data.sources[0].place, cache=cache).tokenizer()
     ids = tokenizer.wrap_document(tokenizer.encode(arguments.prompt))
     end = tokenizer.special.sep if tokenizer.special.sep is not None else tokenizer.special.eos
     prompt = ids if end is None else ids[:-1]  # the document goes on: without the token that would end it

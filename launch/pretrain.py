@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("max_steps", type=int, metavar="N", help="stop after step N; the schedule stays that of neomoba.phase.steps")
     add("resume", default="auto", metavar="auto|must|none|DIR", help="go on from a checkpoint (default: auto)")
     add("init_from", metavar="DIR", help="start from the weights of another phase's run or checkpoint")
+    add("allow_data_change", action="store_true", help="resume although neomoba.data gives other rows than before")
     add("profile", action="store_true", help="write a torch trace and a memory snapshot of a few steps")
     add("dry_run", action="store_true", help="print the resolved config, the rank map and the batch, then exit")
     add("world_size", type=int, metavar="N", help="number of ranks of --dry_run (default: this launch's)")
@@ -90,11 +91,11 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
             f"{output}: the ranks see different checkpoints ({sorted(map(str, set(seen)))}); name one"
         )
     engine = build_engine(config, plan, mesh)
-    stream = build_stream(config, plan, corpora.train, mesh["dp"].index)
+    stream = build_stream(config, plan, corpora.train, mesh["dp"].index, mesh)
     validation = build_validation(config, plan, corpora.validation, mesh["dp"].index)
     trainer = Trainer(config, mesh, engine, stream, validation, output)
     if resumed:
-        trainer.resume(resumed)
+        trainer.resume(resumed, allow_data_change=arguments.allow_data_change)
     elif start:
         trainer.start_from(start)
     if mesh.rank == 0:

@@ -55,7 +55,7 @@ def run_config(
             "neomoba": {
                 "model": vars(tiny_model(vocab_size=1200, initializer_range=0.02, **(model or {}))),
                 "parallel": layout,
-                "data": {"train": corpus, "validation": corpus, "max_documents_per_row": 32},
+                "data": {"train": corpus, "validation": corpus, "max_documents_per_row": 32, "cache": None},
                 "phase": {**settings, **phase},
                 "checkpoint": {"save_every": 3},
                 "log": {"tensorboard": False, "validate_every": 3, "validation_rows": 6},
@@ -77,7 +77,7 @@ def train_here(
     mesh = build_mesh(config)
     corpora = open_corpora(config)
     engine = build_engine(config, plan, mesh)
-    stream = build_stream(config, plan, corpora.train, mesh["dp"].index)
+    stream = build_stream(config, plan, corpora.train, mesh["dp"].index, mesh)
     validation = build_validation(config, plan, corpora.validation, mesh["dp"].index)
     trainer = Trainer(config, mesh, engine, stream, validation, output)
     if resume:
@@ -89,5 +89,5 @@ def train_here(
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The steps of a run without the entries that are times."""
-    timed = {"tokens_per_second", "step_seconds", "tflops_per_rank"}
+    timed = {"tokens_per_second", "step_seconds", "data_seconds", "tflops_per_rank"}
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(output / METRICS_FILE)]

@@ -12,6 +12,7 @@ from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possib
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.expert_rules import expert_engine, experts
 from neomoba_dist.config.schema import Config, ModelConfig
+from neomoba_dist.config.sources import source_problems
 
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"
 _PP: Final = "neomoba.parallel.pipeline_model_parallel_size"
@@ -232,12 +233,25 @@ def batch(config: Config) -> Iterator[str]:
         )
 
 
+def data(config: Config) -> Iterator[str]:
+    """Refuse sources that name nothing, and documents that would start between rows."""
+    for problem in source_problems(config.data.train):
+        yield f"neomoba.data.train {problem}"
+    align, length = config.data.align, config.phase.sequence_length
+    if length % align:
+        divisors = [size for size in range(1, length + 1) if length % size == 0]
+        nearest = min(divisors, key=lambda size: abs(size - align))
+        yield (
+            f"neomoba.data.align {align} does not divide neomoba.phase.sequence_length {length}; set align to {nearest}"
+        )
+
+
 def texts(config: Config) -> Iterator[str]:
     """Refuse empty names."""
     for key, text in (
         ("phase.name", config.phase.name),
-        ("data.train", config.data.train),
         ("data.validation", config.data.validation),
+        ("data.cache", config.data.cache),
         ("log.wandb_project", config.log.wandb_project),
     ):
         if text is not None and not text.strip():
@@ -267,5 +281,6 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     expert_engine,
     phase_lengths,
     batch,
+    data,
     texts,
 )

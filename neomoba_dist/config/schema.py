@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from neomoba_dist.config.attention import expand_attention
 from neomoba_dist.config.batch import BatchPlan, plan_batch
+from neomoba_dist.config.sources import SourceEntry, parse_sources
 from neomoba_dist.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 DEFAULT_GRADIENT_CLIPPING: Final = 1.0  # DeepSpeed 0.19's own default; earlier versions took 0
@@ -123,7 +124,21 @@ class DataConfig:
     validation: str | None = None
     mlm_probability: Annotated[float, Range(gt=0, lt=1)] = 0.2
     mlm_scheme: Literal["80/10/10", "all"] = "80/10/10"
+    mlm_whole_word: bool = False
+    token_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     max_documents_per_row: PositiveInt = 128
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    align: PositiveInt = 1
+    shuffle_shards: PositiveInt | None = None
+    cache: str | None = "runs/cache"
+    prefetch: NonNegativeInt = 2
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    check_every: PositiveInt = 100
+
+    @property
+    def sources(self) -> tuple[SourceEntry, ...]:
+        """What `train` names: one corpus, or a mixture."""
+        return parse_sources(self.train)
 
 
 @dataclass(frozen=True, kw_only=True)

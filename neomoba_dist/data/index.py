@@ -174,12 +174,17 @@ class CorpusIndex:
     @classmethod
     def from_file(cls, path: Path) -> CorpusIndex:
         """Reads and checks `index.json`; DataError names what is wrong with it."""
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, path: str) -> CorpusIndex:
+        """The same from the content of the file; `path` is named in errors."""
         try:
-            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            raw: dict[str, Any] = json.loads(payload.decode("utf-8"))
             if (found := raw.pop("format")) != FORMAT:
                 raise DataError(
                     f"{path}: index of {found}, not of token shards; make them with: python -m "
-                    f"data_tools.tokenize_corpus --input {path.parent}"
+                    f"data_tools.tokenize_corpus --input {path.removesuffix(INDEX_FILE)}"
                 )
             if (version := raw.pop("version")) != VERSION:
                 raise DataError(f"{path}: version {version}; this program reads version {VERSION}")

@@ -1,80 +1,147 @@
-"""Labels: masked-language-model masks and next-token labels of one packed row.
+"""What the model is to predict: masked-language-model masks, next-token labels, and token dropout.
 
-A mask is a pure function of (seed, row id): it is drawn from the counter-based Philox generator (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3") keyed by the two, so it does not depend on the rank, on the order of
-reading or on a resume. Only raw Philox words are used, whose values numpy keeps fixed for ever. L = tokens in a row.
+Masks are a pure function of (seed, row id): see counter.py. They are drawn late, when a batch is built, so rows wait
+as they are stored. T = rows * length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from neomoba_dist.data.batch import IGNORE_LABEL
+from neomoba_dist.data.counter import ACTIONS, CHOICES, DROPOUT, Counter
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.rows import RowBlock
 
 SCHEMES = {"80/10/10": (0.8, 0.9), "all": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
+class WordTable:
+    """Which ids belong to one word: an id goes on with the word of the id before it where it `continues` a word and
+    the one before is `open`. Both bool [vocab_size]."""
+
+    continues: np.ndarray
+    open: np.ndarray
+
+    def starts(self, block: RowBlock) -> np.ndarray:
+        """bool [T]: True where a word starts. Words end with their piece of a document."""
+        tokens_T = block.tokens_T
+        starts_T = ~self.continues[tokens_T]
+        starts_T[1:] |= ~self.open[tokens_T[:-1]]
+        starts_T[block.piece_start] = True
+        return starts_T
+
+
 class MaskedLanguageModel:
     """Draws MLM masks (Devlin et al. 2019, section 3.1).
 
-    Each ordinary token is chosen with `probability`; of the chosen, scheme "80/10/10" turns 80 % into `mask_id`, 10 %
-    into a random ordinary token and leaves 10 %; "all" turns all into `mask_id`. Tokens whose id is not `ordinary`
-    (bool [vocab_size]: False for special and unused ids, padding included) are never chosen and never drawn.
+    Each ordinary token is chosen with `probability`, to 1 / 65,536; with `words`, all tokens of a word are chosen
+    together ("whole-word masking"). Of the chosen, scheme "80/10/10" turns 80 % into `mask_id`, 10 % into a random
+    ordinary token and leaves 10 %; "all" turns all into `mask_id`. Tokens whose id is not `ordinary` (bool
+    [vocab_size]: False for special and unused ids) and padding are never chosen and never drawn.
     """
 
-    seed: int
-    probability: float
-    scheme: str
-    mask_id: int
-    ordinary: np.ndarray
+    def __init__(
+        self,
+        seed: int,
+        probability: float,
+        scheme: str,
+        mask_id: int,
+        ordinary: np.ndarray,
+        words: WordTable | None = None,
+    ) -> None:
+        if scheme not in SCHEMES:
+            raise DataError(f"mlm_scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
+        if not 0.0 < probability < 1.0:
+            raise DataError(f"mlm_probability {probability}: give a share between 0 and 1, for example 0.2")
+        self.mask_id, self.words = mask_id, words
+        self._share = _share16(probability)
+        self._ordinary, self._ids = ordinary, np.flatnonzero(ordinary)
+        self._limits = [round(share * 2**32) for share in SCHEMES[scheme]]
+        self._choices, self._actions = Counter(seed, CHOICES), Counter(seed, ACTIONS)
 
-    def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise DataError(f"mlm_scheme {self.scheme!r}: choose one of {', '.join(SCHEMES)}")
-        if not 0.0 < self.probability < 1.0:
-            raise DataError(f"mlm_probability {self.probability}: give a share between 0 and 1, for example 0.2")
+    def apply(self, block: RowBlock, input_ids_T: np.ndarray, labels_T: np.ndarray) -> int:
+        """Masks `input_ids_T` (int64 [T], holding the tokens) and fills `labels_T` (int64 [T], all -100) where chosen.
 
-    @cached_property
-    def _choices(self) -> np.ndarray:
-        return np.flatnonzero(self.ordinary)
+        Returns how many were chosen.
+        """
+        chosen_T = _below(self._choices, block, self._share)
+        if self.words:
+            starts = np.flatnonzero(self.words.starts(block))
+            chosen_T = np.repeat(chosen_T[starts], np.diff(starts, append=len(chosen_T)))
+        where = _of_text(block, np.flatnonzero(chosen_T), self._ordinary)
+        labels_T[where] = block.tokens_T[where]
+        to_mask, to_random = self._limits
+        if to_mask == 2**32:
+            input_ids_T[where] = self.mask_id
+            return len(where)
 
-    def apply(self, tokens_L: np.ndarray, row_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Masks one row. `tokens_L` int64 [L]; returns (input_ids, labels), int64 [L], labels -100 where not chosen."""
-        length = len(tokens_L)
-        # one word a token: the upper half chooses, the lower half decides what becomes of the chosen
-        words = np.random.Philox(key=np.array([self.seed, row_id], np.uint64)).random_raw(length)
-        chosen = (words >> np.uint64(32)) < np.uint64(round(self.probability * 2**32))
-        chosen &= self.ordinary[tokens_L]
-        where = np.flatnonzero(chosen)
-
-        action = (words[where] & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        to_mask, to_random = (round(share * 2**32) for share in SCHEMES[self.scheme])
-        input_ids = tokens_L.copy()
-        input_ids[where[action < to_mask]] = self.mask_id
-        randomised = (action >= to_mask) & (action < to_random)
-        if to_random > to_mask:
-            # where it lies between the two limits is uniform again: 4e8 values, spread over the ordinary ids
-            draw = (action[randomised] - to_mask) * len(self._choices) // (to_random - to_mask)
-            input_ids[where[randomised]] = self._choices[draw]
-
-        labels = np.full(length, IGNORE_LABEL, dtype=np.int64)
-        labels[where] = tokens_L[where]
-        return input_ids, labels
+        rows = np.arange(len(block.row_ids) + 1) * (len(input_ids_T) // len(block.row_ids))
+        counts = np.diff(np.searchsorted(where, rows))
+        per_row = zip(block.row_ids.tolist(), counts.tolist(), strict=True)
+        action = np.concatenate([self._actions.bits(row_id, count, np.uint32) for row_id, count in per_row])
+        input_ids_T[where[action < to_mask]] = self.mask_id
+        randomised = np.flatnonzero((action >= to_mask) & (action < to_random))
+        # where it lies between the two limits is uniform again: 4e8 values, spread over the ordinary ids
+        draw = (action[randomised].astype(np.int64) - to_mask) * len(self._ids) // (to_random - to_mask)
+        input_ids_T[where[randomised]] = self._ids[draw]
+        return len(where)
 
 
-def next_token_labels(tokens_L: np.ndarray, piece_lengths: np.ndarray) -> np.ndarray:
-    """Causal labels: int64 [L], the next token of the same document; -100 at each document's end and on padding.
+class TokenDropout:
+    """Hides a share of the ordinary tokens from the model and asks for nothing in return ("word dropout", Bowman et
+    al. 2016, section 3.1): the input becomes `hidden_id`, the labels stay."""
 
-    `piece_lengths` int64 [pieces]: lengths of the row's documents; their sum is the row's used part.
+    def __init__(self, seed: int, probability: float, hidden_id: int, ordinary: np.ndarray) -> None:
+        self._counter, self._share = Counter(seed, DROPOUT), _share16(probability)
+        self._hidden_id, self._ordinary = hidden_id, ordinary
+
+    def apply(self, block: RowBlock, input_ids_T: np.ndarray, keep_T: np.ndarray) -> None:
+        """Hides tokens in `input_ids_T`, int64 [T], but for those where `keep_T`, bool [T]."""
+        dropped_T = _below(self._counter, block, self._share) & ~keep_T
+        input_ids_T[_of_text(block, np.flatnonzero(dropped_T), self._ordinary)] = self._hidden_id
+
+
+def next_token_labels(block: RowBlock, labels_T: np.ndarray) -> int:
+    """Fills `labels_T`, int64 [T]: the next token of the same piece; -100 at each piece's end and on padding.
+
+    Returns how many count.
     """
-    labels = np.full(len(tokens_L), IGNORE_LABEL, dtype=np.int64)
-    ends = np.cumsum(piece_lengths)
-    used = int(ends[-1])
-    labels[: used - 1] = tokens_L[1:used]
-    labels[ends - 1] = IGNORE_LABEL
-    return labels
+    labels_T[:-1] = block.tokens_T[1:]
+    ends = block.piece_start + block.piece_length
+    labels_T[ends - 1] = IGNORE_LABEL
+    for start, stop in padding_runs(block):
+        labels_T[start:stop] = IGNORE_LABEL
+    return int(block.piece_length.sum()) - len(ends)
+
+
+def padding_runs(block: RowBlock) -> list[tuple[int, int]]:
+    """[start, stop) of the runs of padding on the T axis."""
+    stops = np.append(block.piece_start, len(block.tokens_T))
+    starts = np.append(0, block.piece_start + block.piece_length)
+    gaps = np.flatnonzero(stops > starts)
+    return list(zip(starts[gaps].tolist(), stops[gaps].tolist(), strict=True))
+
+
+def _share16(probability: float) -> np.uint16:
+    return np.uint16(min(max(1, round(probability * 2**16)), 2**16 - 1))
+
+
+def _below(counter: Counter, block: RowBlock, share: np.uint16) -> np.ndarray:
+    """bool [T]: each True with probability share / 65,536."""
+    below = np.empty((len(block.row_ids), len(block.tokens_T) // len(block.row_ids)), np.bool_)
+    for row_id, out in zip(block.row_ids.tolist(), below, strict=True):
+        np.less(counter.bits(row_id, len(out), np.uint16), share, out=out)
+    return below.reshape(-1)
+
+
+def _of_text(block: RowBlock, where: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
+    """Those of the positions `where`, ascending, that hold an ordinary token."""
+    where = where[ordinary[block.tokens_T[where]]]
+    if ordinary[block.padding_id]:  # a tokenizer without special tokens pads with an ordinary id
+        piece = np.searchsorted(block.piece_start, where, side="right") - 1
+        where = where[(piece >= 0) & (where < (block.piece_start + block.piece_length)[piece])]
+    return where

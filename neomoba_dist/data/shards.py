@@ -26,7 +26,7 @@ from neomoba_dist.data.index import MemberTable, ShardEntry, rename_durably
 MEMBER_TOKENS = 65_536
 TAR_BLOCK = 512
 ID_SUFFIX = {"uint16": "u16", "uint32": "u32"}
-_REMAKE = "restore the file or run data_tools.tokenize_corpus with --overwrite"
+REMAKE = "restore the file or run data_tools.tokenize_corpus with --overwrite"
 
 
 def shard_name(number: int) -> str:
@@ -134,79 +134,29 @@ class ShardWriter:
         self._shard = None
 
 
-class ShardReader:
-    """Reads one shard by token offset through a memory map; a member's crc32 is checked when it is first touched."""
+def stored_lengths(folder: Path, entry: ShardEntry, members: MemberTable, first: int, last: int) -> np.ndarray:
+    """Length in tokens of each document of a shard, read from members [first, last) of the table: int64 [documents].
 
-    def __init__(
-        self, folder: Path, entry: ShardEntry, dtype: str, members: MemberTable, first: int, last: int
-    ) -> None:
-        """`first`, `last`: the shard's members are [first, last) of the table."""
-        self.path = folder / entry.file
-        self.entry = entry
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.members = members
-        self.first, self.last = first, last
-        sizes = members.tokens_size[first:last] // self.dtype.itemsize
-        self.member_ends = np.cumsum(sizes)
-        self._checked = np.zeros(last - first, dtype=bool)
-        self._map: mmap.mmap | None = None
-
-    def document_lengths(self) -> np.ndarray:
-        """Length in tokens of each document of the shard: int64 [documents]. DataError on damage."""
-        parts = [self._part_lengths(member) for member in range(self.last - self.first)]
-        signed = np.concatenate([np.zeros(0, "<i4"), *parts]).astype(np.int64)
-        ends = np.cumsum(np.abs(signed))[signed > 0]
-        lengths = np.diff(ends, prepend=0)
-        if len(lengths) != self.entry.documents or lengths.sum() != self.entry.tokens:
-            raise DataError(
-                f"{self.path}: holds {len(lengths)} documents and {lengths.sum()} tokens, the index says "
-                f"{self.entry.documents} and {self.entry.tokens}; {_REMAKE}"
-            )
-        return lengths
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Fills `out` [n] (any integer type) with the ids of tokens [start, start + n) of the shard."""
-        filled = 0
-        member = int(np.searchsorted(self.member_ends, start, side="right"))
-        while filled < len(out):
-            ids = self._member_ids(member)
-            begin = start + filled - (int(self.member_ends[member]) - len(ids))
-            take = min(len(ids) - begin, len(out) - filled)
-            out[filled : filled + take] = ids[begin : begin + take]
-            filled += take
-            member += 1
-
-    def _part_lengths(self, member: int) -> np.ndarray:
-        """Lengths of a member's document parts, negative: goes on. A member of a foreign shard is one document."""
-        if self.members.lengths_size[self.first + member] == 0:
-            size = int(self.members.tokens_size[self.first + member])
-            return np.array([size // self.dtype.itemsize], "<i4")
-        return np.frombuffer(self._payload("lengths", member), "<i4")
-
-    def _member_ids(self, member: int) -> np.ndarray:
-        """View of a member's ids in the map."""
-        if not self._checked[member]:
-            self._payload("tokens", member)
-            self._checked[member] = True
-        row = self.first + member
-        count = int(self.members.tokens_size[row]) // self.dtype.itemsize
-        return np.frombuffer(self._bytes(), self.dtype, count, int(self.members.tokens_offset[row]))
-
-    def _payload(self, name: str, member: int) -> memoryview:
-        """A member's checked bytes; `name` is "tokens" or "lengths"."""
-        row = self.first + member
-        offset = int(getattr(self.members, f"{name}_offset")[row])
-        size = int(getattr(self.members, f"{name}_size")[row])
-        payload = memoryview(self._bytes())[offset : offset + size]
-        if len(payload) != size or zlib.crc32(payload) != int(getattr(self.members, f"{name}_crc32")[row]):
-            raise DataError(f"{self.path}: {name} at byte offset {offset} ({size} bytes) fail their crc32; {_REMAKE}")
-        return payload
-
-    def _bytes(self) -> mmap.mmap:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
+    DataError on damage.
+    """
+    path = folder / entry.file
+    parts = [np.zeros(0, "<i4")]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as payload:
+        for row in range(first, last):
+            offset, size = int(members.lengths_offset[row]), int(members.lengths_size[row])
+            stored = payload[offset : offset + size]
+            if len(stored) != size or zlib.crc32(stored) != int(members.lengths_crc32[row]):
+                raise DataError(f"{path}: lengths at byte offset {offset} ({size} bytes) fail their crc32; {REMAKE}")
+            parts.append(np.frombuffer(stored, "<i4"))
+    signed = np.concatenate(parts).astype(np.int64)
+    ends = np.cumsum(np.abs(signed))[signed > 0]
+    lengths = np.diff(ends, prepend=0)
+    if len(lengths) != entry.documents or lengths.sum() != entry.tokens:
+        raise DataError(
+            f"{path}: holds {len(lengths)} documents and {lengths.sum()} tokens, the index says {entry.documents} and "
+            f"{entry.tokens}; {REMAKE}"
+        )
+    return lengths
 
 
 class FileSize(Protocol):
@@ -230,11 +180,11 @@ def structural_problems(folder: Path, shards: Sequence[FileSize]) -> list[str]:
     for entry in shards:
         path = folder / entry.file
         if not path.is_file():
-            problems.append(f"{path}: shard is missing; {_REMAKE}")
+            problems.append(f"{path}: shard is missing; {REMAKE}")
         elif (size := path.stat().st_size) != entry.bytes:
             problems.append(
                 f"{path}: {size} bytes, the index says {entry.bytes} (differs from offset "
-                f"{min(size, entry.bytes)} on); {_REMAKE}"
+                f"{min(size, entry.bytes)} on); {REMAKE}"
             )
     extra = {path.name for path in folder.glob("*.tar")} - {entry.file for entry in shards}
     return problems + [f"{folder / name}: extra shard, not in the index; remove it" for name in sorted(extra)]

@@ -1,26 +1,40 @@
-"""The stream of updates: (corpus, seed, length, k) -> the rows of update k, and nothing else decides.
+"""The stream of updates: (data, seed, length, mixture, k) -> the rows of update k, and nothing else decides.
 
-Rows are drawn in a fresh order each epoch; position p of the run is row order(epoch = p // rows)[p % rows], and update
-k takes positions [k * R, (k + 1) * R) with R = rows per update. An update may cross from one epoch into the next, so
-no row is dropped or repeated. Data-parallel ranks and accumulation steps divide an update and never change it. The
-state counts rows, not updates: it stays valid for another number of ranks or another update size.
+Position p of the run is a row that the mixture and the epoch's order name; update k takes positions [k * R,
+(k + 1) * R) with R = rows per update. An update may cross from one epoch into the next, so no row is dropped or repeated and every
+update is full. Data-parallel ranks and accumulation steps divide an update and never change it. The state counts rows,
+not updates: it stays valid for another number of ranks or another update size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import hashlib
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import torch
 
-from neomoba_dist.data.batch import IGNORE_LABEL, PADDING_POSITION, Batch
-from neomoba_dist.data.corpus import Corpus, RowReader
+from neomoba_dist.config import DataConfig
+from neomoba_dist.data.batch import Batch
+from neomoba_dist.data.build import BatchBuilder
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.data.masking import MaskedLanguageModel, next_token_labels
+from neomoba_dist.data.pack import Packing
+from neomoba_dist.data.prefetch import prefetch
+from neomoba_dist.data.rows import RowBlock, Rows, Source
 
-VALIDATION_SEED = 0
+Agree = Callable[[np.ndarray], np.ndarray]
+
+# state key -> config key; `rows` alone may differ
+_FIXED = {
+    "seed": "neomoba.phase.seed",
+    "sequence_length": "neomoba.phase.sequence_length",
+    "max_documents_per_row": "neomoba.data.max_documents_per_row",
+    "packing": "neomoba.data.packing",
+    "align": "neomoba.data.align",
+    "shuffle_shards": "neomoba.data.shuffle_shards",
+}
 
 
 class StreamState(TypedDict):
@@ -30,103 +44,33 @@ class StreamState(TypedDict):
     seed: int
     sequence_length: int
     max_documents_per_row: int
+    packing: str
+    align: int
+    shuffle_shards: int | None
     rows: int
 
 
-class RowOrder:
-    """The order of `rows` rows in each epoch: a permutation that depends on (seed, epoch) only.
-
-    The permutation sorts raw Philox words keyed by (seed, epoch), which no version of numpy changes.
-    """
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed = rows, seed
-        self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
-
-    def row_id(self, position: int) -> int:
-        """Global row id (epoch * rows + row) at a position of the run."""
-        epoch, within = divmod(position, self.rows)
-        if epoch != self._epoch:
-            # the counter's last word keeps these words apart from the masks', whose key is (seed, row id)
-            counter = np.array([0, 0, 0, 1], np.uint64)
-            key = np.array([self.seed, epoch], np.uint64)
-            words = np.random.Philox(counter=counter, key=key).random_raw(self.rows)
-            self._order, self._epoch = np.argsort(words, kind="stable"), epoch
-        return epoch * self.rows + int(self._order[within])
-
-
-class BatchBuilder:
-    """Turns rows of a corpus into a Batch with labels of one objective ("mlm" or "clm")."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        objective: str,
-        sequence_length: int,
-        seed: int,
-        mlm_probability: float,
-        mlm_scheme: str,
-        max_documents_per_row: int,
-    ) -> None:
-        self.reader = RowReader(corpus, sequence_length, max_documents_per_row)
-        # one more than the documents: the padding at a row's end
-        self.borders_per_row = max_documents_per_row + 1
-        self._masks: MaskedLanguageModel | None = None
-        if objective == "mlm":
-            mask_id = corpus.special.mask
-            if mask_id is None:
-                raise DataError(
-                    f"{corpus.folder}: its tokenizer has no mask token, so neomoba.model.objective=mlm cannot be "
-                    "trained on it; set neomoba.model.objective=clm or tokenize with another tokenizer"
-                )
-            self._masks = MaskedLanguageModel(seed, mlm_probability, mlm_scheme, mask_id, corpus.ordinary)
-        elif objective != "clm":
-            raise DataError(f"objective {objective!r}: choose mlm or clm")
-
-    def build(self, row_ids: list[int]) -> Batch:
-        """The Batch of these rows, T = len(row_ids) * length; `num_valid` is its own count."""
-        length, rows = self.reader.length, len(row_ids)
-        input_ids = np.empty((rows, length), dtype=np.int64)
-        labels = np.empty((rows, length), dtype=np.int64)
-        position_ids = np.empty((rows, length), dtype=np.int64)
-        cu_seqlens = np.full(rows * self.borders_per_row + 1, rows * length, dtype=np.int32)
-        border = 0
-        for i, row_id in enumerate(row_ids):
-            tokens_L, pieces = self.reader.read(row_id % self.reader.rows)
-            if self._masks is None:
-                input_ids[i], labels[i] = tokens_L, next_token_labels(tokens_L, pieces)
-            else:
-                input_ids[i], labels[i] = self._masks.apply(tokens_L, row_id)
-            padding = length - int(pieces.sum())
-            spans = np.append(pieces, padding) if padding else pieces
-            starts = np.cumsum(spans) - spans
-            position_ids[i] = np.arange(length) - np.repeat(starts, spans)
-            position_ids[i, length - padding :] = PADDING_POSITION
-            cu_seqlens[border : border + len(spans)] = i * length + starts
-            border += len(spans)
-        return Batch(
-            input_ids=torch.from_numpy(input_ids.reshape(-1)),
-            labels=torch.from_numpy(labels.reshape(-1)),
-            position_ids=torch.from_numpy(position_ids.reshape(-1)),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            row_ids=torch.tensor(row_ids, dtype=torch.int64),
-            num_valid=int((labels != IGNORE_LABEL).sum()),
-        )
+def make_packing(settings: DataConfig, length: int) -> Packing:
+    """How the configuration packs rows of `length` tokens."""
+    return Packing(
+        length=length, max_documents=settings.max_documents_per_row, method=settings.packing, align=settings.align
+    )
 
 
 class UpdateStream:
     """Iterates over updates without end: yields (micro-batches of this data-parallel rank, state after them).
 
     `num_valid` of each Batch is this rank's count over all its micro-batches of the update; with more than one
-    data-parallel rank the trainer sums it over them and sets it with `dataclasses.replace`.
-    DataError before the first row: unknown objective or scheme, no mask token for MLM, fewer rows than one update.
+    data-parallel rank the trainer sums it over them and sets it with `dataclasses.replace`. `skipped_rows` counts the
+    rows of the last update, over all ranks, that were damaged and turned into padding (`on_corrupt` "skip").
+    DataError before the first row: see `Rows`, `BatchBuilder`, and fewer rows than one update takes; DataError at a
+    row that is damaged (`on_corrupt` "raise").
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        sources: Sequence[Source],
+        settings: DataConfig,
         *,
         objective: str,
         sequence_length: int,
@@ -135,126 +79,121 @@ class UpdateStream:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        mlm_probability: float = 0.2,
-        mlm_scheme: str = "80/10/10",
-        max_documents_per_row: int = 128,
-        start_row: int = 0,
+        pin_memory: bool = False,
+        agree: Agree | None = None,
     ) -> None:
-        self.corpus, self.seed, self.rows_consumed = corpus, seed, start_row
+        """`agree` turns what this rank found damaged, bool [rows of the update], into what any rank found."""
+        self.settings, self.seed, self.rows_consumed = settings, seed, 0
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.max_documents_per_row = max_documents_per_row
+        self.skipped_rows = 0
+        self._agree = agree
+        self.rows = Rows(
+            sources,
+            make_packing(settings, sequence_length),
+            seed,
+            shuffle_shards=settings.shuffle_shards,
+            cache=None if settings.cache is None else Path(settings.cache),
+        )
         self._builder = BatchBuilder(
-            corpus,
-            objective=objective,
-            sequence_length=sequence_length,
-            seed=seed,
-            mlm_probability=mlm_probability,
-            mlm_scheme=mlm_scheme,
-            max_documents_per_row=max_documents_per_row,
+            sources[0].corpus, settings, objective=objective, length=sequence_length, seed=seed, pin_memory=pin_memory
         )
         self.rows_per_update = micro_batch_size * accumulation * dp_size
-        if self.rows_in_epoch < self.rows_per_update:
-            raise DataError(
-                f"{corpus.key}: {corpus.folder} gives {self.rows_in_epoch} rows of {sequence_length} tokens, fewer "
-                f"than the {self.rows_per_update} of one update: add text or lower neomoba.phase.tokens_per_update"
-            )
-        self._order = RowOrder(self.rows_in_epoch, seed)
+        self._require_rows()
 
     @property
     def rows_in_epoch(self) -> int:
-        """Rows of the packed corpus."""
-        return self._builder.reader.rows
+        """Rows of all sources."""
+        return self.rows.total
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions of an epoch that hold padding."""
-        return self._builder.reader.padding_share
+        """Share of the positions of a run that hold padding."""
+        return self.rows.padding_share
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], StreamState]]:
-        while True:
-            update = self._next_update()
-            self.rows_consumed += self.rows_per_update
-            yield update, self.state_dict()
+    def __iter__(self) -> Generator[tuple[list[Batch], StreamState], None, None]:
+        """Rows are read `settings.prefetch` updates ahead, in a thread; masks are drawn when an update is taken."""
+        with prefetch(self._read_updates(self.rows_consumed), self.settings.prefetch) as blocks:
+            for block in blocks:
+                block = self._without_damage(block)
+                self.rows_consumed += self.rows_per_update
+                yield self._builder.build_update(block, self.micro_batch_size), self.state_dict()
 
     def state_dict(self) -> StreamState:
         """The position after the last update that was yielded."""
         return StreamState(
-            fingerprint=self.corpus.fingerprint,
+            fingerprint=self._fingerprint(),
             seed=self.seed,
-            sequence_length=self._builder.reader.length,
-            max_documents_per_row=self.max_documents_per_row,
+            sequence_length=self.rows.packing.length,
+            max_documents_per_row=self.rows.packing.max_documents,
+            packing=self.rows.packing.method,
+            align=self.rows.packing.align,
+            shuffle_shards=self.settings.shuffle_shards,
             rows=self.rows_consumed,
         )
 
-    def load_state_dict(self, state: StreamState) -> None:
-        """Goes on where `state` was taken, on any number of ranks. DataError if it is of other data or other rows."""
+    def load_state_dict(self, state: StreamState, *, allow_data_change: bool = False) -> None:
+        """Goes on where `state` was taken, on any number of ranks; call it before iterating.
+
+        DataError if it is of other data or other rows, unless `allow_data_change`: then the count of rows goes on, and
+        what they hold is what the new data give.
+        """
         own = self.state_dict()
-        if state["fingerprint"] != own["fingerprint"]:
-            raise DataError(
-                f"{self.corpus.key}: {self.corpus.folder} is not the corpus of the checkpoint (fingerprint "
-                f"{own['fingerprint']}, checkpoint {state['fingerprint']}); point the key at that corpus"
-            )
-        for key, name in (
-            ("seed", "neomoba.phase.seed"),
-            ("sequence_length", "neomoba.phase.sequence_length"),
-            ("max_documents_per_row", "neomoba.data.max_documents_per_row"),
-        ):
-            if state[key] != own[key]:  # type: ignore[literal-required]
+        if not allow_data_change:
+            if state["fingerprint"] != own["fingerprint"]:
+                names = ", ".join(source.corpus.name for source in self.rows.sources)
                 raise DataError(
-                    f"{name} is {own[key]}, the checkpoint's rows were drawn with {state[key]}: "  # type: ignore[literal-required]
-                    "keep it to resume, or start a new phase with --init_from"
+                    f"{self.rows.sources[0].corpus.key}: {names} is not the data of the checkpoint (fingerprint "
+                    f"{own['fingerprint']}, checkpoint {state['fingerprint']}); point the key at that data, or go on "
+                    "with other rows by --allow-data-change"
                 )
+            for key, name in _FIXED.items():
+                if state.get(key) != own.get(key):
+                    raise DataError(
+                        f"{name} is {own.get(key)}, the checkpoint's rows were drawn with {state.get(key)}: keep it "
+                        "to resume, start a new phase with --init_from, or go on with other rows by --allow-data-change"
+                    )
         self.rows_consumed = state["rows"]
 
-    def _next_update(self) -> list[Batch]:
-        """This rank's micro-batches: micro-batch a of rank r holds rows [(a * dp + r) * micro, ... + micro)."""
-        batches = []
-        for a in range(self.accumulation):
-            first = self.rows_consumed + (a * self.dp_size + self.dp_rank) * self.micro_batch_size
-            row_ids = [self._order.row_id(p) for p in range(first, first + self.micro_batch_size)]
-            batches.append(self._builder.build(row_ids))
-        num_valid = sum(batch.num_valid for batch in batches)
-        return [replace(batch, num_valid=num_valid) for batch in batches]
+    def _fingerprint(self) -> str:
+        """Names the data: the corpus's own fingerprint, or one over all sources with weights and least lengths."""
+        sources = self.rows.sources
+        if len(sources) == 1 and not sources[0].min_length:
+            return sources[0].corpus.fingerprint
+        facts = [f"{s.corpus.fingerprint} {w} {s.min_length}" for s, w in zip(sources, self.rows.shares, strict=True)]
+        return hashlib.sha256("\n".join(facts).encode("ascii")).hexdigest()[:32]
 
+    def _require_rows(self) -> None:
+        for source, reader, share in zip(self.rows.sources, self.rows.readers, self.rows.shares, strict=True):
+            needed = float(share) * self.rows_per_update
+            if reader.plan.rows < needed:
+                raise DataError(
+                    f"{source.corpus.key}: {source.corpus.name} gives {reader.plan.rows} rows of "
+                    f"{self.rows.packing.length} tokens, fewer than the {needed:g} of one update: add text or lower "
+                    "neomoba.phase.tokens_per_update"
+                )
 
-def validation_batches(
-    corpus: Corpus,
-    *,
-    objective: str,
-    sequence_length: int,
-    micro_batch_size: int,
-    rows: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    mlm_probability: float = 0.2,
-    mlm_scheme: str = "80/10/10",
-    max_documents_per_row: int = 128,
-) -> list[Batch]:
-    """The fixed rows and masks on which every validation runs: this rank's share, the same number on each rank.
+    def _read_updates(self, position: int) -> Iterator[RowBlock]:
+        """This rank's rows: of an update micro-batch a of rank r holds positions [(a * dp + r) * micro, ... + micro)."""
+        micro = self.micro_batch_size
+        while True:
+            firsts = [position + (a * self.dp_size + self.dp_rank) * micro for a in range(self.accumulation)]
+            yield self.rows.read([self.rows.row_id(p) for first in firsts for p in range(first, first + micro)])
+            position += self.rows_per_update
 
-    The first `rows` rows (all, if the corpus has fewer) of epoch 0 under a seed of their own, whatever the run's seed
-    and layout. Where they do not fill all micro-batches, a repeated row without labels fills up: it counts nothing.
-    """
-    builder = BatchBuilder(
-        corpus,
-        objective=objective,
-        sequence_length=sequence_length,
-        seed=VALIDATION_SEED,
-        mlm_probability=mlm_probability,
-        mlm_scheme=mlm_scheme,
-        max_documents_per_row=max_documents_per_row,
-    )
-    order = RowOrder(builder.reader.rows, VALIDATION_SEED)
-    rows = min(rows, builder.reader.rows)
-    if rows == 0:
-        raise DataError(f"{corpus.key}: {corpus.folder} holds no row to validate on")
-    batches = []
-    step = micro_batch_size * dp_size
-    for first in range(dp_rank * micro_batch_size, -(-rows // step) * step, step):
-        positions = range(first, first + micro_batch_size)
-        batch = builder.build([order.row_id(p if p < rows else 0) for p in positions])
-        filler = torch.tensor([p >= rows for p in positions]).repeat_interleave(sequence_length)
-        labels = batch.labels.masked_fill(filler, IGNORE_LABEL)
-        batches.append(replace(batch, labels=labels, num_valid=int((labels != IGNORE_LABEL).sum())))
-    return batches
+    def _without_damage(self, block: RowBlock) -> RowBlock:
+        """The block without rows that this rank, or another one with the same rows, found damaged."""
+        if self.settings.on_corrupt == "raise":
+            for problem in block.damaged.values():
+                raise DataError(problem)
+            return block
+        for problem in block.damaged.values():
+            logging.getLogger(__name__).warning("row skipped: %s", problem)
+        found = np.zeros((self.accumulation, self.dp_size, self.micro_batch_size), bool)
+        own = np.zeros(len(block.row_ids), bool)
+        own[list(block.damaged)] = True
+        found[:, self.dp_rank] = own.reshape(self.accumulation, -1)
+        if self._agree:
+            found = self._agree(found.reshape(-1)).reshape(found.shape)
+        self.skipped_rows = int(found.sum())
+        return block.without(found[:, self.dp_rank].reshape(-1)) if self.skipped_rows else block

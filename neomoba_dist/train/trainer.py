@@ -17,6 +17,7 @@ from neomoba_dist.parallel.comm import all_reduce, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import Engine
 from neomoba_dist.train.flops import step_flops
+from neomoba_dist.train.guard import require_equal_batches
 from neomoba_dist.train.metrics import RunLog, is_finite
 from neomoba_dist.train.optim import learning_rate
 from neomoba_dist.train.phases import is_full_attention
@@ -42,7 +43,7 @@ class Trainer:
         self.config, self.mesh, self.engine = config, mesh, engine
         self.stream, self.output = stream, output
         self.validation = list(validation)
-        self.step = 0
+        self.step = self._first_step = 0
         self.tokens = 0
         self._validation_count = self._sum_over_data([sum(batch.local_valid() for batch in self.validation)])[0]
         self.validation = [replace(batch, num_valid=int(self._validation_count)) for batch in self.validation]
@@ -51,11 +52,11 @@ class Trainer:
         """Take the weights of another phase; the optimizer and the data start anew."""
         self.engine.load(reader, moments=False)
 
-    def resume(self, reader: CheckpointReader) -> None:
-        """Go on exactly where the checkpoint was written."""
+    def resume(self, reader: CheckpointReader, *, allow_data_change: bool = False) -> None:
+        """Go on exactly where the checkpoint was written; with `allow_data_change` even if the data are others."""
         state = reader.trainer()
         self.engine.load(reader, moments=True)
-        self.stream.load_state_dict(state["data"])
+        self.stream.load_state_dict(state["data"], allow_data_change=allow_data_change)
         self.step, self.tokens = state["step"], state["tokens"]
 
     def run(self, last_step: int, *, profile: bool = False) -> None:
@@ -67,6 +68,7 @@ class Trainer:
             raise TrainingError(f"{self.output}: the run log cannot be written ({error.strerror})") from error
         profiled = self.output if profile and self.mesh.rank == 0 else None
         updates = iter(self.stream)
+        self._first_step = self.step
         try:
             with step_profiler(profiled, self.mesh.rank) as profiler:
                 while self.step < last_step:
@@ -81,6 +83,7 @@ class Trainer:
                         if log:
                             log.say(f"checkpoint {folder}")
         finally:
+            updates.close()
             if log:
                 log.close()
 
@@ -102,6 +105,9 @@ class Trainer:
         full = is_full_attention(phase, step)
         rate = learning_rate(phase, step)
         batches, _ = next(updates)
+        if (self.step - self._first_step) % self.config.data.check_every == 0:
+            require_equal_batches(batches, self.mesh)
+        data_seconds = time.perf_counter() - start
         counted = batches[0].num_valid  # the stream's count over this rank's micro-batches
         num_valid, flops = self._sum_over_data([counted, self._flops(batches, counted, full)])
         if num_valid == 0:
@@ -125,6 +131,8 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "tflops_per_rank": flops / seconds / self.mesh["world"].size / 1e12,
+            "data_seconds": data_seconds,
+            "skipped_rows": self.stream.skipped_rows,
             "full_attention": full,
             "skipped": result.skipped,
         }

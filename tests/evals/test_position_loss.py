@@ -12,8 +12,9 @@ from evals import position_loss
 from evals.load import Subject
 from evals.position_loss import Estimate, bucket_edges
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.data.corpus import RowReader
 from neomoba_dist.data.masking import MaskedLanguageModel
+from neomoba_dist.data.pack import Packing
+from neomoba_dist.data.rows import Rows, Source
 from neomoba_dist.model.attention import set_full_attention
 
 LENGTH, BORDER, BUCKETS, ROWS = 512, 300, 8, 16
@@ -27,13 +28,15 @@ def direct_losses(subject: Subject, rows: list[int], attention: str) -> tuple[np
     """(losses, counted) [R, L] of rows of the packed corpus: one row at a time, full logits, plain softmax."""
     set_full_attention(subject.model, attention == "full")
     masks = MaskedLanguageModel(0, 0.2, "80/10/10", subject.corpus.special.mask, subject.corpus.ordinary)
-    reader = RowReader(subject.corpus, LENGTH, 32)
+    source = Rows([Source(subject.corpus)], Packing(length=LENGTH, max_documents=32), seed=0)
     losses, counted = [], []
     for row in rows:
-        tokens, pieces = reader.read(row)
-        assert pieces.tolist() == [LENGTH]
+        block = source.read([row])
+        tokens = block.tokens_T.astype(np.int64)
+        assert block.piece_length.tolist() == [LENGTH]
         if subject.config.model.objective == "mlm":
-            inputs, labels = masks.apply(tokens, row)
+            inputs, labels = tokens.copy(), np.full(LENGTH, -100)
+            masks.apply(block, inputs, labels)
         else:
             inputs, labels = tokens, np.append(tokens[1:], -100)
         batch = Batch(
@@ -89,11 +92,11 @@ def test_rows_are_filled_by_one_document(subjects: dict[str, Subject]) -> None:
     assert plan.length == subject.config.phase.sequence_length
     assert plan.border is None
     assert len(set(plan.rows)) == 12
-    batch = plan.builder.build(plan.rows)
+    batch = plan.builder.build(plan.source.read(plan.rows))
     assert torch.equal(batch.position_ids, torch.arange(plan.length).repeat(12))
     assert position_loss.prepare(subject, options(rows=5)).rows == plan.rows[:5]
-    reader = plan.builder.reader
-    full = [row for row in range(reader.rows) if reader.read(row)[1].tolist() == [plan.length]]
+    source = plan.source
+    full = [row for row in range(source.total) if source.read([row]).piece_length.tolist() == [plan.length]]
     assert sorted(position_loss.prepare(subject, options()).rows) == full
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,22 @@ import pytest
 import webdataset
 
 from data_tools import verify_shards
-from neomoba_dist.data.corpus import Corpus, RowReader, open_corpus
+from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import (
     DOCUMENTS_FILE,
     INDEX_FILE,
     MEMBERS_FILE,
     SUBSET_LENGTHS,
+    CorpusIndex,
     DocumentTable,
     MemberTable,
+    ShardEntry,
+    TokenizerEntry,
     ranges,
 )
-from neomoba_dist.data.shards import MEMBER_TOKENS, ShardReader, ShardWriter, id_dtype
+from neomoba_dist.data.reader import TokenReader
+from neomoba_dist.data.shards import MEMBER_TOKENS, ShardWriter, id_dtype, stored_lengths
 from tests.corpora import make_corpus
 
 
@@ -55,19 +60,32 @@ def test_documents_come_back(tmp_path: Path, dtype: str, shard_bytes: int) -> No
         writer.add(document)
     entries, members = writer.close()
     members = MemberTable.from_file(*_save(tmp_path, members))
-    borders = np.searchsorted(members.shard, np.arange(len(entries) + 1))
     assert {1: len(documents), 300_000: len(entries), 10**9: 1}[shard_bytes] == len(entries)
-    read = []
-    for i, entry in enumerate(entries):
-        shard = ShardReader(tmp_path, entry, dtype, members, int(borders[i]), int(borders[i + 1]))
-        start = 0
-        for length in shard.document_lengths().tolist():
-            read.append(np.empty(length, np.int64))
-            shard.read(start, read[-1])
-            start += length
-    assert len(read) == len(documents)
-    assert all(np.array_equal(a, b) for a, b in zip(read, documents, strict=True))
+    lengths = np.array([len(document) for document in documents])
+    borders = np.searchsorted(members.shard, np.arange(len(entries) + 1)).tolist()
+    stored = [stored_lengths(tmp_path, e, members, a, b) for e, (a, b) in zip(entries, pairwise(borders), strict=True)]
+    assert np.array_equal(np.concatenate(stored), lengths)
+    reader = TokenReader(_index(dtype, entries), members, lambda shard: tmp_path / entries[shard].file)
+    reader.check_first_members()
+    # all documents at once, in another order, and a stretch that crosses members
+    order = np.random.default_rng(0).permutation(len(documents))
+    starts, places = (np.cumsum(lengths) - lengths)[order], np.cumsum(lengths[order]) - lengths[order]
+    out = np.zeros(lengths.sum(), reader.dtype)
+    assert reader.read(starts, lengths[order], out, places) == {}
+    assert np.array_equal(out, np.concatenate([documents[i] for i in order]))
+    everything = np.concatenate(documents)
+    begin, size = np.array([490, 70_000]), np.array([200_000, 3])
+    out = np.zeros(200_003, reader.dtype)
+    reader.read(begin, size, out, np.array([0, 200_000]))
+    assert np.array_equal(out, np.concatenate([everything[490:200_490], everything[70_000:70_003]]))
     assert (members.tokens_size <= MEMBER_TOKENS * np.dtype(dtype).itemsize).all()
+
+
+def _index(dtype: str, entries: list[ShardEntry]) -> CorpusIndex:
+    vocabulary = {"file": "t", "kind": "k", "sha256": "", "vocab_size": 1 << 32, "special": {}, "reserved_ranges": []}
+    totals = {"documents": 0, "tokens": 0, "unigram_entropy": 0.0, "length_histogram": [], "subsets": []}
+    digests = {"members_sha256": "", "documents_sha256": "", "recipe": ""}
+    return CorpusIndex(dtype=dtype, shards=entries, tokenizer=TokenizerEntry(**vocabulary), **totals, **digests)
 
 
 def _save(folder: Path, members: MemberTable) -> tuple[Path, str]:
@@ -84,24 +102,28 @@ def test_webdataset_reads_every_member(corpus: Corpus) -> None:
     lengths = np.concatenate([np.frombuffer(sample["len"], "<i4") for sample in samples])
     assert len(ids) == corpus.tokens
     assert (lengths > 0).sum() == corpus.documents
-    # the same ids as through the index: rows of length 1 are the tokens one by one
-    reader = RowReader(corpus, 1, 1)
-    picked = np.random.default_rng(0).integers(0, reader.rows, 200)
-    assert [int(reader.read(int(row))[0][0]) for row in picked] == ids[picked].tolist()
+    # the same ids as through the index
+    picked = np.random.default_rng(0).integers(0, corpus.tokens, 200)
+    out = np.zeros(200, corpus.reader.dtype)
+    corpus.reader.read(picked, np.ones(200, np.int64), out, np.arange(200))
+    assert out.tolist() == ids[picked].tolist()
 
 
 def test_first_document_decodes_to_its_text(corpus: Corpus) -> None:
     text = (corpus.folder.parent / "text" / "documents.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    length = int(corpus.shards[0].document_lengths()[0])
-    ids = np.empty(length, np.int64)
-    corpus.shards[0].read(0, ids)
+    length = corpus.document_lengths[:1]
+    ids = np.empty(int(length[0]), corpus.reader.dtype)
+    corpus.reader.read(np.zeros(1, np.int64), length, ids, np.zeros(1, np.int64))
     assert corpus.tokenizer().decode(ids[1:-1]) == json.loads(text)["text"]
     assert (ids[0], ids[-1]) == (corpus.special.cls, corpus.special.sep)
 
 
 def test_document_table_lists_the_long_documents(corpus: Corpus) -> None:
     table = DocumentTable.from_file(corpus.folder / DOCUMENTS_FILE, corpus.index.documents_sha256)
-    stored = np.concatenate([shard.document_lengths() for shard in corpus.shards])
+    members = MemberTable.from_file(corpus.folder / MEMBERS_FILE, corpus.index.members_sha256)
+    borders = np.searchsorted(members.shard, np.arange(len(corpus.index.shards) + 1)).tolist()
+    shards = zip(corpus.index.shards, pairwise(borders), strict=True)
+    stored = np.concatenate([stored_lengths(corpus.folder, entry, members, a, b) for entry, (a, b) in shards])
     assert np.array_equal(table.lengths, stored)
     assert list(table.subsets) == list(SUBSET_LENGTHS) == [1024, 2048, 8192, 32_768]
     for least, documents, tokens in corpus.index.subsets:
@@ -179,11 +201,11 @@ def test_flipped_payload_is_found_at_reading_and_by_verify(copy: Path, name: str
     row = int(np.searchsorted(members.shard, 1))
     offset = int(getattr(members, f"{name}_offset")[row])
     _flip(copy / "shard-00001.tar", offset + 3)
-    corpus = open_corpus(copy)
-    shard = corpus.shards[1]
-    read = shard.document_lengths if name == "lengths" else lambda: shard.read(0, np.empty(10, np.int64))
-    with pytest.raises(DataError, match=rf"shard-00001.tar: {name} at byte offset {offset} "):
-        read()
+    with pytest.raises(DataError, match=rf"shard-00001.tar: {name} at byte offset {offset} "):  # noqa: PT012
+        corpus = open_corpus(copy)
+        first = np.array([corpus.index.shards[0].tokens])
+        found = corpus.reader.read(first, np.array([10]), np.zeros(10, corpus.reader.dtype), np.array([0]))
+        raise DataError(found[0])
     problems = list(verify_shards.corpus_problems(copy))
     assert len(problems) == 1
     assert f"shard-00001.tar: offset {offset}: " in problems[0]
