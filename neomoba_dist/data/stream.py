@@ -1,9 +1,9 @@
 """The stream of updates: (data, seed, length, mixture, k) -> the rows of update k, and nothing else decides.
 
 Position p of the run is a row that the mixture and the epoch's order name; update k takes positions [k * R,
-(k + 1) * R) with R = rows per update. An update may cross from one epoch into the next, so no row is dropped or repeated and every
-update is full. Data-parallel ranks and accumulation steps divide an update and never change it. The state counts rows,
-not updates: it stays valid for another number of ranks or another update size.
+(k + 1) * R) with R = rows per update. An update may cross from one epoch into the next, so no row is dropped or
+repeated and every update is full. Data-parallel ranks and accumulation steps divide an update and never change it. The
+state counts rows, not updates: it stays valid for another number of ranks or another update size.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class UpdateStream:
                 )
 
     def _read_updates(self, position: int) -> Iterator[RowBlock]:
-        """This rank's rows: of an update micro-batch a of rank r holds positions [(a * dp + r) * micro, ... + micro)."""
+        """Rows of this rank: micro-batch a of rank r has [(a * dp + r) * micro, ... + micro) of an update."""
         micro = self.micro_batch_size
         while True:
             firsts = [position + (a * self.dp_size + self.dp_rank) * micro for a in range(self.accumulation)]
