@@ -82,7 +82,7 @@ def shard_problems(
     found = [problem for row in rows for problem in member_problems(payload, index, members, row)]
     if not found:
         try:
-            stored = stored_lengths(folder, entry, members, rows.start, rows.stop)
+            stored = stored_lengths(folder, entry, index.dtype, members, rows.start, rows.stop)
             if not np.array_equal(stored, lengths):
                 found = ["its document lengths differ from documents.npz"]
         except DataError as error:

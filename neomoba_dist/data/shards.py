@@ -134,10 +134,12 @@ class ShardWriter:
         self._shard = None
 
 
-def stored_lengths(folder: Path, entry: ShardEntry, members: MemberTable, first: int, last: int) -> np.ndarray:
+def stored_lengths(
+    folder: Path, entry: ShardEntry, dtype: str, members: MemberTable, first: int, last: int
+) -> np.ndarray:
     """Length in tokens of each document of a shard, read from members [first, last) of the table: int64 [documents].
 
-    DataError on damage.
+    A member of a foreign shard is one document. DataError on damage.
     """
     path = folder / entry.file
     parts = [np.zeros(0, "<i4")]
@@ -147,7 +149,8 @@ def stored_lengths(folder: Path, entry: ShardEntry, members: MemberTable, first:
             stored = payload[offset : offset + size]
             if len(stored) != size or zlib.crc32(stored) != int(members.lengths_crc32[row]):
                 raise DataError(f"{path}: lengths at byte offset {offset} ({size} bytes) fail their crc32; {REMAKE}")
-            parts.append(np.frombuffer(stored, "<i4"))
+            whole = np.array([int(members.tokens_size[row]) // np.dtype(dtype).itemsize], "<i4")
+            parts.append(np.frombuffer(stored, "<i4") if size else whole)
     signed = np.concatenate(parts).astype(np.int64)
     ends = np.cumsum(np.abs(signed))[signed > 0]
     lengths = np.diff(ends, prepend=0)

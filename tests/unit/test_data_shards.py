@@ -63,7 +63,9 @@ def test_documents_come_back(tmp_path: Path, dtype: str, shard_bytes: int) -> No
     assert {1: len(documents), 300_000: len(entries), 10**9: 1}[shard_bytes] == len(entries)
     lengths = np.array([len(document) for document in documents])
     borders = np.searchsorted(members.shard, np.arange(len(entries) + 1)).tolist()
-    stored = [stored_lengths(tmp_path, e, members, a, b) for e, (a, b) in zip(entries, pairwise(borders), strict=True)]
+    stored = [
+        stored_lengths(tmp_path, e, dtype, members, a, b) for e, (a, b) in zip(entries, pairwise(borders), strict=True)
+    ]
     assert np.array_equal(np.concatenate(stored), lengths)
     reader = TokenReader(_index(dtype, entries), members, lambda shard: tmp_path / entries[shard].file)
     reader.check_first_members()
@@ -123,7 +125,9 @@ def test_document_table_lists_the_long_documents(corpus: Corpus) -> None:
     members = MemberTable.from_file(corpus.folder / MEMBERS_FILE, corpus.index.members_sha256)
     borders = np.searchsorted(members.shard, np.arange(len(corpus.index.shards) + 1)).tolist()
     shards = zip(corpus.index.shards, pairwise(borders), strict=True)
-    stored = np.concatenate([stored_lengths(corpus.folder, entry, members, a, b) for entry, (a, b) in shards])
+    stored = np.concatenate(
+        [stored_lengths(corpus.folder, entry, corpus.index.dtype, members, a, b) for entry, (a, b) in shards]
+    )
     assert np.array_equal(table.lengths, stored)
     assert list(table.subsets) == list(SUBSET_LENGTHS) == [1024, 2048, 8192, 32_768]
     for least, documents, tokens in corpus.index.subsets:
