@@ -33,9 +33,8 @@ check: .venv/ready  ## style and types
 bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench attention
 
-bench-gpu:  ## GPU tests and the attention table, with this machine's own Python, whose torch has CUDA
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m evals bench attention --device cuda --output runs/bench-gpu
+bench-gpu:  ## 25 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
+	$(PYTHON) -m evals bench gpu --output runs/bench-gpu
 
 clean:  ## caches; never runs/
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

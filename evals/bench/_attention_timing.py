@@ -1,15 +1,19 @@
 """Time and memory of MoBA and of torch's own attention on the same tensors.
 
 On a CPU with one thread the clock is the CPU time of the process, which other users of the machine do not change; with
-more threads it is wall time. On a GPU it is CUDA events. Every number is the least of several repetitions.
+more threads it is wall time. On a GPU it is CUDA events. Every number is the least of several repetitions; rivals take
+turns, so that a slower spell of the machine meets all of them.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neomoba_dist.model.moba import moba_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LONGEST_FLEX = 131072  # each length is compiled anew; beyond, flash and cuDNN are rivals enough
+FLEX_BLOCK = 128
 
 
 class Setting(NamedTuple):
@@ -77,22 +84,26 @@ def sdpa(setting: Setting) -> Attention:
     return attention
 
 
-def measure_moba(setting: Setting, repetitions: int) -> Measured:
-    """Seconds of MoBA."""
-    return Measured("moba", *_times(moba(setting), tensors(setting), setting, repetitions))
+def measure(setting: Setting, repetitions: int) -> tuple[Measured, Measured]:
+    """Seconds of the fastest of torch's own full attentions, and of MoBA."""
+    q, k, v, grad = tensors(setting)
+    forward, both = {}, {}
+    for name, attention in {**rivals(setting), "moba": moba(setting)}.items():
+        forward[name] = partial(_forward, attention, q, k, v)
+        both[name] = partial(_both, attention, q, k, v, grad)
+    seconds = {name: least(works, setting, repetitions) for name, works in (("forward", forward), ("both", both))}
+    found = [Measured(name, seconds["forward"][name], seconds["both"][name]) for name in forward]
+    return min(found[:-1], key=lambda measured: measured.both), found[-1]
 
 
-def measure_full(setting: Setting, repetitions: int) -> Measured:
-    """Seconds of the fastest of torch's own full attentions."""
-    inputs = tensors(setting)
-    found = [
-        Measured(name, *_times(attention, inputs, setting, repetitions)) for name, attention in _rivals(setting).items()
-    ]
-    return min(found, key=lambda measured: measured.both)
+def measure_forward(setting: Setting, repetitions: int) -> float:
+    """Seconds of MoBA's forward pass alone, for lengths at which full attention takes too long."""
+    q, k, v, _ = (x.detach() for x in tensors(setting))
+    return least({"moba": partial(_forward, moba(setting), q, k, v)}, setting, repetitions)["moba"]
 
 
-def _rivals(setting: Setting) -> dict[str, Attention]:
-    """Full attention by name; on a GPU one entry per kernel that takes these tensors."""
+def rivals(setting: Setting) -> dict[str, Attention]:
+    """Full attention by name; on a GPU one entry per kernel that takes these tensors, flash first."""
     if setting.device == "cpu":
         return {"sdpa": sdpa(setting)}
 
@@ -104,19 +115,33 @@ def _rivals(setting: Setting) -> dict[str, Attention]:
         return attention
 
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    rivals = {name: with_backend(backend) for name, backend in backends.items()}
-    rivals["flex"] = _flex(setting)
-    return {name: attention for name, attention in rivals.items() if _runs(attention, setting)}
+    found = {name: with_backend(backend) for name, backend in backends.items()}
+    if setting.length <= LONGEST_FLEX and setting.length % FLEX_BLOCK == 0:
+        found["flex"] = _flex(setting)
+    return {name: attention for name, attention in found.items() if _runs(attention, setting)}
+
+
+def causal_block_mask(length: int, device: str) -> BlockMask:
+    """flex_attention's own description of a causal mask, without the [T, T] tensor that create_block_mask makes.
+
+    length: a multiple of FLEX_BLOCK.
+    """
+    rows = torch.arange(length // FLEX_BLOCK, dtype=torch.int32, device=device)
+    diagonal = torch.zeros(len(rows), len(rows), dtype=torch.int32, device=device)
+    diagonal[:, 0] = rows
+    ones, below = torch.ones_like(rows), rows.expand(len(rows), -1).contiguous()
+    return BlockMask.from_kv_blocks(
+        ones[None, None], diagonal[None, None], rows[None, None], below[None, None], FLEX_BLOCK, _is_earlier,
+        (length, length),
+    )  # fmt: skip
+
+
+def _is_earlier(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 def _flex(setting: Setting) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def earlier(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key
-
-    shape = (None, None, setting.length, setting.length)
-    mask = create_block_mask(earlier, *shape, device=setting.device) if setting.causal else None
+    mask = causal_block_mask(setting.length, setting.device) if setting.causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,49 +155,52 @@ def _runs(attention: Attention, setting: Setting) -> bool:
     """Whether a kernel takes this dtype and head_dim, forward and backward."""
     q, k, v, grad = tensors(setting)
     try:
-        torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
-    except RuntimeError:
+        _both(attention, q, k, v, grad)
+    except Exception as error:  # whatever a kernel or its compiler raises, the others can still be measured
+        print(f"left out: {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return False
     return True
 
 
-def _times(attention: Attention, inputs: list[Tensor], setting: Setting, repetitions: int) -> tuple[float, float]:
-    q, k, v, grad = inputs
-
-    def forward() -> None:
-        with torch.no_grad():
-            attention(q, k, v)
-
-    def both() -> None:
-        torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
-
-    return _least(forward, setting, repetitions), _least(both, setting, repetitions)
+def _forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    with torch.no_grad():
+        attention(q, k, v)
 
 
-def _least(work: Callable[[], None], setting: Setting, repetitions: int) -> float:
-    """Seconds of the fastest repetition, after one to warm up."""
-    if setting.device == "cpu":
-        clock = time.process_time if setting.threads == 1 else time.perf_counter
-        seconds = []
-        for _ in range(repetitions + 1):
-            start = clock()
-            work()
-            seconds.append(clock() - start)
-        return min(seconds[1:])
-    work()
-    milliseconds = []
-    for _ in range(repetitions):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+def _both(attention: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
+    torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+
+
+def least(works: Mapping[str, Callable[[], None]], setting: Setting, repetitions: int) -> dict[str, float]:
+    """Seconds of the fastest repetition of each, after one to warm up; they take turns."""
+    timed = _cpu_seconds if setting.device == "cpu" else _gpu_seconds
+    for work in works.values():
         work()
-        events[1].record()
-        torch.cuda.synchronize()
-        milliseconds.append(events[0].elapsed_time(events[1]))
-    return min(milliseconds) / 1e3
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repetitions):
+        for name, work in works.items():
+            seconds[name].append(timed(work, setting))
+    return {name: min(measured) for name, measured in seconds.items()}
+
+
+def _cpu_seconds(work: Callable[[], None], setting: Setting) -> float:
+    clock = time.process_time if setting.threads == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def _gpu_seconds(work: Callable[[], None], setting: Setting) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def peak_bytes(setting: Setting, kind: str) -> int:
-    """Most bytes above the inputs that forward + backward of `kind` ("moba" or "full") hold at once.
+    """Most bytes above the inputs that forward + backward of `kind` hold at once: "moba", or "full" (a GPU's flash).
 
     On the CPU a fresh process measures its resident memory, so that nothing freed earlier hides the peak.
     """
@@ -204,5 +232,7 @@ def _resident_bytes(field: str) -> int:
 
 def _once(setting: Setting, kind: str, inputs: list[Tensor]) -> None:
     q, k, v, grad = inputs
-    attention = moba(setting) if kind == "moba" else sdpa(setting)
-    torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+    if kind == "moba":
+        return _both(moba(setting), q, k, v, grad)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if setting.device == "cuda" else nullcontext():
+        return _both(sdpa(setting), q, k, v, grad)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CPU_CASES = "2048:12,4096:12,8192:12,16384:4,32768:2,65536:1"
 LEAST_BYTES = 16_000_000  # of q: below, the buffers of the libraries hide the peak
-GPU_CASES = "2048:16,4096:16,8192:16,16384:16,32768:16,65536:16,131072:16"
+GPU_CASES = "2048:16,4096:16,8192:16,16384:16,32768:16,65536:16,131072:16,262144:8,524288:4"
 
 
 def cases(text: str) -> list[tuple[int, int]]:
@@ -42,6 +42,9 @@ def cases(text: str) -> list[tuple[int, int]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m evals bench attention`."""
     parser.add_argument("--cases", type=cases, metavar="T:H,...", help=f"tokens:heads (default on a CPU: {CPU_CASES})")
+    parser.add_argument(
+        "--forward-only", type=cases, default=[], metavar="T:H,...", help="also MoBA's forward pass alone, at these"
+    )
     parser.add_argument("--block-size", type=positive_int, default=512, metavar="N", help="default: 512")
     parser.add_argument("--top-k", type=positive_int, default=3, metavar="N", help="blocks per query (default: 3)")
     parser.add_argument("--head-dim", type=positive_int, help="default: 64, on a GPU 128")
@@ -63,15 +66,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for attention.json and attention.png")
 
 
-def pair_limit(setting: Setting) -> float:
-    """Pairs of full attention over pairs of MoBA with its gate: what a kernel of the same speed could gain."""
+def pairs(setting: Setting) -> tuple[float, float, float]:
+    """(Query, key) pairs per head of full attention, of MoBA, and the gate's, each counted as half a pair."""
     n, block = setting.length, setting.block_size
     blocks = -(-n // block)
     others = [min(setting.top_k - 1, j if setting.causal else blocks - 1) for j in range(blocks)]
     gate = n * n / (block * (4 if setting.causal else 2))
     own = n * (block + 1) / 2 if setting.causal else n * block
     full = n * (n + 1) / 2 if setting.causal else n * n
-    return max(1.0, full / (own + block * block * sum(others) + gate))
+    return full, min(full, own + block * block * sum(others)), gate
+
+
+def pair_limit(setting: Setting) -> float:
+    """Pairs of full attention over pairs of MoBA with its gate: what a kernel of the same speed could gain."""
+    full, sparse, gate = pairs(setting)
+    return max(1.0, full / (sparse + gate))
+
+
+def tflops(setting: Setting, count: float, seconds: float, *, both: bool) -> float:
+    """TFLOP/s of `count` pairs per head: two products forward, seven forward + backward, two operations each."""
+    return count * setting.heads * setting.head_dim * (14 if both else 4) / seconds / 1e12
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
@@ -85,7 +99,7 @@ def settings(args: argparse.Namespace) -> list[Setting]:
         raise EvalError("--device cuda: no GPU is visible to torch; use --device cpu")
     on_gpu = device == "cuda"
     found = []
-    for length, heads in args.cases or cases(GPU_CASES if on_gpu else CPU_CASES):
+    for length, heads in [*(args.cases or cases(GPU_CASES if on_gpu else CPU_CASES)), *args.forward_only]:
         if heads % args.group:
             raise EvalError(f"--group {args.group} does not divide the {heads} heads of --cases {length}:{heads}")
         head_dim = args.head_dim or (128 if on_gpu else 64)
@@ -97,9 +111,11 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 
 def measure(setting: Setting, repetitions: int, *, memory: bool) -> dict[str, Any]:
     """One row of the table: seconds, ratios, and peak memory in tensors of the size of q."""
-    from evals.bench._attention_timing import measure_full, measure_moba, peak_bytes
+    from evals.bench._attention_timing import measure as seconds
+    from evals.bench._attention_timing import peak_bytes
 
-    full, moba = measure_full(setting, repetitions), measure_moba(setting, repetitions)
+    full, moba = seconds(setting, repetitions)
+    all_pairs, sparse_pairs, _ = pairs(setting)
     row: dict[str, Any] = {
         "length": setting.length,
         "heads": setting.heads,
@@ -108,6 +124,8 @@ def measure(setting: Setting, repetitions: int, *, memory: bool) -> dict[str, An
         "forward_ratio": full.forward / moba.forward,
         "both_ratio": full.both / moba.both,
         "pair_limit": pair_limit(setting),
+        "full_tflops": tflops(setting, all_pairs, full.both, both=True),
+        "moba_tflops": tflops(setting, sparse_pairs, moba.both, both=True),
     }
     size = setting.length * setting.heads * setting.head_dim * (4 if setting.dtype == "float32" else 2)
     if memory and size >= LEAST_BYTES:
@@ -117,36 +135,56 @@ def measure(setting: Setting, repetitions: int, *, memory: bool) -> dict[str, An
     return row
 
 
+def measure_alone(setting: Setting, repetitions: int) -> dict[str, Any]:
+    """MoBA's forward pass where nothing is compared."""
+    from evals.bench._attention_timing import measure_forward
+
+    seconds = measure_forward(setting, repetitions)
+    rate = tflops(setting, pairs(setting)[1], seconds, both=False)
+    return {"length": setting.length, "heads": setting.heads, "moba_forward": seconds, "moba_forward_tflops": rate}
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     import torch
 
     torch.set_num_threads(args.threads)
     todo = settings(args)
-    rows = []
-    for setting in todo:
-        rows.append(measure(setting, args.repetitions, memory=not args.no_memory))
-        print(f"{setting.length} tokens x {setting.heads} heads measured", file=sys.stderr)
-    print_table([HEADER, *(_cells(row) for row in rows)])
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "evals", "bench", "attention", *sys.argv[3:]]),
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if todo[0].device == "cuda" else platform.processor(),
+        "setting": {name: value for name, value in todo[0]._asdict().items() if name not in ("length", "heads")},
+        "rows": [],
+        "forward_only": [],
+    }
+    compared = len(todo) - len(args.forward_only)
+    for index, setting in enumerate(todo):
+        if index < compared:
+            result["rows"].append(measure(setting, args.repetitions, memory=not args.no_memory))
+        else:
+            result["forward_only"].append(measure_alone(setting, args.repetitions))
+        print(f"{setting.length} tokens x {setting.heads} heads measured", file=sys.stderr, flush=True)
+        if args.output is not None:  # after every row: a run that is stopped keeps what it has
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_table([HEADER, *(_cells(row) for row in result["rows"])])
+    for row in result["forward_only"]:
+        speed = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.0f} TFLOP/s"
+        print(f"{row['length']} tokens x {row['heads']} heads, MoBA forward: {speed}")
     if args.output is not None:
-        from evals.plots import save_png
+        try:
+            from evals.plots import save_png
 
-        args.output.mkdir(parents=True, exist_ok=True)
-        result = {
-            "command": shlex.join(["python", "-m", "evals", "bench", "attention", *sys.argv[3:]]),
-            "torch": torch.__version__,
-            "machine": torch.cuda.get_device_name() if todo[0].device == "cuda" else platform.processor(),
-            "setting": {name: value for name, value in todo[0]._asdict().items() if name not in ("length", "heads")},
-            "rows": rows,
-        }
-        (args.output / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        save_png(figure(rows), args.output / "attention.png")
+            save_png(figure(result["rows"]), args.output / "attention.png")
+        except ImportError as error:  # a GPU machine may have torch and little else
+            print(f"no plot: {error}", file=sys.stderr)
     return 0
 
 
 HEADER = (
-    "tokens", "heads", "full fwd s", "moba fwd s", "ratio", "full f+b s", "moba f+b s", "ratio", "limit", "full mem",
-    "moba mem",
+    "tokens", "heads", "rival", "full fwd s", "moba fwd s", "ratio", "full f+b s", "moba f+b s", "ratio", "limit",
+    "full TF/s", "moba TF/s", "full mem", "moba mem",
 )  # fmt: skip
 
 
@@ -157,7 +195,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row[f'{kind}_peak_tensors']:.1f}" if f"{kind}_peak_tensors" in row else "-" for kind in ("full", "moba")
     ]
     numbers = [f"{x:.2f}" if index in (2, 5) else f"{x:.4g}" for index, x in enumerate(times)]
-    return [str(row["length"]), str(row["heads"]), *numbers, f"{row['pair_limit']:.2f}", *memory]
+    rates = [f"{row[f'{kind}_tflops']:.3g}" for kind in ("full", "moba")]
+    head = [str(row["length"]), str(row["heads"]), full["name"]]
+    return [*head, *numbers, f"{row['pair_limit']:.2f}", *rates, *memory]
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:

@@ -1,0 +1,192 @@
+"""Everything that wants a GPU, in one call of at most 25 minutes: tests, attention, training steps, retrieval.
+
+Each stage is a command of its own under its own time limit; one that fails or runs out of time costs no other. OUTPUT
+gets summary.json and summary.md after every stage, the stages' own results and their logs. The last lines are a short
+table. The first two stages need torch, triton and pytest only. --toy runs all of it on a CPU in a minute, at sizes
+that mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evals.cli import print_table
+
+ROOT = Path(__file__).resolve().parents[2]
+# forward + backward against the fastest full attention; memory against flash
+RATIO_GOALS, RATIO_FLOOR, MEMORY_GOAL = {16384: 2.0, 32768: 4.0, 65536: 4.0, 131072: 10.0}, 1.0, 1.2
+ALONE = 1 << 20  # tokens of the forward pass that has no rival
+
+
+class Stage(NamedTuple):
+    """A command, the seconds that it may take, and the files of results that it leaves in OUTPUT."""
+
+    name: str
+    words: list[str]
+    limit: int
+    results: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m evals bench gpu`."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/bench-gpu"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--only", metavar="STAGE,...", help="of tests, attention, phase1, phase2, phase3, recall")
+    parser.add_argument("--toy", action="store_true", help="run everything at toy size on the CPU")
+
+
+def stages(output: Path, toy: bool) -> list[Stage]:
+    """In the order of what is most wanted if time is short."""
+    device = ["--device", "cpu" if toy else "cuda", "--output", str(output)]
+    pytest = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"]
+    attention = ["-m", "evals", "bench", "attention", *device]
+    recall = ["-m", "evals", "bench", "recall", *device]
+    if toy:
+        pytest.append("--collect-only")
+        attention += ["--cases", "256:2,512:2", "--forward-only", "1024:1", "--block-size", "64", "--top-k", "2"]
+        attention += ["--head-dim", "32", "--repetitions", "1"]
+        recall += ["--lengths", "128", "--block-size", "16", "--top-k", "2", "--hidden-size", "32"]
+        recall += ["--tokens-per-step", "512", "--seconds", "3"]
+    else:
+        attention += ["--cases", "8192:16,16384:16,32768:16,65536:16,131072:16,262144:8,524288:4"]
+        attention += ["--forward-only", f"{ALONE}:16"]
+    found = [
+        Stage("tests", pytest, 360, []),
+        Stage("attention", attention, 450, ["attention.json"]),
+    ]
+    for phase in ("phase1", "phase2", "phase3"):
+        config = "ds_configs/cpu_tiny.json" if toy else f"ds_configs/{phase}.json"
+        words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
+        words += ["--set", f"neomoba.phase.name={phase}", *(["--micro-batches", "1", "--steps", "1"] if toy else [])]
+        found.append(Stage(phase, words, 110, [f"{phase}.json"]))
+    return [*found, Stage("recall", recall, 330, ["recall.json"])]
+
+
+def run_stage(stage: Stage, output: Path) -> dict[str, Any]:
+    """Run it to its end or its limit; what it printed goes to OUTPUT/STAGE.log."""
+    for name in stage.results:
+        (output / name).unlink(missing_ok=True)  # a result of an earlier run would pass for this one's
+    began, log = time.monotonic(), output / f"{stage.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *stage.words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(stage.limit)
+            status = "ok" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: what it started goes with it
+            process.wait()
+            status = f"stopped after {stage.limit} s"
+    results = {}
+    for name in stage.results:
+        path = output / name
+        if path.exists():
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "command": shlex.join(["python", *stage.words]),
+        "status": status,
+        "seconds": round(time.monotonic() - began, 1),
+        "last_lines": log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:],
+        "results": results,
+    }
+
+
+def machine() -> dict[str, str]:
+    """Device and versions, from a process that ends: the stages want the device's memory for themselves."""
+    code = (
+        "import json, platform, torch\n"
+        "try:\n import triton\n version = triton.__version__\nexcept ImportError:\n version = 'none'\n"
+        "device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'\n"
+        "print(json.dumps(dict(device=device, torch=torch.__version__, triton=version, "
+        "python=platform.python_version())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary_lines(stages_done: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The short table: what was measured, the figure, the goal."""
+    lines = [["what", "measured", "goal"]]
+    for name, done in stages_done.items():
+        last = next((line for line in reversed(done["last_lines"]) if line.strip()), "")
+        figure = last[:60] if name == "tests" or done["status"] != "ok" else ""
+        lines.append(
+            [f"{name}: {done['status']}, {done['seconds']:.0f} s", figure, "all pass" if name == "tests" else ""]
+        )
+        for result in done["results"].values():
+            lines += {"attention": _attention, "recall": _recall}.get(name, _steps)(result)
+    return lines
+
+
+def _attention(result: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for row in result["rows"]:
+        rival, goal = row["full"]["name"], max(RATIO_FLOOR, RATIO_GOALS.get(row["length"], RATIO_FLOOR))
+        speed = f"fwd {row['forward_ratio']:.2f} f+b {row['both_ratio']:.2f} x {rival}"
+        speed += f", {row['moba_tflops']:.3g} / {row['full_tflops']:.3g} TFLOP/s"
+        if "moba_peak_bytes" in row:
+            speed += f", memory {row['moba_peak_bytes'] / max(1, row['full_peak_bytes']):.2f}"
+        lines.append([f"  {row['length']} tokens x {row['heads']}", speed, f"f+b {goal:g}, memory {MEMORY_GOAL}"])
+    for row in result["forward_only"]:
+        measured = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.3g} TFLOP/s"
+        lines.append([f"  {row['length']} tokens x {row['heads']}, MoBA forward", measured, "runs"])
+    return lines
+
+
+def _steps(result: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for row in result["rows"]:
+        mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+        peak = "" if row["peak_gib"] is None else f", {row['peak_gib']:.0f} GiB"
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s, MFU {mfu}{peak}"
+        lines.append([f"  rows of {row['length']}, {row['attention']}", speed, ""])
+    return lines
+
+
+def _recall(result: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for cells in zip(*result["cells"].values(), strict=True):
+        head = cells[0]
+        shown = ", ".join(f"{name} {100 * c['accuracy']:.0f} %" for name, c in zip(result["cells"], cells, strict=True))
+        lines.append([f"  {head['length']} tokens, distance {head['from']}-{head['to']}", shown, ""])
+    return lines
+
+
+def write_summary(output: Path, head: dict[str, str], stages_done: dict[str, dict[str, Any]]) -> None:
+    """summary.json with all results, summary.md with commands and what they printed."""
+    everything = {"machine": head, "stages": stages_done}
+    (output / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    text = [f"# {head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}", ""]
+    header, *rows = summary_lines(stages_done)
+    text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+    for name, done in stages_done.items():
+        text += ["", f"## {name}: {done['status']}, {done['seconds']} s", "", f"`{done['command']}`", "", "```text"]
+        text += [*done["last_lines"], "```"]
+    (output / "summary.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stages one after the other; 0 if all ended well."""
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = args.only.split(",") if args.only else None
+    head, done = machine(), {}
+    for stage in stages(output, args.toy):
+        if wanted is None or stage.name in wanted:
+            print(f"{stage.name}: at most {stage.limit} s", file=sys.stderr, flush=True)
+            done[stage.name] = run_stage(stage, output)
+            write_summary(output, head, done)
+    print(f"{head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}; {output}")
+    print_table(summary_lines(done))
+    return 0 if all(stage["status"] == "ok" for stage in done.values()) else 1

@@ -1,0 +1,99 @@
+"""The benchmarks run, at sizes that mean nothing, and a stage that fails costs no other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+import evals.__main__ as program
+from evals.bench import gpu, recall
+from evals.bench._attention_timing import _is_earlier, causal_block_mask
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_attention_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "attention", "--cases", "96:2,160:1", "--forward-only", "200:1", "--block-size", "16"]
+    words += ["--top-k", "2", "--head-dim", "8", "--repetitions", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert program.main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split()[:3] == ["tokens", "heads", "rival"]
+    assert "200 tokens x 1 heads, MoBA forward" in shown
+    result = json.loads((tmp_path / "attention.json").read_text())
+    for row, tokens in zip(result["rows"], (96, 160), strict=True):
+        assert row["both_ratio"] == row["full"]["both"] / row["moba"]["both"]
+        blocks = tokens // 16
+        sparse = tokens * 17 / 2 + 256 * (blocks - 1)
+        expected = (tokens * (tokens + 1) / 2) / (sparse + tokens * tokens / 64)
+        assert row["pair_limit"] == pytest.approx(max(1.0, expected))
+        assert row["moba_tflops"] * 1e12 * row["moba"]["both"] == pytest.approx(14 * 8 * row["heads"] * sparse)
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_causal_block_mask_is_that_of_torch() -> None:
+    for length in (128, 384, 1024):
+        ours, theirs = (
+            causal_block_mask(length, "cpu"),
+            create_block_mask(_is_earlier, None, None, length, length, "cpu"),
+        )
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+        assert ours.shape == theirs.shape
+
+
+def test_recall_rows_hold_every_pair_twice() -> None:
+    batch, distance = recall.make_rows(64, 3, torch.Generator().manual_seed(0))
+    where = (batch.labels >= 0).nonzero()[:, 0]
+    assert len(where) == batch.num_valid == 3 * 8
+    for place in where.tolist():
+        first = place - int(distance[place])
+        assert first // 64 == place // 64  # the same row
+        assert first < place
+        assert batch.input_ids[first] == batch.input_ids[place] < recall.KEYS
+        assert batch.input_ids[first + 1] == batch.input_ids[place + 1] == batch.labels[place]
+        row = batch.input_ids[place // 64 * 64 :][:64]
+        assert (row == batch.input_ids[place]).sum() == 2
+
+
+def stage(name: str, code: str, limit: int = 60, results: tuple[str, ...] = ()) -> gpu.Stage:
+    return gpu.Stage(name, ["-c", code], limit, list(results))
+
+
+def test_a_stage_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"length": 64, "attention": "moba", "tokens_per_second": 5.0, "mfu": 0.25, "peak_gib": 1.0}]
+    write = f"import json; json.dump(dict(rows={rows}), open({str(tmp_path / 'phase1.json')!r}, 'w'))"
+    found = [
+        stage("tests", "raise SystemExit('3 failed')"),
+        stage("attention", "import time; print('began', flush=True); time.sleep(60)", 2, ("attention.json",)),
+        stage("phase1", write, results=("phase1.json",)),
+    ]
+    monkeypatch.setattr(gpu, "stages", lambda output, toy: found)
+    monkeypatch.setattr(gpu, "machine", lambda: dict.fromkeys(("device", "torch", "triton", "python"), "?"))
+    (tmp_path / "attention.json").write_text("{}")  # of an earlier run
+    assert program.main(["bench", "gpu", "--output", str(tmp_path)]) == 1
+    done = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [entry["status"] for entry in done.values()] == ["exit code 1", "stopped after 2 s", "ok"]
+    assert done["attention"]["results"] == {}
+    shown = capsys.readouterr().out
+    assert "3 failed" in shown
+    assert "began" in shown
+    assert "5 tokens/s, MFU 25.0 %" in shown
+    assert "| tests: exit code 1" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.full
+def test_the_whole_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "evals", "bench", "gpu", "--toy", "--output", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert {name: entry["status"] for name, entry in stages.items()} == dict.fromkeys(stages, "ok")
+    assert list(stages) == ["tests", "attention", "phase1", "phase2", "phase3", "recall"]
+    assert all(entry["results"] for name, entry in stages.items() if name != "tests")
