@@ -9,6 +9,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.moe import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import Mesh
 from tests.equivalence import Pieces, assemble, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
@@ -56,17 +57,27 @@ def set_bias(model: NeoBERT, bias: list[float] | None) -> None:
             layer.router.bias.copy_(torch.tensor(bias))
 
 
+def share(batch: Batch, config: ModelConfig, mesh: Mesh) -> Batch:
+    """This rank's tokens of a micro-batch."""
+    cp, multiple = mesh["cp"], mesh["tp"].size if mesh.sequence_parallel else 1
+    if cp.size == 1:
+        return batch
+    tokens, size = len(batch.input_ids), config.moba_block_size
+    split = ContextSplit.of_tokens(tokens, cp.size, mesh.context_split, size, multiple)
+    return split_batch(batch, split, cp.index)
+
+
 def on_this_rank(
     config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], bias: list[float] | None = None
 ) -> Outcome:
     """Data-parallel ranks take turns with the batches; all sums are over all ranks, the bytes this rank's."""
-    mesh = Mesh.build(parallel)
+    mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
     model = NeoBERT(config, mesh, dtype=torch.float64, seed=5, row_length=LENGTH)
     set_bias(model, bias)
     mine = batches[mesh["dp"].index :: mesh["dp"].size]
     loss, aux_loss = torch.zeros(2, dtype=torch.float64)
     for batch in mine:
-        token_loss, added = model(batch)
+        token_loss, added = model(share(batch, config, mesh))
         # what DeepSpeed's averages over micro-batches and dp x cp leave of both
         (token_loss / batch.num_valid + added / len(batches) / mesh["cp"].size).backward()
         loss += token_loss.detach() / batch.num_valid

@@ -41,7 +41,8 @@ def choose_within_capacity(
         if not refused_TE.any():
             break
         wanted_TE = wanted_TE.masked_fill(refused_TE, -torch.inf)
-    return expert_TK[tokens.number_S]
+    # beyond the last row lies what pads the micro-batch over cp
+    return torch.where(tokens.valid_S[:, None], expert_TK[tokens.number_S.clamp(max=len(expert_TK) - 1)], NOWHERE)
 
 
 def _beyond(expert_TK: torch.Tensor, num_experts: int, tokens: Tokens, capacity: int) -> torch.Tensor:

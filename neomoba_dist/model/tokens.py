@@ -7,30 +7,43 @@ from dataclasses import dataclass
 
 import torch
 
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.context_attention import context_split
 from neomoba_dist.parallel.comm import all_gather
+from neomoba_dist.parallel.context_split import ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """number_S: int64, token of the micro-batch (row * length + place). valid_S: not padding. rows, length: of all."""
+    """number_S: int64, token of the micro-batch (row * length + place). valid_S: not padding. rows, length: of all.
+
+    split: how the micro-batch, padded, lies over cp; None where it does not.
+    """
 
     number_S: torch.Tensor
     valid_S: torch.Tensor
     rows: int
     length: int
+    split: ContextSplit | None
 
     @classmethod
-    def of(cls, position_ids_T: torch.Tensor, count: int, row_length: int | None, mesh: Mesh) -> "Tokens":
+    def of(
+        cls, position_ids_T: torch.Tensor, count: int, row_length: int | None, mesh: Mesh, config: ModelConfig
+    ) -> "Tokens":
         """`count` tokens of this rank: its part of the shard with sequence parallelism, else all of it.
 
         row_length: tokens of a row, None where the micro-batch is one row.
         """
+        device, total, split = position_ids_T.device, len(position_ids_T), None
+        number_T = torch.arange(total, device=device)
+        if mesh["cp"].size > 1:
+            split = context_split(total, mesh, config)
+            number_T, total = split.global_index(mesh["cp"].index, device), split.num_tokens
         start = mesh["tp"].index * count if mesh.sequence_parallel else 0
-        number_S = torch.arange(start, start + count, device=position_ids_T.device)
         valid_S = position_ids_T.narrow(0, start, count) >= 0
-        length = row_length or len(position_ids_T)
-        return cls(number_S, valid_S, len(position_ids_T) // length, length)
+        length = row_length or total
+        return cls(number_T.narrow(0, start, count), valid_S, total // length, length, split)
 
     @property
     def row_S(self) -> torch.Tensor:
@@ -44,9 +57,12 @@ class Tokens:
 
     def gather(self, values_S: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         """The values [S, ...] of all tokens of the micro-batch in their order, [rows * length, ...], on every rank."""
-        if not mesh.sequence_parallel:
-            return values_S
-        return all_gather(values_S, mesh, "tp").flatten(0, 1)
+        if mesh.sequence_parallel:
+            values_S = all_gather(values_S, mesh, "tp").flatten(0, 1)
+        if self.split is not None:
+            order = self.split.gathered_order(values_S.device)
+            values_S = all_gather(values_S, mesh, "cp").flatten(0, 1).index_select(0, order)
+        return values_S[: self.rows * self.length]
 
     def noise(self, size: int, width: float, key: tuple[int, ...]) -> torch.Tensor:
         """Numbers in [1 - width, 1 + width), float64 [S, size]: a function of `key` and of the place in the row alone.

@@ -15,6 +15,7 @@ from tests.parallel.test_engines import check, make_config
 EP2 = {"expert_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one": (1, {}, 1),
@@ -30,7 +31,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "ep2_tp2_zero1": (4, {**EP2, **TP2}, 1),
     "ep2_tp2_sp_zero2": (4, {**EP2, **TP2_SP}, 2),
     "ep2_pp2": (4, {**EP2, **PP2}, 1),
+    "ep2_cp2_zero2": (2, {**EP2, **CP2}, 2),
+    "ep4_cp2_zero3": (4, {**CP2, "expert_model_parallel_size": 4}, 3),
     "ep2_tp2_sp_pp2": (8, {**EP2, **TP2_SP, **PP2}, 1),
+    "ep2_cp2_tp2_sp_pp2": (8, {**EP2, **CP2, **TP2_SP, **PP2}, 1),
 }
 
 

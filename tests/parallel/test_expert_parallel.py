@@ -24,6 +24,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     ),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "ep4_cp2": (4, {"expert_model_parallel_size": 4, "context_parallel_size": 2}),
+    "ep4_above_dp1": (4, {"expert_model_parallel_size": 4, "context_parallel_size": 4}),
+    "ep2_cp2_tp2_sp": (
+        4,
+        {
+            "expert_model_parallel_size": 2,
+            "context_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+    ),
     "ep2_tp4_sp": (
         8,
         {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 4, "sequence_parallel": True},
@@ -64,7 +76,7 @@ def test_loss_gradients_and_counts(layout: str) -> None:
 
 
 @pytest.mark.parametrize("routing", [name for name in ROUTINGS if name != "softmax"])
-@pytest.mark.parametrize("layout", ["ep2", "ep2_tp2", "ep2_tp2_sp"])
+@pytest.mark.parametrize("layout", ["ep2", "ep2_tp2", "ep2_cp2_tp2_sp"])
 def test_every_kind_of_routing(layout: str, routing: str) -> None:
     changes, bias = ROUTINGS[routing]
     config = moe_model(objective="clm", **changes)

@@ -141,8 +141,8 @@ def test_float32_routes_as_float64_and_bfloat16_decides_in_float32() -> None:
     torch.testing.assert_close(
         single(x_TH.float(), positions)[0].double(), exact(x_TH, positions)[0], rtol=0, atol=1e-5
     )
-    half, _ = make_layer(torch.bfloat16)
-    tokens = Tokens.of(positions, TOKENS, ROW, Mesh.single())
+    half, config = make_layer(torch.bfloat16)
+    tokens = Tokens.of(positions, TOKENS, ROW, Mesh.single(), config)
     _, weight_SK, aux_loss, _ = half.router(x_TH.bfloat16(), tokens)
     assert weight_SK.dtype == aux_loss.dtype == torch.float32
     assert half(x_TH.bfloat16(), positions)[0].dtype == torch.bfloat16
@@ -158,7 +158,7 @@ def test_the_global_balance_is_that_of_all_tokens() -> None:
 
 
 def test_jitter_is_noise_of_its_key() -> None:
-    tokens = Tokens.of(torch.arange(2000), 2000, 1000, Mesh.single())
+    tokens = Tokens.of(torch.arange(2000), 2000, 1000, Mesh.single(), tiny_model())
     noise = tokens.noise(64, 0.1, (5, 1, 2))
     assert torch.equal(noise[:1000], noise[1000:])  # rows alike
     assert torch.equal(noise, tokens.noise(64, 0.1, (5, 1, 2)))
