@@ -25,6 +25,8 @@ class Block(nn.Module):
     balance; None: a micro-batch is one row.
     """
 
+    activation: torch.Tensor
+
     def __init__(
         self,
         index: int,
@@ -37,7 +39,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         name, partial = f"blocks.{index}", init.mesh.sequence_parallel
-        self.recompute = recompute
+        self.index, self.recompute = index, recompute
         self.attention_norm = RMSNorm(
             f"{name}.attention_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial
         )
@@ -50,7 +52,9 @@ class Block(nn.Module):
             self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
         else:
             self.mlp = SwiGLU(f"{name}.mlp", config, init)
-        self.routed: torch.Tensor | None = None  # sum of the records of its routing since the engine last took it
+        # since the engine last took them: sum of squares and number of the output's elements; the routing's records
+        self.register_buffer("activation", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.routed: torch.Tensor | None = None
 
     def forward(self, state: State) -> State:
         hidden, aux_loss, position_ids, cu_seqlens = state
@@ -62,8 +66,13 @@ class Block(nn.Module):
             hidden, added, record = self.transform(hidden, position_ids, cu_seqlens)
         if added is not None:
             aux_loss = aux_loss + added
-        if record is not None and self.training:  # here, where a recomputed layer passes once
-            self.routed = record if self.routed is None else self.routed + record
+        if self.training:  # here, where a recomputed layer passes once
+            with torch.no_grad():
+                exact = torch.promote_types(hidden.dtype, torch.float32)
+                self.activation[0] += torch.linalg.vector_norm(hidden, dtype=exact) ** 2
+                self.activation[1] += hidden.numel()
+            if record is not None:
+                self.routed = record if self.routed is None else self.routed + record
         return hidden, aux_loss, position_ids, cu_seqlens
 
     def transform(

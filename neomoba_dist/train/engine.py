@@ -34,6 +34,7 @@ from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import declare_experts, take_records
+from neomoba_dist.train.layer_stats import GradientNorms, take_activations
 from neomoba_dist.train.optim import build_optimizer
 
 # DeepSpeed compiles a shared-memory operator at start on a CPU machine (40-150 s that look like a hang, and a killed
@@ -46,6 +47,7 @@ class UpdateResult:
     """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping.
 
     skipped: fp16's loss scale overflowed and no step was taken. routing: see expert_groups.take_records.
+    activation_rms: of the residual stream after every layer. layer_grad_norms: of every layer, then of the rest.
     """
 
     loss: float
@@ -53,6 +55,8 @@ class UpdateResult:
     grad_norm: float
     skipped: bool
     routing: torch.Tensor | None
+    activation_rms: list[float]
+    layer_grad_norms: list[float]
 
 
 class Engine(ABC):
@@ -79,6 +83,14 @@ class Engine(ABC):
             config=self._deepspeed_config(),
             mpu=self._mpu(),
         )
+        self.gradient_norms = GradientNorms(
+            self.optimizer,
+            self.engine.optimizer,
+            config.zero_stage,
+            self.module,
+            config.model.num_hidden_layers,
+            mesh,
+        )
 
     def update(self, batches: Sequence[Batch], learning_rate: float) -> UpdateResult:
         """One optimizer step over this rank's micro-batches of the update."""
@@ -91,12 +103,15 @@ class Engine(ABC):
         micro_batches = len(batches) * self.mesh["dp_cp"].size
         # DeepSpeed skips a step whose gradients are not finite, in every dtype; only for fp16 that is routine
         overflow, fp16 = bool(self.engine.optimizer.overflow), self.config.dtype_name == "float16"
+        grad_norm = math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0)
         return UpdateResult(
             loss=self._global_sum(self._loss_sum) / batches[0].num_valid,
             aux_loss=self._global_sum(self._aux_sum) / micro_batches,
-            grad_norm=math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=grad_norm,
             skipped=overflow and fp16,
             routing=take_records(self.module, self.config.model, self.mesh, stepped=not overflow),
+            activation_rms=take_activations(self.module, self.config.model.num_hidden_layers, self.mesh),
+            layer_grad_norms=self.gradient_norms.take(grad_norm, self.config.gradient_clipping),
         )
 
     def evaluate(self, batches: Sequence[Batch]) -> float:

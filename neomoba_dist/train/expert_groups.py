@@ -16,8 +16,8 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.moe import MoE, moe_layers
 from neomoba_dist.model.router import RECORD, update_bias
-from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.layer_stats import over_all_ranks
 
 
 def declare_experts(module: nn.Module, mesh: Mesh, stage: int, marker: type[nn.Module], groups: Any) -> None:
@@ -60,17 +60,14 @@ def take_records(module: nn.Module, config: ModelConfig, mesh: Mesh, *, stepped:
     if not config.moe_layers:
         return None
     blocks = [block for block in module.modules() if isinstance(block, Block) and block.routed is not None]
-    whole = torch.zeros(len(config.moe_layers), len(RECORD) + config.num_experts, dtype=torch.float64)
-    whole = whole.to(mesh.device)
-    if blocks:
-        records = torch.stack([block.routed for block in blocks if block.routed is not None])
-        if mesh.sequence_parallel:
-            records = all_reduce(records, mesh, "tp")
-        records = all_reduce(records, mesh, "dp_cp")
-        for block, record in zip(blocks, records, strict=True):
-            assert isinstance(block.mlp, MoE)
-            block.routed, router = None, block.mlp.router
-            whole[config.moe_layers.index(router.index)] = record
-            if stepped and config.router_bias_update_rate:
-                update_bias(router.bias, record[len(RECORD) :], config.router_bias_update_rate)
-    return all_reduce(whole, mesh, "pp")
+    own = torch.zeros(len(blocks), len(RECORD) + config.num_experts, dtype=torch.float64, device=mesh.device)
+    for row, block in zip(own, blocks, strict=True):
+        assert block.routed is not None
+        row.copy_(block.routed)
+        block.routed = None
+    places = [config.moe_layers.index(block.index) for block in blocks]
+    whole = over_all_ranks(own, places, len(config.moe_layers), mesh)
+    for place, block in zip(places, blocks, strict=True):
+        if stepped and config.router_bias_update_rate and isinstance(block.mlp, MoE):
+            update_bias(block.mlp.router.bias, whole[place, len(RECORD) :], config.router_bias_update_rate)
+    return whole

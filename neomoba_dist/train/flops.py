@@ -54,6 +54,17 @@ def window_pairs(lengths: torch.Tensor, config: ModelConfig) -> int:
     return int(pairs.sum())
 
 
+def feed_forward_weights(config: ModelConfig) -> int:
+    """Weights of all feed-forward parts that one token passes: of a mixture its router, its experts and shared ones."""
+    sparse = len(config.moe_layers)
+    weights = (config.num_hidden_layers - sparse) * 3 * config.hidden_size * config.intermediate_size
+    if sparse:
+        assert config.moe_intermediate_size is not None  # resolved by ModelConfig
+        active = (config.num_experts_per_tok + config.num_shared_experts) * config.moe_intermediate_size
+        weights += sparse * config.hidden_size * (config.num_experts + 3 * active)
+    return weights
+
+
 def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: bool) -> int:
     """Operations of forward and backward over documents of `lengths` tokens, `counted` of which enter the loss.
 
@@ -63,8 +74,8 @@ def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: b
     hidden, head_dim = config.hidden_size, config.head_dim
     assert head_dim is not None  # resolved by ModelConfig
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    matrices = hidden * (2 * queries + 2 * keys) + 3 * hidden * config.intermediate_size
-    matrices += keys * config.key_conv_width
+    matrices = hidden * (2 * queries + 2 * keys) + keys * config.key_conv_width
+    matrices = matrices * config.num_hidden_layers + feed_forward_weights(config)
     kinds = Counter("full" if full else kind for kind in config.layer_attentions)
     pairs = sum(
         count
@@ -75,7 +86,7 @@ def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: b
         )
         for kind, count in kinds.items()
     )
-    forward = 2 * tokens * matrices * config.num_hidden_layers
+    forward = 2 * tokens * matrices
     forward += 4 * pairs * queries
     forward += 2 * counted * hidden * config.vocab_size
     return 3 * forward

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from neomoba_dist.config import Config
 
 METRICS_FILE = "metrics.jsonl"
+ROUTING_LISTS = ("kl_to_uniform", "max_violation", "router_entropy")  # one number per layer with experts
 
 
 class RunLog:
@@ -39,10 +41,12 @@ class RunLog:
     def step(self, entry: dict[str, Any]) -> None:
         """Record one step. `entry` holds at least the keys that the format promises."""
         self._file.write(json.dumps(entry) + "\n")
-        scalars = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
+        scalars = self._scalars(entry)
         if self._tensorboard:
             for key, value in scalars.items():
                 self._tensorboard.add_scalar(key, value, entry["step"])
+            for layer, rows in zip(self.config.model.moe_layers, entry.get("tokens_per_expert", ()), strict=True):
+                _add_bars(self._tensorboard, f"tokens_per_expert/layer_{layer}", rows, entry["step"])
         if self._wandb:
             self._wandb.log(scalars, step=entry["step"])
         self._steps += 1
@@ -66,6 +70,17 @@ class RunLog:
         if self._wandb:
             self._wandb.finish()
 
+    def _scalars(self, entry: dict[str, Any]) -> dict[str, float]:
+        """The numbers of an entry; those of single layers by name."""
+        scalars: dict[str, float] = {}
+        for key, value in entry.items():
+            if isinstance(value, int | float) and key != "step":
+                scalars[key] = value
+            elif isinstance(value, list) and key != "tokens_per_expert":
+                layers: Sequence[int] = self.config.model.moe_layers if key in ROUTING_LISTS else range(len(value))
+                scalars |= {f"{key}/layer_{layer}": number for layer, number in zip(layers, value, strict=True)}
+        return scalars
+
     def _line(self, entry: dict[str, Any]) -> str:
         left = int(self._seconds / self._steps * self._remaining)
         parts = [
@@ -76,6 +91,8 @@ class RunLog:
             f"{entry['tokens_per_second']:,.0f} tokens/s",
             f"{entry['step_seconds']:.2f} s",
         ]
+        if "max_violation" in entry:
+            parts.append(f"max violation {max(entry['max_violation']):.2f}")
         if "validation_loss" in entry:
             parts.append(f"validation loss {entry['validation_loss']:.4f}")
         if entry["full_attention"] and self.config.phase.full_attention_fraction < 1.0:
@@ -105,6 +122,16 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _add_bars(tensorboard: Any, tag: str, heights: Sequence[int], step: int) -> None:
+    """A histogram whose bar i is as high as heights[i]."""
+    number = len(heights)
+    total = sum(heights)
+    mean = sum(i * height for i, height in enumerate(heights))
+    squares = sum(i * i * height for i, height in enumerate(heights))
+    limits = [i + 0.5 for i in range(number)]
+    tensorboard.add_histogram_raw(tag, 0, number - 1, total, mean, squares, limits, list(heights), step)
 
 
 def _start_wandb(output: Path, config: Config) -> Any:

@@ -16,6 +16,7 @@ from neomoba_dist.data.stream import UpdateStream
 from neomoba_dist.parallel.comm import all_reduce, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import Engine
+from neomoba_dist.train.expert_metrics import StarvationWatch, routing_entry
 from neomoba_dist.train.flops import step_flops
 from neomoba_dist.train.guard import require_equal_batches
 from neomoba_dist.train.metrics import RunLog, is_finite
@@ -45,6 +46,7 @@ class Trainer:
         self.validation = list(validation)
         self.step = self._first_step = 0
         self.tokens = 0
+        self._starvation = StarvationWatch(config.model)
         self._validation_count = self._sum_over_data([sum(batch.local_valid() for batch in self.validation)])[0]
         self.validation = [replace(batch, num_valid=int(self._validation_count)) for batch in self.validation]
 
@@ -67,7 +69,7 @@ class Trainer:
         except OSError as error:
             raise TrainingError(f"{self.output}: the run log cannot be written ({error.strerror})") from error
         profiled = self.output if profile and self.mesh.rank == 0 else None
-        updates = iter(self.stream)
+        updates, watched = iter(self.stream), bool(self.config.model.moe_layers)
         self._first_step = self.step
         try:
             with step_profiler(profiled, self.mesh.rank) as profiler:
@@ -75,6 +77,8 @@ class Trainer:
                     entry = self._train_step(updates, last_step)
                     if log:
                         log.step(entry)
+                        for warning in self._starvation.warnings(entry["tokens_per_expert"]) if watched else ():
+                            log.say(warning)
                     if profiler:
                         profiler.step()
                     self._stop_if_not_finite(entry)
@@ -135,7 +139,11 @@ class Trainer:
             "skipped_rows": self.stream.skipped_rows,
             "full_attention": full,
             "skipped": result.skipped,
+            "activation_rms": result.activation_rms,
+            "layer_grad_norms": result.layer_grad_norms[:-1],
         }
+        if result.routing is not None:
+            entry |= routing_entry(result.routing, self.config.model)
         if self.validation and (step % self.config.log.validate_every == 0 or step == last_step):
             # always with the phase's usual attention, or the curve would jump at every full step
             self.engine.set_full_attention(phase.full_attention_fraction == 1.0)

@@ -92,12 +92,26 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
     return losses, norms, gradients, all_state(model)
 
 
+def activation_rms(config: Config, full: bool) -> list[float]:
+    """Root mean square of every layer's output over the first update, before the optimizer's first step."""
+    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
+    set_full_attention(model, full)
+    outputs: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+    for block, found in zip(model.blocks, outputs, strict=True):
+        block.register_forward_hook(lambda module, inputs, output, found=found: found.append(output[0].detach()))
+    for batch in updates(config.model.objective)[0]:
+        model(batch)
+    return [float(torch.cat(found).square().mean().sqrt()) for found in outputs]
+
+
 def all_state(module: NeoBERT) -> dict[str, torch.Tensor]:
     """Logical tensors of a whole model: weights and the routers' biases."""
     return assemble([pieces(module, "data") + list(saved_buffers(module))])
 
 
-def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pieces, Pieces, Pieces]:
+def train_rank(
+    config: Config, full: bool
+) -> tuple[list[float], list[float], Pieces, Pieces, Pieces, list[list[float]]]:
     world = torch.distributed.get_world_size()
     mesh = build_mesh(config)
     engine = build_engine(config, config.plan(world), mesh)
@@ -107,14 +121,17 @@ def train_rank(config: Config, full: bool) -> tuple[list[float], list[float], Pi
         buffers = [(shard, value.clone()) for shard, value in engine.saved_buffers()] if kind == "model" else []
         return [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()] + buffers
 
-    initial, first_moment, losses, norms = state("model"), [], [], []
+    initial, first_moment, losses, norms, activations = state("model"), [], [], [], []
     dp = mesh["dp"]
     for batches in updates(config.model.objective):
         result = engine.update(batches[dp.index :: dp.size], RATE)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        assert math.hypot(*result.layer_grad_norms) == pytest.approx(result.grad_norm, rel=1e-5)
+        assert min(result.layer_grad_norms) > 0
+        activations.append(result.activation_rms)
         first_moment = first_moment or state("exp_avg")
-    return losses, norms, initial, first_moment, state("model")
+    return losses, norms, initial, first_moment, state("model"), activations
 
 
 def check(world: int, config: Config, full: bool = False) -> None:
@@ -125,7 +142,8 @@ def check(world: int, config: Config, full: bool = False) -> None:
     initial = assemble([r[2] for r in results])
     assert all(torch.equal(initial.pop(name), value) for name, value in all_state(fresh).items())
     assert not initial
-    for rank_losses, rank_norms, *_ in results:
+    for rank_losses, rank_norms, *_, activations in results:
+        assert activations[0] == pytest.approx(activation_rms(config, full), rel=1e-5)
         assert rank_losses[:2] == pytest.approx(losses[:2], rel=1e-5)
         assert rank_norms[:2] == pytest.approx(norms[:2], rel=1e-5)
         assert rank_losses == pytest.approx(losses, rel=2e-4)

@@ -1,0 +1,99 @@
+"""Statistics of every layer in every update: gradient norms and the size of activations, the same on every rank."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.init import shard_of
+from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.mesh import Mesh
+
+
+def over_all_ranks(rows: torch.Tensor, places: Sequence[int], total: int, mesh: Mesh) -> torch.Tensor:
+    """Sums over all tokens of an update, for the layers of all pipeline stages.
+
+    rows: [n, K] of this stage's layers, sums over this rank's tokens; places: of each among the `total` rows.
+    """
+    if mesh.sequence_parallel:
+        rows = all_reduce(rows, mesh, "tp")
+    whole = rows.new_zeros(total, rows.shape[1])
+    whole[list(places)] = all_reduce(rows, mesh, "dp_cp")
+    return all_reduce(whole, mesh, "pp")
+
+
+def take_activations(module: nn.Module, num_layers: int, mesh: Mesh) -> list[float]:
+    """Root mean square of the residual stream after every block, over the update that just ran."""
+    blocks = [block for block in module.modules() if isinstance(block, Block)]
+    rows = torch.stack([block.activation for block in blocks])
+    for block in blocks:
+        block.activation.zero_()
+    squares, count = over_all_ranks(rows, [block.index for block in blocks], num_layers, mesh).unbind(1)
+    return (squares / count).sqrt().tolist()
+
+
+class GradientNorms:
+    """Gradient norm of every layer, read off the flat fp32 partitions when AdamW steps on them.
+
+    zero: DeepSpeed's ZeRO optimizer around `optimizer`; it is asked where each parameter lies in a partition.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, zero: Any, stage: int, module: nn.Module, num_layers: int, mesh: Mesh
+    ) -> None:
+        self.mesh, self.num_layers = mesh, num_layers
+        self._squares = torch.zeros(num_layers + 1, dtype=torch.float64, device=mesh.device)
+        self._places: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
+        flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        for parameter in self._counted(module.parameters()):
+            place = _place_at_stage_3(zero, parameter) if stage == 3 else _place(parameter)
+            if place is not None:
+                group, start, length = place
+                self._places.setdefault(flats[group], []).append((start, length, self._layer(parameter)))
+        optimizer.register_step_pre_hook(self._on_step)
+
+    def take(self, norm: float, clipping: float) -> list[float]:
+        """Norms of the layers, then that of all other parameters; their squares add up to `norm` squared.
+
+        norm: of all gradients, before they were clipped to `clipping` (0: not).
+        """
+        squares = all_reduce(self._squares, self.mesh, "world").tolist()
+        self._squares.zero_()
+        scale = max(1.0, (norm + 1e-6) / clipping) if clipping else 1.0  # DeepSpeed's own formula
+        return [math.sqrt(square) * scale for square in squares]
+
+    def _counted(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
+        """Each part of each tensor on one rank only: copies on other tp ranks and pipeline stages do not count."""
+        for parameter in parameters:
+            is_first = "tp" in shard_of(parameter).axes or self.mesh["tp"].index == 0
+            if is_first and not getattr(parameter, "ds_pipe_replicated", False):
+                yield parameter
+
+    def _layer(self, parameter: nn.Parameter) -> int:
+        parts = shard_of(parameter).name.split(".")
+        return int(parts[1]) if parts[0] == "blocks" else self.num_layers
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None:
+                    continue
+                for start, length, layer in self._places.get(flat, ()):
+                    norm = torch.linalg.vector_norm(flat.grad.narrow(0, start, length), dtype=torch.float32)
+                    self._squares[layer] += norm.to(self._squares.device) ** 2
+
+
+def _place(parameter: Any) -> tuple[int, int, int] | None:
+    """(group, start, length) in this rank's partitions at ZeRO 1 and 2; None where it holds no part."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.param_group_index, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+
+def _place_at_stage_3(zero: Any, parameter: Any) -> tuple[int, int, int]:
+    group, start, length = zero.grad_position[zero.get_param_id(parameter)]
+    return group, start, length
