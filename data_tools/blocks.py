@@ -144,7 +144,7 @@ def tokenize_block(pieces: list[Piece], tokenizer_path: Path, tokenizer_sha256: 
     """Cleans and tokenises a block's pieces, without truncation, and writes its part."""
     tokenizer = _worker_tokenizer(tokenizer_path, tokenizer_sha256)
     dtype = np.dtype(id_dtype(tokenizer.vocab_size))
-    head, tail = tokenizer.document_borders
+    head, tail = (np.array(border, dtype) for border in tokenizer.document_borders)
     ids: list[np.ndarray] = []
     digests = bytearray()
     for piece in pieces:
@@ -152,8 +152,9 @@ def tokenize_block(pieces: list[Piece], tokenizer_path: Path, tokenizer_sha256: 
         digests += text_digest(text)
         # one text a call: a block shall use one core, the pool uses the others
         if text.strip() or not (piece.first and piece.last):
-            found = tokenizer.encode(text)
-            ids.append(np.array(head * piece.first + found + tail * piece.last, dtype))
+            found = tokenizer.encode_array(text)
+            parts = [*[head] * piece.first, found, *[tail] * piece.last]
+            ids.append(np.concatenate(parts, dtype=dtype, casting="unsafe"))
         else:
             ids.append(np.zeros(0, dtype))
     buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """Shows what is in a folder of shards: counts, document lengths, and rows as training will see them.
 
-Rows are decoded document by document. With --objective mlm a chosen token is written as {original>shown}.
+Rows are decoded document by document and, inside a document, MoBA block by block: blocks are counted from its start.
+With --objective mlm a chosen token is written as {original>shown}.
 """
 
 from __future__ import annotations
@@ -32,25 +33,35 @@ def summary_lines(corpus: Corpus) -> list[str]:
         "documents by length in tokens:",
     ]
     most = max(count for _, count in index.length_histogram)
-    return lines + [
+    lines += [
         f"  up to {length:>9} {count:>10} {'#' * round(_BAR * count / most)}"
         for length, count in index.length_histogram
     ]
+    return lines + [
+        f"  subset {least}+: {documents} documents, {tokens} tokens" for least, documents, tokens in index.subsets
+    ]
 
 
-def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int) -> list[str]:
-    """One row, document by document."""
+def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int, block_size: int) -> list[str]:
+    """One row: a line for each document, and below it one for each of its blocks where it has several."""
     used = batch.cu_seqlens[: int((batch.cu_seqlens < batch.length).sum()) + 1].tolist()
     lines = [f"row {int(batch.row_ids[0])}: {batch.num_valid} of {batch.length} tokens have a label"]
     padding = tokenizer.special.padding
     for start, stop in itertools.pairwise(used):
-        ids, labels = batch.input_ids[start:stop].tolist(), batch.labels[start:stop].tolist()
-        if set(ids) == {padding}:
+        if set(batch.input_ids[start:stop].tolist()) == {padding}:
             lines.append(f"  [{start}, {stop}) padding")
             continue
-        text = marked_text(ids, labels, tokenizer) if objective == "mlm" else tokenizer.decode(ids)
-        shown = text if len(text) <= max_characters else text[:max_characters] + " ..."
-        lines.append(f"  [{start}, {stop}) document of {stop - start} tokens: {shown!r}")
+        texts = []
+        for first in range(start, stop, block_size):
+            span = slice(first, min(first + block_size, stop))
+            ids, labels = batch.input_ids[span].tolist(), batch.labels[span].tolist()
+            text = marked_text(ids, labels, tokenizer) if objective == "mlm" else tokenizer.decode(ids)
+            texts.append(repr(text if len(text) <= max_characters else text[:max_characters] + " ..."))
+        lines.append(f"  [{start}, {stop}) document of {stop - start} tokens" + f": {texts[0]}" * (len(texts) == 1))
+        if len(texts) > 1:
+            borders = [*range(start, stop, block_size), stop]
+            spans = itertools.pairwise(borders)
+            lines += [f"    block {n} [{a}, {b}): {t}" for n, ((a, b), t) in enumerate(zip(spans, texts, strict=True))]
     return lines
 
 
@@ -76,7 +87,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--sequence_length", type=positive_int, default=1024, help="tokens in a row (default: 1024)")
     parser.add_argument("--objective", choices=("mlm", "clm"), default="mlm", help="labels to show (default: mlm)")
     parser.add_argument("--seed", type=int, default=1234, help="order and masks (default: 1234)")
-    parser.add_argument("--max_characters", type=positive_int, default=400, help="of each document (default: 400)")
+    parser.add_argument("--max_characters", type=positive_int, default=400, help="of each block (default: 400)")
+    parser.add_argument("--block_size", type=positive_int, default=512, help="MoBA's, in tokens (default: 512)")
     args = parser.parse(argv)
 
     from itertools import islice
@@ -102,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{stream.rows_in_epoch} rows of {args.sequence_length} tokens, {stream.padding_share:.2%} padding")
     tokenizer = corpus.tokenizer()
     for (batch,), _ in islice(stream, args.rows):
-        print("\n".join(row_lines(batch, tokenizer, args.objective, args.max_characters)))
+        print("\n".join(row_lines(batch, tokenizer, args.objective, args.max_characters, args.block_size)))
 
 
 if __name__ == "__main__":

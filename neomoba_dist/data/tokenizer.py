@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -74,6 +76,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without document borders. Uses one core."""
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an integer array [n], which costs less than a list where the library allows it."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -154,6 +160,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # the "fast" call tracks no character offsets: twice the rate of encode()
         return self.encode_batch([text])[0]
 
+    def encode_array(self, text: str) -> np.ndarray:
+        ids = self.encode(text)
+        return np.fromiter(ids, np.int32, len(ids))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -203,6 +213,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, out_type=int)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self._backend.encode(text, return_type="numpy")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._backend.encode(list(texts), out_type=int)

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 
 from data_tools import verify_shards
+from data_tools.corpus_index import CorpusCounts, write_index
 from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import (
@@ -31,7 +32,8 @@ from neomoba_dist.data.index import (
 )
 from neomoba_dist.data.reader import TokenReader
 from neomoba_dist.data.shards import MEMBER_TOKENS, ShardWriter, id_dtype, stored_lengths
-from tests.corpora import make_corpus
+from neomoba_dist.data.tokenizer import load_tokenizer
+from tests.corpora import make_corpus, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +215,27 @@ def test_flipped_payload_is_found_at_reading_and_by_verify(copy: Path, name: str
     problems = list(verify_shards.corpus_problems(copy))
     assert len(problems) == 1
     assert f"shard-00001.tar: offset {offset}: " in problems[0]
+
+
+def test_swapped_shards_of_equal_size_are_found(tmp_path: Path) -> None:
+    """The sizes say nothing here: the payloads do, at reading and at verifying."""
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "tokenizer", "byte_bpe"))
+    tokenizer.save(tmp_path)
+    writer, counts = ShardWriter(tmp_path, "uint16", 1), CorpusCounts(tokenizer.vocab_size)
+    for seed in range(2):
+        document = np.random.default_rng(seed).integers(5, 600, 1000)
+        writer.add(document)
+        counts.add([document])
+    shards, members = writer.close()
+    write_index(tmp_path, counts, tokenizer, "uint16", shards, members, "recipe")
+    assert list(verify_shards.corpus_problems(tmp_path)) == []
+    _swap(tmp_path / "shard-00001.tar")
+    corpus = open_corpus(tmp_path)
+    with pytest.raises(DataError, match=r"shard-00001.tar: tokens at byte offset 512 "):
+        corpus.tokens_at(1000, 1)
+    for number, problem in enumerate(verify_shards.corpus_problems(tmp_path)):
+        assert problem.startswith(f"{tmp_path}/shard-0000{number}.tar: offset 512: ")
+    assert number == 1
 
 
 def test_flipped_header_is_found_by_verify(copy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 
 import data_tools.blocks as blocks
 import data_tools.tokenize_corpus as tokenize_command
-from data_tools import sample_corpus, train_tokenizer, verify_shards
+from data_tools import inspect_shards, sample_corpus, train_tokenizer, verify_shards
 from data_tools.cleaning import clean_text
 from data_tools.sources import standard_library_files
+from evals.__main__ import main as evaluate
 from neomoba_dist.data.corpus import open_corpus
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +91,7 @@ def test_from_text_to_rows(tmp_path: Path) -> None:
     assert "documents by length" in shown
     assert ">[MASK]}" in shown
     assert shown.count("of 128 tokens have a label") == 3
+    assert "subset 1024+: " in shown
 
     shard = shards / "train" / "shard-00000.tar"
     payload = bytearray(shard.read_bytes())
@@ -161,6 +165,47 @@ def test_trained_tokenizer_is_kept(tmp_path: Path) -> None:
         train_tokenizer.main([*common, "900"])
     train_tokenizer.main([*common, "900", "--overwrite"])
     assert folder_digests(tmp_path / "tokenizer") != first
+
+
+def test_bench_compares_preparation_with_the_library(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_texts(tmp_path / "text")
+    common = ["bench", "prepare", "--input", str(text), "--tokenizer", str(tokenizer), "--output", str(tmp_path)]
+    assert evaluate([*common, "--megabytes", "1", "--repetitions", "1"]) == 0
+    assert "prepare Mtok/CPU-s" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "prepare.json").read_text(encoding="utf-8"))["rows"].values()
+    assert row["tokens"] > 100_000
+    assert row["ratio"] == row["library_seconds"] / row["prepare_seconds"] > 0.1
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_inspect_shows_documents_blocks_and_masks(
+    tmp_path: Path, tokenizer: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents of 70, 30 and 20 tokens in a row of 128, blocks of 32."""
+    words = [" ".join(f"{name}{i}" for i in range(40)) for name in "abc"]
+    encode = load_tokenizer(tokenizer).encode
+    texts = [load_tokenizer(tokenizer).decode(encode(text)[:n]) for text, n in zip(words, (68, 28, 18), strict=True)]
+    lengths = [len(encode(text)) + 2 for text in texts]
+    assert lengths == [70, 30, 20]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    common = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "s"), "--workers", "1"]
+    tokenize_command.main(["--input", str(tmp_path / "in.jsonl"), *common])
+    capsys.readouterr()
+    options = ["--sequence_length", "128", "--rows", "1", "--block_size", "32", "--objective", objective]
+    inspect_shards.main([str(tmp_path / "s"), *options, "--max_characters", "100000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "[0, 70) document of 70 tokens" in "\n".join(lines)
+    blocks = [line.split(": ", 1) for line in lines if line.startswith("    block ")]
+    assert [head for head, _ in blocks] == ["    block 0 [0, 32)", "    block 1 [32, 64)", "    block 2 [64, 70)"]
+    shown = "".join(text.strip("'") for _, text in blocks)
+    assert (re.search(r"\{[^{}]+>[^{}]+\}", shown) is not None) == (objective == "mlm")
+    if objective == "clm":
+        assert shown == f"[CLS]{texts[0]}[SEP]"
+    assert any(line.startswith("  [70, 100) document of 30 tokens: ") for line in lines)
+    assert any(line.startswith("  [100, 120) document of 20 tokens: ") for line in lines)
+    assert "  [120, 128) padding" in lines
 
 
 def test_sentencepiece_refusal_is_one_line(tmp_path: Path) -> None:
