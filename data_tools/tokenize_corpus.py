@@ -63,6 +63,16 @@ def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, sha
     return not structural_problems(output, index.shards)
 
 
+def refuse_shards_of_others(output: Path) -> None:
+    """DataError if OUTPUT holds tar files that this command did not write: they would be deleted."""
+    from data_tools.foreign import is_text_index
+    from neomoba_dist.data.index import INDEX_FILE
+
+    ours = (output / _PARTS).is_dir() or ((output / INDEX_FILE).is_file() and not is_text_index(output / INDEX_FILE))
+    if not ours and any(output.glob("*.tar")):
+        raise DataError(f"{output}: holds tar files of another origin; change --output")
+
+
 def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_bytes: int, recipe: str) -> CorpusIndex:
     """Assembles the parts, in order, into shards and writes the index last."""
     from data_tools.blocks import read_parts
@@ -78,16 +88,17 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
     dtype = id_dtype(tokenizer.vocab_size)
     writer = ShardWriter(output, dtype, shard_bytes)
     counts = CorpusCounts(tokenizer.vocab_size)
-    empty = duplicates = 0
+    report = CleaningReport()
     seen: set[bytes] = set()
     with progress(len(parts), "write shards", "block") as bar:
         for documents in read_parts(parts):
             kept = []
             for ids, digest in documents:
+                report.documents += 1
                 if not len(ids):
-                    empty += 1
+                    report.empty += 1
                 elif digest in seen:
-                    duplicates += 1
+                    report.duplicates += 1
                 else:
                     seen.add(digest)
                     writer.add(ids)
@@ -97,7 +108,8 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
     if not counts.lengths:
         raise DataError("--input: no text left after cleaning")
     shards, members = writer.close()
-    print(f"dropped {empty} empty and {duplicates} repeated documents")
+    for line in report.lines():
+        print(line)
     return write_index(output, counts, tokenizer, dtype, shards, members, recipe)
 
 
@@ -114,6 +126,7 @@ def tokenize_corpus(
     The work is done by `pool`, which has `workers` workers; without one by processes of this machine."""
     from data_tools.blocks import Block, divide, tokenize_blocks, worker_pool
 
+    refuse_shards_of_others(output)
     parts_folder = output / _PARTS
     parts_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []

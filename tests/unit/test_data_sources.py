@@ -307,6 +307,10 @@ def test_foreign_shards_of_text_are_tokenised(tmp_path: Path, tokenizer: Path, s
     common = ["--tokenizer", str(tokenizer), "--workers", "1", "--output"]
     tokenize_corpus.main([*common, str(tmp_path / "corpus"), "--input", str(shards)])
     assert open_corpus(tmp_path / "corpus").documents == 6
+    before = folder_digests(shards)
+    with pytest.raises(DataError, match="holds tar files of another origin; change --output"):
+        tokenize_corpus.main([*common, str(shards), "--input", str(shards), "--overwrite"])
+    assert folder_digests(shards) == before
 
     payload = (shards / "1.tar").read_bytes()
     damaged = payload.replace(b"document 4", b"document 9")
