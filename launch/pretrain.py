@@ -36,6 +36,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("resume", default="auto", metavar="auto|must|none|DIR", help="go on from a checkpoint (default: auto)")
     add("init_from", metavar="DIR", help="start from the weights of another phase's run or checkpoint")
     add("allow_data_change", action="store_true", help="resume although neomoba.data gives other rows than before")
+    add("upcycle", action="store_true", help="--init_from is a dense model: copy its layers into the experts")
     add("profile", action="store_true", help="write a torch trace and a memory snapshot of a few steps")
     add("dry_run", action="store_true", help="print the resolved config, the rank map and the batch, then exit")
     add("world_size", type=int, metavar="N", help="number of ranks of --dry_run (default: this launch's)")
@@ -72,7 +73,12 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     last_step = min(arguments.max_steps or config.phase.steps, config.phase.steps)
     corpora = open_corpora(config)
     resumed = find_resume(output, arguments.resume)
-    start = CheckpointReader(arguments.init_from) if arguments.init_from and not resumed else None
+    start = None
+    if arguments.init_from and not resumed:
+        from neomoba_dist.checkpoint.upcycle import UpcycledReader
+
+        path = arguments.init_from
+        start = UpcycledReader(path, config) if arguments.upcycle else CheckpointReader(path)
     build_stream(config, plan, corpora.train, dp_rank=0)  # refuses too small a corpus before the ranks meet
 
     from neomoba_dist.train.engine import build_engine
@@ -110,6 +116,8 @@ def main(command_line: list[str]) -> int:
     speaks = True
     try:
         config = load_config(arguments.ds_config, arguments.set)
+        if arguments.upcycle and not arguments.init_from:
+            raise ConfigError("--upcycle needs a dense run or checkpoint; name it with --init_from")
         if arguments.dry_run:
             dry_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
             return 0

@@ -39,7 +39,10 @@ class CheckpointReader:
         name = logical_name(kind, shard.name)
         entry = self.index["tensors"].get(name)
         if entry is None:
-            raise CheckpointError(f"{self.folder}: holds no tensor {name}; was it written by another architecture?")
+            hint = " (a dense model becomes a mixture of experts with --upcycle)" if ".mlp.router." in name else ""
+            raise CheckpointError(
+                f"{self.folder}: holds no tensor {name}; was it written by another architecture?{hint}"
+            )
         if tuple(entry["shape"]) != shard.shape:
             raise CheckpointError(
                 f"{self.folder}: {name} has shape {entry['shape']}, this model wants {list(shard.shape)}; "

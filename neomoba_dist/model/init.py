@@ -61,7 +61,7 @@ class Initializer:
 
         padded: length of `shard_dim` after zero padding (0: none); must divide by tp.
         """
-        whole = self._draw(name, shape, scale)
+        whole = self.draw(name, shape, scale)
         if shard_dim is None:
             return self._parameter(whole, Shard(name, shape))
         part, shard = self._cut(whole, Shard(name, shape), shard_dim, padded)
@@ -78,7 +78,7 @@ class Initializer:
         start, extent = [first, 0, 0], [local, *shape[1:]]
         parts = []
         for expert in range(first, first + local):
-            whole = self._draw(f"{name}.{expert}", shape[1:], scale)
+            whole = self.draw(f"{name}.{expert}", shape[1:], scale)
             part, shard = self._cut(whole, Shard(name, shape[1:]), shard_dim - 1, 0)
             parts.append(part)
         start[1:], extent[1:] = shard.start, shard.extent
@@ -88,7 +88,8 @@ class Initializer:
         """A norm's weight: ones, held whole on every rank, without weight decay."""
         return self._parameter(torch.ones(size, dtype=self.dtype), Shard(name, (size,)))
 
-    def _draw(self, name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+    def draw(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
+        """The initial values of the whole tensor of this name: N(0, (scale * std)^2)."""
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std * scale).to(self.dtype)
