@@ -58,6 +58,10 @@ def dry_run(config: Config, world_size: int) -> None:
         f"{plan.data_parallel_size}\n"
         f"{phase.steps:,} steps = {phase.steps * plan.tokens_per_update:,} tokens"
     )
+    if config.parallel.context_parallel_size > 1:
+        from neomoba_dist.parallel.context_cost import describe
+
+        print(describe(config))
 
 
 def train(arguments: argparse.Namespace, config: Config, world_size: int) -> None:

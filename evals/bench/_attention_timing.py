@@ -219,12 +219,12 @@ def _peak_in_this_process(setting: Setting, kind: str) -> int:
     small = setting._replace(length=min(setting.length, 1024))
     _once(small, kind, tensors(small))  # libraries and buffers that stay
     inputs = tensors(setting)
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     _once(setting, kind, inputs)
-    return max(0, _resident_bytes("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """VmRSS (now) or VmHWM (the most so far) of this process; getrusage would count what its parent held."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))

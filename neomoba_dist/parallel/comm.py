@@ -43,6 +43,13 @@ class Ledger:
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     pending: str | None = None
 
+    def received(self) -> dict[str, int]:
+        """Bytes so far, by axis."""
+        totals: dict[str, int] = {}
+        for (axis, _), entry in self.entries.items():
+            totals[axis] = totals.get(axis, 0) + entry.bytes
+        return totals
+
     @contextmanager
     def record(self, mesh: "Mesh", axis: str, operation: str, num_bytes: int) -> Iterator[None]:
         """Count one call and turn its failure into a message that says who waited for whom."""

@@ -9,6 +9,7 @@ rank, D head size, e bytes of an element, k blocks per query (the own block incl
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from neomoba_dist.config import Config
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.parallel.context_split import ContextSplit
 
@@ -86,3 +87,51 @@ def work_imbalance(kind: str, strategy: str, split: ContextSplit, shape: Attenti
     for block, load in enumerate(pairs):
         loads[split.owner(block * size // split.unit)] += load
     return max(loads) / (sum(loads) / len(loads))
+
+
+def kept_bytes(shape: AttentionShape, local_tokens: int) -> float:
+    """Bytes that a rank keeps of one attention layer until its backward pass: q, k, v, output, and the logsumexp."""
+    row = shape.head_dim * shape.element_size
+    statistic = shape.query_heads * max(4, shape.element_size)
+    return local_tokens * ((2 * shape.query_heads + 2 * shape.kv_heads) * row + statistic)
+
+
+def passing_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
+    """Bytes of other ranks' keys and values, or queries, that a rank holds at once while it computes."""
+    inner = ulysses_ranks(ranks, shape.kv_heads) if strategy.startswith("ulysses") else 1
+    outer, row, name = ranks // inner, shape.head_dim * shape.element_size, strategy.removeprefix("ulysses+")
+    tokens, query_heads, kv_heads = local_tokens * inner, shape.query_heads // inner, shape.kv_heads // inner
+    own = (query_heads + 2 * kv_heads) * row * tokens if inner > 1 else 0
+    if name == "allgather_kv":
+        return own + 2 * tokens * outer * -(-kv_heads // outer) * row
+    if name == "ring":
+        return own + 2 * 2 * kv_heads * row * tokens
+    if name == "route_queries":
+        return own + 2 * tokens * query_heads * (shape.top_k - 1) * row
+    return own
+
+
+def describe(config: Config) -> str:
+    """The split of a micro-batch and, for MoBA and full layers, strategy, bytes and balance: a line each."""
+    model, parallel, ranks = config.model, config.parallel, config.parallel.context_parallel_size
+    assert model.head_dim is not None  # resolved by ModelConfig
+    tp = parallel.tensor_model_parallel_size
+    heads = (model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp))
+    size = 4 if config.dtype_name == "float32" else 2
+    shape = AttentionShape(*heads, model.head_dim, size, model.moba_block_size, model.moba_top_k)
+    tokens, multiple = config.micro_batch_size * config.phase.sequence_length, tp if parallel.sequence_parallel else 1
+    split = ContextSplit.of_tokens(tokens, ranks, parallel.context_parallel_split, model.moba_block_size, multiple)
+    lines = [
+        f"context parallelism: {tokens:,} tokens + {split.num_tokens - tokens} of padding, {split.local_tokens:,} on each "
+        f"of {ranks} ranks ({parallel.context_parallel_split}: {split.units} x {split.unit})"
+    ]
+    for kind, strategy in (("moba", parallel.context_parallel_moba), ("full", parallel.context_parallel_full)):
+        if strategy == "auto":
+            strategy = choose(kind, shape, split.local_tokens, ranks)
+        forward, backward = (part / 2**20 for part in received_bytes(strategy, shape, split.local_tokens, ranks))
+        balance = work_imbalance(kind, strategy, split, shape, model.causal)
+        lines.append(
+            f"  {kind} layers: {strategy}, {forward:.1f} + {backward:.1f} MiB received per rank, layer and micro-batch "
+            f"(forward + backward), work of the busiest rank / mean {balance:.2f}"
+        )
+    return "\n".join(lines)

@@ -118,7 +118,9 @@ class Trainer:
             raise TrainingError(f"step {step}: no token of the update counts; raise neomoba.phase.tokens_per_update")
         self.engine.set_full_attention(full)
         self.engine.set_step(step)
+        before = self.mesh.ledger.received()
         result = self.engine.update([replace(batch, num_valid=int(num_valid)) for batch in batches], rate)
+        received = self.mesh.ledger.received()
         self.step = step
         tokens = phase.tokens_per_update
         self.tokens += tokens
@@ -141,6 +143,8 @@ class Trainer:
             "skipped": result.skipped,
             "activation_rms": result.activation_rms,
             "layer_grad_norms": result.layer_grad_norms[:-1],
+            # what this rank got through our own collectives; megatron-core's and DeepSpeed's are not counted
+            **{f"received_mib_{axis}": (n - before.get(axis, 0)) / 2**20 for axis, n in received.items()},
         }
         if result.routing is not None:
             entry |= routing_entry(result.routing, self.config.model)

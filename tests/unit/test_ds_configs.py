@@ -26,6 +26,8 @@ LARGEST_WORLD = {
     "phase2": 128,
     "phase3": 64,
     "phase3_moe": 64,
+    "phase3_cp": 256,
+    "long_128k": 256,
 }  # every power of two to it
 
 
@@ -78,8 +80,10 @@ def test_the_shipped_files() -> None:
 def test_every_shipped_file_loads_round_trips_and_closes(path: Path) -> None:
     config = load_config(path)
     assert parse_config(json.loads(json.dumps(config.to_dict()))) == config
-    model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    model_parallel *= config.parallel.expert_model_parallel_size
+    parallel = config.parallel
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    model_parallel *= parallel.context_parallel_size
+    model_parallel *= parallel.expert_model_parallel_size
     for world_size in [model_parallel << power for power in range(8)]:
         if world_size <= LARGEST_WORLD.get(path.stem, 4):
             plan = config.plan(world_size)
@@ -114,6 +118,17 @@ def test_phase_3_is_the_run_the_project_is_for() -> None:
     assert phase.full_attention_schedule == "tail"
     assert (config.zero_stage, config.dtype_name, config.micro_batch_size) == (2, "bfloat16", 1)
     assert config.parallel.tensor_model_parallel_size == 1
+
+
+def test_context_parallel_variants() -> None:
+    base, cp, long = (load_config(FOLDER / f"{name}.json") for name in ("phase3", "phase3_cp", "long_128k"))
+    assert (cp.parallel.context_parallel_size, long.parallel.context_parallel_size) == (4, 8)
+    assert cp.model == base.model
+    assert (cp.phase.sequence_length, cp.phase.tokens_per_update) == (32768, base.phase.tokens_per_update)
+    assert long.phase.sequence_length == long.model.max_position_embeddings == 131072
+    assert long.model.rope_scaling_factor * base.model.max_position_embeddings == 131072
+    trained = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    assert all(getattr(long.model, name) == getattr(base.model, name) for name in trained)
 
 
 @pytest.mark.parametrize(("name", "length"), [("phase1", 1024), ("phase2", 4096)])
