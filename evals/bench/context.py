@@ -100,7 +100,18 @@ def run(args: argparse.Namespace) -> int:
         rows = [row for world in WORLDS for row in predict(*world, shape)]
         results["formulas"][name] = rows
         print(f"\n{name}, bfloat16, block 512, top-k 3, causal: MiB per rank and layer")
-        heads = ["tokens", "cp", "layer", "strategy", "forward", "backward", "KV gather", "kept", "passing", "imbalance"]
+        heads = [
+            "tokens",
+            "cp",
+            "layer",
+            "strategy",
+            "forward",
+            "backward",
+            "KV gather",
+            "kept",
+            "passing",
+            "imbalance",
+        ]
         print_table([heads, *(_formula_cells(row) for row in rows)])
     if args.measure:
         cases = [(tokens, ranks) for tokens in sorted(args.tokens) for ranks in args.ranks]

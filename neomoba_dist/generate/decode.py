@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch of prompts of different lengths, on tensor- and pipeline-parallel models.
+"""Greedy decoding of a batch of prompts of different lengths, on tensor-, context- and pipeline-parallel models.
 
 Prompts are fed in chunks, then one token per document and step. All tokens of a step are packed, with the borders of
 their documents in cu_seqlens, as in training. MoBA layers decode with full attention, as the paper's authors do
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from neomoba_dist.generate.stage import Stage
 from neomoba_dist.model.cache import KVCache
+from neomoba_dist.model.context_cache import ShardedKVCache
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
 
@@ -52,7 +53,11 @@ class Decoder:
         self.dtype, self.device = weight.dtype, weight.device
         kinds = ["full" if kind == "moba" and decode == "full" else kind for kind in stage.kinds]
         num_kv_heads = stage.blocks[0].attention.num_kv_heads
-        self.cache = KVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.device)
+        self.cache: KVCache
+        if self.mesh["cp"].size > 1:
+            self.cache = ShardedKVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.mesh)
+        else:
+            self.cache = KVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.device)
 
     @torch.no_grad()
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:

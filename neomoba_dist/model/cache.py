@@ -68,7 +68,11 @@ class KVCache:
         self.config, self.device = config, torch.device(device)
         self.capacities, self.lengths = list(capacities), [0] * len(capacities)
         self.borders = torch.tensor([0, *accumulate(capacities)], dtype=torch.int32, device=device)
-        self.layers = [LayerCache(self, kind, num_kv_heads, dtype) for kind in kinds]
+        self.layers = [self.make_layer(kind, num_kv_heads, dtype) for kind in kinds]
+
+    def make_layer(self, kind: str, num_kv_heads: int, dtype: torch.dtype) -> LayerCache:
+        """The cache of one layer."""
+        return LayerCache(self, kind, num_kv_heads, dtype)
 
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
@@ -130,13 +134,17 @@ class LayerCache:
         assert config.head_dim is not None  # resolved by ModelConfig
         self.cache, self.kind = cache, kind
         heads = (num_kv_heads, config.head_dim)
-        self.k = torch.zeros(sum(cache.capacities), *heads, dtype=dtype, device=cache.device)
+        self.k, self.means = self._make_buffers(heads, dtype)
         self.v = torch.zeros_like(self.k)
         tail = max(config.key_conv_width - 1, 0)
         self.tail = self.k.new_zeros(len(cache.capacities), tail, *heads)
-        size = config.moba_block_size
-        # zeros of the right shape
-        self.means = block_means(self.k, block_size=size, cu_seqlens=cache.borders) if kind == "moba" else None
+
+    def _make_buffers(self, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Zeros for the keys and, in a MoBA layer, for the means of all blocks."""
+        cache = self.cache
+        keys = torch.zeros(sum(cache.capacities), *heads, dtype=dtype, device=cache.device)
+        size = cache.config.moba_block_size
+        return keys, block_means(keys, block_size=size, cu_seqlens=cache.borders) if self.kind == "moba" else None
 
     def buffers(self) -> list[Tensor]:
         """All tensors that it keeps."""
@@ -166,8 +174,12 @@ class LayerCache:
         step, size = self.cache.step, self.cache.config.moba_block_size
         self.k[step.target], self.v[step.target] = k_TND, v_TND
         if self.means is not None and len(step.numbers):
-            self.means[step.numbers] = block_means(self.k[step.block_keys], block_size=size)
+            self.means[step.numbers] = self._means_of(step.block_keys, size)
         return not step.first
+
+    def _means_of(self, rows: Tensor, size: int) -> Tensor:
+        """The means of whole blocks, from the rows of their keys."""
+        return block_means(self.k[rows], block_size=size)[: len(rows) // size]
 
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""

@@ -122,12 +122,11 @@ def describe(config: Config) -> str:
     tokens, multiple = config.micro_batch_size * config.phase.sequence_length, tp if parallel.sequence_parallel else 1
     split = ContextSplit.of_tokens(tokens, ranks, parallel.context_parallel_split, model.moba_block_size, multiple)
     lines = [
-        f"context parallelism: {tokens:,} tokens + {split.num_tokens - tokens} of padding, {split.local_tokens:,} on each "
-        f"of {ranks} ranks ({parallel.context_parallel_split}: {split.units} x {split.unit})"
+        f"context parallelism: {tokens:,} tokens + {split.num_tokens - tokens} of padding, {split.local_tokens:,} on "
+        f"each of {ranks} ranks ({parallel.context_parallel_split}: {split.units} x {split.unit})"
     ]
-    for kind, strategy in (("moba", parallel.context_parallel_moba), ("full", parallel.context_parallel_full)):
-        if strategy == "auto":
-            strategy = choose(kind, shape, split.local_tokens, ranks)
+    for kind, chosen in (("moba", parallel.context_parallel_moba), ("full", parallel.context_parallel_full)):
+        strategy = choose(kind, shape, split.local_tokens, ranks) if chosen == "auto" else chosen
         forward, backward = (part / 2**20 for part in received_bytes(strategy, shape, split.local_tokens, ranks))
         balance = work_imbalance(kind, strategy, split, shape, model.causal)
         lines.append(

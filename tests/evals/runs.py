@@ -12,6 +12,7 @@ from torch import nn
 
 from neomoba_dist.checkpoint.save import save_checkpoint
 from neomoba_dist.config import Config, parse_config
+from neomoba_dist.model.init import Shard
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.metrics import RunLog
@@ -34,6 +35,9 @@ class WholeState:
 
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         return parameter if kind == "model" else torch.zeros_like(parameter)
+
+    def saved_buffers(self) -> list[tuple[Shard, torch.Tensor]]:
+        return []
 
 
 def make_config(corpus: Path, *, name: str = "phase1", objective: str = "mlm", **model: Any) -> Config:

@@ -20,13 +20,18 @@ from tests.ranks import run_ranks
 
 LENGTHS, CHUNK = (41, 1, 17), 6
 MIXED = {"attention": "moba*1,sliding_window*1,full*1", "sliding_window": 5}
-CASES: list[tuple[int, int, str, dict[str, Any]]] = [
-    (2, 1, "moba", {"key_conv_width": 3}),
-    (1, 2, "moba", {"key_conv_width": 3, "tie_word_embeddings": True, "position_embedding": "learned"}),
-    (2, 2, "moba", {"position_embedding": "t5_relative", **MIXED}),
-    (2, 2, "full", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+CASES: list[tuple[int, int, int, str, dict[str, Any]]] = [  # tp, cp, pp, decode, changes of the model
+    (2, 1, 1, "moba", {"key_conv_width": 3}),
+    (1, 1, 2, "moba", {"key_conv_width": 3, "tie_word_embeddings": True, "position_embedding": "learned"}),
+    (2, 1, 2, "moba", {"position_embedding": "t5_relative", **MIXED}),
+    (2, 1, 2, "full", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     # more ranks than KV heads, and ranks without any row of the vocabulary
-    (4, 1, "moba", {"key_conv_width": 3}),
+    (4, 1, 1, "moba", {"key_conv_width": 3}),
+    # keys spread over cp, which here outnumbers the blocks of the shorter documents
+    (1, 2, 1, "moba", {"key_conv_width": 3}),
+    (1, 4, 1, "full", {}),
+    (1, 3, 1, "moba", MIXED),
+    (2, 2, 2, "moba", {"num_hidden_layers": 4}),
 ]
 
 
@@ -37,42 +42,57 @@ def loaded_rank(config: ModelConfig, folder: Path, documents: list[list[int]]) -
     return generate(stage, documents, 8)
 
 
-def decode_rank(config: ModelConfig, tp: int, pp: int, decode: str, documents: list[list[int]]) -> Any:
-    """Generated tokens, logits of all steps with their first column (last stage), and bytes received over pp."""
-    mesh = Mesh.build(ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+def decode_rank(
+    config: ModelConfig, parallel: ParallelConfig, decode: str, documents: list[list[int]]
+) -> tuple[list[list[int]], list[torch.Tensor], int, int, int]:
+    """Generated tokens, logits of all steps with their first column (last stage), bytes received over pp, of caches."""
+    mesh = Mesh.build(parallel)
     stage = Stage.build(config, mesh, seed=5, dtype=torch.float64)
     decoder, parts, offset = Decoder(stage, LENGTHS, decode), [], 0
     for start in range(0, max(LENGTHS), CHUNK):
         hidden = decoder.step([ids[start : start + CHUNK] for ids in documents])
         if hidden is not None:
             weight = stage.output_matrix
-            offset = shard_of(weight).offset
-            parts.append(shard_of(weight).valid(decoder.logits(hidden).t()).t().contiguous())
+            offset = shard_of(weight).start[0]
+            parts.append(decoder.logits(hidden)[:, : shard_of(weight).extent[0]].contiguous())
     received = mesh.ledger.entries.get(("pp", "receive"))
     bytes_received = received.bytes if received else 0
     tokens = generate(stage, documents, 8, decode=decode, prefill_chunk=16)
-    return tokens, parts, offset, bytes_received
+    return tokens, parts, offset, bytes_received, decoder.cache.num_bytes()
 
 
-@pytest.mark.parametrize(("tp", "pp", "decode", "changes"), CASES)
-def test_layouts(tp: int, pp: int, decode: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("tp", "cp", "pp", "decode", "changes"), CASES)
+def test_layouts(tp: int, cp: int, pp: int, decode: str, changes: dict[str, Any]) -> None:
     config = tiny_model(objective="clm", **changes)
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
     documents = random_documents(LENGTHS)
     expected_logits = whole_pass(model, documents, decode)
     expected_tokens = [greedy_by_recomputing(model, prompt, 8, decode) for prompt in documents]
-    results = run_ranks(tp * pp, decode_rank, config, tp, pp, decode, documents)
-    for rank, (tokens, parts, offset, received) in enumerate(results):
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp)
+    results = run_ranks(tp * cp * pp, decode_rank, config, parallel, decode, documents)
+    for rank, (tokens, parts, offset, received, _) in enumerate(results):
         assert tokens == expected_tokens
-        stage = rank // tp
+        stage = rank // (tp * cp)
         assert received == (sum(LENGTHS) * config.hidden_size * 8 if stage > 0 else 0)
         assert bool(parts) == (stage == pp - 1)
         for step, part in enumerate(parts):
             rows = [logits[step * CHUNK : (step + 1) * CHUNK] for logits in expected_logits]
             wanted = torch.cat(rows)[:, offset : offset + part.shape[1]]
             torch.testing.assert_close(part, wanted, atol=1e-10, rtol=0)
-    columns = {offset: parts[0].shape[1] for _, parts, offset, _ in results if parts}
+    columns = {offset: parts[0].shape[1] for _, parts, offset, *_ in results if parts}
     assert sum(columns.values()) == config.vocab_size
+
+
+def cache_rank(config: ModelConfig, ranks: int) -> int:
+    mesh = Mesh.build(ParallelConfig(context_parallel_size=ranks))
+    stage = Stage.build(config, mesh, dtype=torch.float64)
+    return Decoder(stage, [96, 32], "full").cache.num_bytes()
+
+
+def test_keys_stay_spread_over_context_parallel_ranks() -> None:
+    config = tiny_model(objective="clm")
+    whole = Decoder(Stage.build(config, Mesh.single(), dtype=torch.float64), [96, 32], "full").cache.num_bytes()
+    assert run_ranks(4, cache_rank, config, 4) == [whole // 4] * 4
 
 
 def test_stages_of_a_checkpoint(tmp_path: Path) -> None:
