@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -80,8 +79,7 @@ def measure(tokens: int, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command += ["-m", "evals.bench._context_rank", str(tokens), folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if process.returncode:
             raise EvalError(f"bench context: {ranks} ranks failed at {tokens} tokens: {process.stderr[-2000:]}")
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
