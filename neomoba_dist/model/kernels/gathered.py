@@ -28,7 +28,7 @@ from neomoba_dist.model.kernels.gather_tasks import (
     is_finite,
 )
 from neomoba_dist.model.kernels.routing import score_dtype
-from neomoba_dist.model.kernels.workers import run_side_by_side
+from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
 # Nanoseconds on one AVX-512 core, forward: they only decide which of two exact methods runs.
 NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 130_000.0
@@ -38,12 +38,14 @@ MASK_ELEMENTS = 1 << 24  # of one additive mask
 
 def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and logsumexp [T, Hq]; see moba.attend."""
-    problem = _spell_out(problem)
-    q = problem.q
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
+    with one_thread():
+        problem = _spell_out(problem)
+        q = problem.q
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
+        docs = documents(problem, sparse_only=False)
     tasks = []
-    for doc in documents(problem, sparse_only=False):
+    for doc in docs:
         if doc.method == "gathered":
             for head, rows in head_pieces(problem, doc):
                 tasks.append(partial(forward_task, problem, doc, head, rows, out, lse))
@@ -62,11 +64,13 @@ def attend_cpu_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; every sum runs in one fixed order."""
-    problem = _spell_out(problem)
-    q, causal = problem.q, problem.causal
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, problem.k, problem.v))
+    with one_thread():
+        problem = _spell_out(problem)
+        q, causal = problem.q, problem.causal
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, problem.k, problem.v))
+        docs = documents(problem, sparse_only=grad_lse is not None)
     tasks, targets = [], []
-    for doc in documents(problem, sparse_only=grad_lse is not None):
+    for doc in docs:
         if doc.method == "gathered":
             for head, rows in head_pieces(problem, doc):
                 tasks.append(partial(backward_task, problem, doc, head, rows, out, lse, grad_out, grad_lse, dq))
@@ -81,9 +85,11 @@ def attend_cpu_backward(
             )
             dk[doc.keys] += part_dk
             dv[doc.keys] += part_dv
-    for (keys, head), (part_dk, part_dv) in zip(targets, run_side_by_side(tasks), strict=True):
-        dk[keys, head] += part_dk
-        dv[keys, head] += part_dv
+    parts = run_side_by_side(tasks)
+    with one_thread():
+        for (keys, head), (part_dk, part_dv) in zip(targets, parts, strict=True):
+            dk[keys, head] += part_dk
+            dv[keys, head] += part_dv
     return dq, dk, dv
 
 

@@ -22,32 +22,42 @@ from neomoba_dist.model.kernels.routing import (
     pooled_width,
     score_dtype,
 )
-from neomoba_dist.model.kernels.workers import run_side_by_side
+from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
 TILE_QUERIES = 512
 TILE_ELEMENTS = 1 << 20  # scores of one tile
+POOLED_ELEMENTS = 1 << 22  # keys pooled by one task
 
 
 def block_means_cpu(k: Tensor, layout: BlockLayout, pooling: str) -> Tensor:
     """Block summaries [N, Hkv, D or 2 D] in the key dtype; rows of blocks that do not exist are zero."""
     means = k.new_zeros(layout.num_blocks, k.shape[1], pooled_width(k.shape[2], pooling))
     block_size = layout.block_size
+    step = max(1, POOLED_ELEMENTS // max(1, block_size * k.shape[1] * k.shape[2]))
+    tasks = []
     for (start, stop), first in zip(pairwise(layout.cu_k.tolist()), layout.first_block[:-1].tolist(), strict=True):
         whole = (stop - start) // block_size
-        if whole:
-            blocks = k[start : start + whole * block_size].unflatten(0, (whole, block_size))
-            means[first : first + whole] = pool_keys(blocks, pooling)
+        for low in range(0, whole, step):
+            high = min(low + step, whole)
+            keys = k[start + low * block_size : start + high * block_size].unflatten(0, (-1, block_size))
+            tasks.append(partial(_pool_into, means[first + low : first + high], keys, pooling))
         if start + whole * block_size < stop:
-            means[first + whole] = pool_keys(k[start + whole * block_size : stop], pooling)
+            tasks.append(partial(_pool_into, means[first + whole], k[start + whole * block_size : stop], pooling))
+    run_side_by_side(tasks)
     return means
+
+
+def _pool_into(means: Tensor, keys: Tensor, pooling: str) -> None:
+    means.copy_(pool_keys(keys, pooling))
 
 
 def route_cpu(
     q: Tensor, means: Tensor, layout: BlockLayout, *, top_k: int, causal: bool, gate: str, pooling: str
 ) -> Tensor:
     """Chosen blocks int32 [T, R, columns]; see moba.route."""
-    routes = empty_routes(q, means, top_k, gate)
-    keys_HDN = means.to(score_dtype(q.dtype)).permute(1, 2, 0).contiguous()
+    with one_thread():
+        routes = empty_routes(q, means, top_k, gate)
+        keys_HDN = means.to(score_dtype(q.dtype)).permute(1, 2, 0).contiguous()
     block_size, heads = layout.block_size, routes.shape[1]
     tasks = []
     places = zip(

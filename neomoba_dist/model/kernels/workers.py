@@ -7,13 +7,26 @@ each on one Python thread whose OpenMP is limited to itself; torch's operators r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small operators between the pieces: after each parallel one, OpenMP's threads spin for milliseconds on the cores
+    that the pieces need (measured: 0.8 of the speed of full attention at 2k tokens on 2 cores)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -26,7 +39,8 @@ def run_side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
             return task()
 
     if threads == 1 or len(tasks) <= 1:
-        return [call(task) for task in tasks]
+        with one_thread():
+            return [call(task) for task in tasks]
     try:
         with ThreadPoolExecutor(min(threads, len(tasks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(call, tasks))
