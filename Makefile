@@ -33,6 +33,7 @@ check: .venv/ready  ## style and types
 bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench attention
 	.venv/bin/python -m evals bench prepare
+	.venv/bin/python -m evals bench loader
 
 bench-gpu:  ## 25 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
 	$(PYTHON) -m evals bench gpu --output runs/bench-gpu

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,8 +130,8 @@ def prepare(subject: Subject, args: argparse.Namespace) -> Plan:
     builder = BatchBuilder(subject.corpus, settings, objective=config.model.objective, length=length, seed=seed)
     plan = source.readers[0].plan
     full = plan.piece_length[plan.row_starts[:-1]] == length
-    order = map(source.row_id, range(source.total))
-    rows = list(islice((row for row in order if full[row]), args.rows))
+    order = source.row_ids(np.arange(source.total))
+    rows = order[full[order]][: args.rows].tolist()
     if not rows:
         longest = int(subject.corpus.document_lengths.max())
         raise EvalError(
@@ -162,7 +161,7 @@ def row_losses(subject: Subject, plan: Plan, attention: str) -> tuple[np.ndarray
     losses, counted = [], []
     with torch.inference_mode():
         for rows in progress(parts, len(parts), f"position_loss, {attention}", "batch"):
-            batch = plan.builder.build(plan.source.read(rows))
+            batch = plan.builder.build(plan.source.read(np.array(rows)))
             losses.append(subject.model.token_losses(batch.to(subject.device)).double().cpu())
             counted.append(batch.labels != IGNORE_LABEL)
     shape = (-1, plan.length)

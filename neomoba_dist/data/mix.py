@@ -36,11 +36,11 @@ class Schedule:
             mine = self._source == source
             self._earlier[mine] = np.arange(mine.sum())
 
-    def take(self, position: int) -> tuple[int, int]:
-        """(source, how many rows it gave before) at a position of the run."""
-        round_, within = divmod(position, self.period)
-        source = int(self._source[within])
-        return source, round_ * int(self._counts[source]) + int(self._earlier[within])
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, rows that it gave before) at `positions` int64 [n] of the run; each int64 [n]."""
+        rounds, within = np.divmod(positions, self.period)
+        source = self._source[within]
+        return source, rounds * self._counts[source] + self._earlier[within]
 
 
 def _whole_parts(weights: Sequence[Fraction]) -> list[int]:

@@ -61,14 +61,18 @@ class RowOrder:
         self._window = window
         self._epoch = -1
         self._chunk_size = max(1, min(_CHUNK, self.rows))
-        self._chunk_first, self._chunk = -1, np.zeros(0, np.int64)
+        self._chunk_number, self._chunk = -1, np.zeros(0, np.int64)
 
-    def take(self, place: int) -> tuple[int, int]:
-        """(epoch, row) at a place of the run, counted from 0 over all epochs."""
-        first = place - place % self._chunk_size
-        if first != self._chunk_first:
-            self._chunk_first, self._chunk = first, self._chunk_from(first)
-        return place // self.rows, int(self._chunk[place - first])
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """Rows at `places` int64 [n] of the run, counted from 0 over all epochs: int64 [n]."""
+        rows = np.empty_like(places)
+        chunk_of = places // self._chunk_size
+        for chunk in np.unique(chunk_of).tolist():
+            if chunk != self._chunk_number:
+                self._chunk_number, self._chunk = chunk, self._chunk_from(chunk * self._chunk_size)
+            mine = chunk_of == chunk
+            rows[mine] = self._chunk[places[mine] - chunk * self._chunk_size]
+        return rows
 
     def _chunk_from(self, first: int) -> np.ndarray:
         """Rows of a chunk of places, which may lie in two epochs: drawn together they cost a microsecond each."""

@@ -44,6 +44,20 @@ class CorpusPlan:
         """Rows in an epoch."""
         return len(self.row_starts) - 1
 
+    def pieces(self, rows: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces of some rows, int64 [n], row after row. Each int64 [pieces].
+
+        Returns (which of `rows`, place in the row, first token, length).
+        """
+        counts = self.row_starts[rows + 1] - self.row_starts[rows]
+        row_of_piece = np.repeat(np.arange(len(rows)), counts)
+        earlier = np.cumsum(counts) - counts
+        piece = np.arange(len(row_of_piece)) + (self.row_starts[rows] - earlier)[row_of_piece]
+        length = self.piece_length[piece].astype(np.int64)
+        room = packing.slots(length)
+        before = np.cumsum(room) - room
+        return row_of_piece, before - before[earlier][row_of_piece], self.piece_start[piece], length
+
 
 def make_plan(lengths: np.ndarray, shard_documents: list[int], packing: Packing, min_length: int) -> CorpusPlan:
     """Packs the documents of at least `min_length` tokens.

@@ -91,17 +91,10 @@ class RowReader:
 
         Returns piece_start, piece_length (int64 [pieces], in the order of `rows`) and damaged, as RowBlock has them.
         """
-        plan = self.plan
-        counts = plan.row_starts[rows + 1] - plan.row_starts[rows]
-        row_of_piece = np.repeat(np.arange(len(rows)), counts)
-        earlier = np.cumsum(counts) - counts
-        pieces = np.arange(len(row_of_piece)) + (plan.row_starts[rows] - earlier)[row_of_piece]
-        lengths = plan.piece_length[pieces].astype(np.int64)
-        room = self.packing.slots(lengths)
-        before = np.cumsum(room) - room
-        places = slots[row_of_piece] * self.packing.length + before - before[earlier][row_of_piece]
-        problems = self.corpus.reader.read(plan.piece_start[pieces], lengths, out_T, places)
-        return places, lengths, {int(slots[row_of_piece[piece]]): text for piece, text in problems.items()}
+        row_of_piece, place, start, length = self.plan.pieces(rows, self.packing)
+        place += slots[row_of_piece] * self.packing.length
+        problems = self.corpus.reader.read(start, length, out_T, place)
+        return place, length, {int(slots[row_of_piece[piece]]): text for piece, text in problems.items()}
 
 
 class Rows:
@@ -151,15 +144,18 @@ class Rows:
         used = [reader.plan.totals[0] / (reader.plan.rows * self.packing.length) for reader in self.readers]
         return 1.0 - float(sum(float(share) * part for share, part in zip(self.shares, used, strict=True)))
 
-    def row_id(self, position: int) -> int:
-        """The row at a position of the run."""
-        source, place = self._schedule.take(position)
-        epoch, row = self._orders[source].take(place)
-        return epoch * self.total + int(self._ends[source]) - self._orders[source].rows + row
+    def row_ids(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` int64 [n] of the run: int64 [n]."""
+        source_of, places = self._schedule.take(positions)
+        ids = np.empty_like(positions)
+        for source in np.unique(source_of).tolist():
+            order, mine = self._orders[source], source_of == source
+            epochs = places[mine] // order.rows
+            ids[mine] = epochs * self.total + int(self._ends[source]) - order.rows + order.take(places[mine])
+        return ids
 
-    def read(self, row_ids: Sequence[int]) -> RowBlock:
-        """These rows."""
-        ids = np.array(row_ids, np.int64)
+    def read(self, ids: np.ndarray) -> RowBlock:
+        """The rows of these ids, int64 [n]."""
         numbers = ids % self.total
         source_of = np.searchsorted(self._ends, numbers, side="right")
         tokens_T = np.full(len(ids) * self.packing.length, self.padding_id, self._dtype)

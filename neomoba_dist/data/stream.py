@@ -175,10 +175,10 @@ class UpdateStream:
 
     def _read_updates(self, position: int) -> Iterator[RowBlock]:
         """Rows of this rank: micro-batch a of rank r has [(a * dp + r) * micro, ... + micro) of an update."""
-        micro = self.micro_batch_size
+        shape = (self.accumulation, self.dp_size, self.micro_batch_size)
         while True:
-            firsts = [position + (a * self.dp_size + self.dp_rank) * micro for a in range(self.accumulation)]
-            yield self.rows.read([self.rows.row_id(p) for first in firsts for p in range(first, first + micro)])
+            positions = np.arange(position, position + self.rows_per_update).reshape(shape)[:, self.dp_rank]
+            yield self.rows.read(self.rows.row_ids(positions.reshape(-1)))
             position += self.rows_per_update
 
     def _without_damage(self, block: RowBlock) -> RowBlock:

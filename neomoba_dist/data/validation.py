@@ -44,7 +44,7 @@ def validation_batches(
     step = micro_batch_size * dp_size
     for first in range(dp_rank * micro_batch_size, -(-rows // step) * step, step):
         positions = np.arange(first, first + micro_batch_size)
-        block = source.read([source.row_id(p if p < rows else 0) for p in positions.tolist()])
+        block = source.read(source.row_ids(np.where(positions < rows, positions, 0)))
         for problem in block.damaged.values():
             raise DataError(problem)
         batches.append(builder.build(block.without(positions >= rows)))

@@ -31,7 +31,7 @@ def direct_losses(subject: Subject, rows: list[int], attention: str) -> tuple[np
     source = Rows([Source(subject.corpus)], Packing(length=LENGTH, max_documents=32), seed=0)
     losses, counted = [], []
     for row in rows:
-        block = source.read([row])
+        block = source.read(np.array([row]))
         tokens = block.tokens_T.astype(np.int64)
         assert block.piece_length.tolist() == [LENGTH]
         if subject.config.model.objective == "mlm":
@@ -92,11 +92,11 @@ def test_rows_are_filled_by_one_document(subjects: dict[str, Subject]) -> None:
     assert plan.length == subject.config.phase.sequence_length
     assert plan.border is None
     assert len(set(plan.rows)) == 12
-    batch = plan.builder.build(plan.source.read(plan.rows))
+    batch = plan.builder.build(plan.source.read(np.array(plan.rows)))
     assert torch.equal(batch.position_ids, torch.arange(plan.length).repeat(12))
     assert position_loss.prepare(subject, options(rows=5)).rows == plan.rows[:5]
     source = plan.source
-    full = [row for row in range(source.total) if source.read([row]).piece_length.tolist() == [plan.length]]
+    full = [row for row in range(source.total) if source.read(np.array([row])).piece_length.tolist() == [plan.length]]
     assert sorted(position_loss.prepare(subject, options()).rows) == full
 
 
