@@ -135,17 +135,18 @@ class WebDataset:
         self.rows = -(-corpus.tokens // shape.length)
         self.updates = self._updates()
 
-    def _documents(self) -> Iterator[np.ndarray]:
+    def _windows(self) -> Iterator[list[np.ndarray]]:
+        """The documents in the order of the tar, again and again."""
         while True:
-            for sample in webdataset.WebDataset(str(self._path), shardshuffle=False):
-                yield np.frombuffer(sample["u16"], "<u2")
+            samples = iter(webdataset.WebDataset(str(self._path), shardshuffle=False))
+            while window := list(itertools.islice(samples, WINDOW)):
+                yield [np.frombuffer(sample["u16"], "<u2") for sample in window]
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(tokens, piece_start, piece_length) of the rows of one window of documents after the other."""
-        documents, length = self._documents(), self._shape.length
+        length = self._shape.length
         packing = Packing(length=length, max_documents=512)
-        while True:
-            window = list(itertools.islice(documents, WINDOW))
+        for window in self._windows():
             lengths = np.array([len(document) for document in window])
             ids, starts = np.concatenate(window), np.cumsum(lengths) - lengths
             packed = plan_rows(starts, lengths, packing)
