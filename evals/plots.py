@@ -170,14 +170,14 @@ def loss_figure(runs: Sequence[Run], entropy: float | None) -> Figure:
     with style():
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         axes: Axes = figure.subplots()
-        for i, (run, start) in enumerate(_with_starts(runs)):
+        for i, (run, start) in enumerate(with_starts(runs)):
             tokens, loss = thinned(*run.series("loss", start))
             axes.plot(tokens, loss, color=BLUE, linewidth=1.2, label=None if i else "training")
             tokens, loss = run.series("validation_loss", start)
             axes.plot(tokens, loss, color=ORANGE, marker="o", markersize=3.5, label=None if i else "validation")
         if entropy is not None:
             axes.axhline(entropy, color=MUTED, linewidth=1.0, linestyle=":", label="unigram entropy")
-        _token_axis(axes, runs, names=True)
+        token_axis(axes, runs, names=True)
         axes.set_ylabel("loss, nats per token")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
         return figure
@@ -188,7 +188,7 @@ def curve_figure(runs: Sequence[Run], key: str, label: str) -> Figure:
     with style():
         figure = Figure(figsize=(3.3, 2.2), layout="constrained")
         axes: Axes = figure.subplots()
-        curves = [thinned(*run.series(key, start)) for run, start in _with_starts(runs)]
+        curves = [thinned(*run.series(key, start)) for run, start in with_starts(runs)]
         for tokens, values in curves:
             axes.plot(tokens, values, color=BLUE, linewidth=1.1)
         values = np.concatenate([values for _, values in curves])
@@ -200,7 +200,7 @@ def curve_figure(runs: Sequence[Run], key: str, label: str) -> Figure:
             axes.yaxis.set_major_locator(MaxNLocator(4))
             plain = FuncFormatter(lambda y, _: f"{y:g}")
             axes.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_second" else plain)
-        _token_axis(axes, runs, names=False)
+        token_axis(axes, runs, names=False)
         axes.set_ylabel(label)
         return figure
 
@@ -215,7 +215,7 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def _with_starts(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
+def with_starts(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
     """Each run with the tokens seen before it."""
     start = 0
     for run in runs:
@@ -223,7 +223,7 @@ def _with_starts(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
         start += run.tokens
 
 
-def _token_axis(axes: Axes, runs: Sequence[Run], *, names: bool) -> None:
+def token_axis(axes: Axes, runs: Sequence[Run], *, names: bool) -> None:
     """Tokens on the x axis; a thin line where a phase begins, with its name."""
     total = sum(run.tokens for run in runs)
     axes.set_xlim(0, total)
@@ -231,7 +231,7 @@ def _token_axis(axes: Axes, runs: Sequence[Run], *, names: bool) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens seen in training")
     line, last = 0, -1.0
-    for run, start in _with_starts(runs):
+    for run, start in with_starts(runs):
         if start:
             axes.axvline(start, color=MUTED, linewidth=0.8)
         if not names:

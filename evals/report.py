@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from evals import page
 from evals.cli import EvalError
+from evals.layer_plots import LAST_STEPS as HEATMAP_STEPS
+from evals.layer_plots import expert_heatmap, layer_figure
 from evals.plots import curve_figure, data_uri, loss_figure
 from evals.results import read_results
 from evals.runs import LAST_STEPS, Run, read_run
@@ -34,6 +36,8 @@ def write_report(args: argparse.Namespace) -> int:
         page.paragraph(lead(runs), "lead"),
         *summary_section(runs),
         *curves_section(runs),
+        *layers_section(runs),
+        *experts_section(runs),
         *(part for result in results for part in task_section(result, alone=len(read) == 1)),
         *missing_section(runs, results),
         *commands_section(runs, this),
@@ -114,6 +118,57 @@ def curves_section(runs: Sequence[Run]) -> list[str]:
         page.heading("Training"),
         page.picture(data_uri(loss_figure(runs, entropy)), "training and validation loss", caption),
         page.row(rest),
+    ]
+
+
+def layers_section(runs: Sequence[Run]) -> list[str]:
+    """What metrics.jsonl tells of every layer; nothing for runs of an older version."""
+    if not any("layer_grad_norms" in entry for run in runs for entry in run.steps):
+        return []
+    figures = (
+        ("layer_grad_norms", "gradient norm of a layer", "Gradient norm of every layer, before clipping.", True),
+        ("activation_rms", "activations, root mean square", "Size of the residual stream after every layer.", False),
+    )
+    lines = "Orange: the first layer, blue: the last."
+    return [
+        page.heading("Layers"),
+        page.row(
+            [
+                page.picture(data_uri(layer_figure(runs, key, label, logarithmic=log)), label, f"{text} {lines}")
+                for key, label, text, log in figures
+            ]
+        ),
+    ]
+
+
+def experts_section(runs: Sequence[Run]) -> list[str]:
+    """How evenly the experts are used; nothing where no run has any."""
+    mixed = [run for run in runs if run.steps[-1].get("tokens_per_expert")]
+    if not mixed:
+        return []
+    last = mixed[-1].steps[-1]
+    violation, kl = max(last["max_violation"]), max(last["kl_to_uniform"])
+    text = (
+        f"At the last step of {mixed[-1].config.phase.name} the busiest expert of the least even layer took "
+        f"{1 + violation:.2f} times its fair share (max violation {violation:.2f}); the largest divergence from an "
+        f"even distribution is {kl:.4f} nats. {last['dropped_tokens']:,} choices were dropped, "
+        f"{last['rerouted_tokens']:,} went to another expert than the router's first ones."
+    )
+    heat = f"Load of every expert over the last {HEATMAP_STEPS} steps; 1 is a fair share."
+    kl_text = "Divergence of the experts' loads from an even distribution, layer by layer; 0 is perfect balance."
+    violation_text = "Load of the busiest expert of each layer over the mean, minus 1."
+    return [
+        page.heading("Experts"),
+        page.paragraph(text),
+        page.picture(data_uri(expert_heatmap(mixed[-1])), "load of every expert of every layer", heat),
+        page.row(
+            [
+                page.picture(data_uri(layer_figure(runs, "kl_to_uniform", "KL to uniform, nats")), "KL", kl_text),
+                page.picture(
+                    data_uri(layer_figure(runs, "max_violation", "max violation")), "max violation", violation_text
+                ),
+            ]
+        ),
     ]
 
 

@@ -81,6 +81,14 @@ class Run:
         kept = np.isfinite(values)
         return seen[kept], values[kept]
 
+    def layer_series(self, key: str, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens seen [N], values [N, layers]), float64, of the steps that have the list `key`, finite throughout."""
+        seen = start + np.cumsum([entry["tokens"] for entry in self.steps], dtype=np.float64)
+        found = [(x, entry[key]) for x, entry in zip(seen, self.steps, strict=True) if entry.get(key)]
+        tokens, values = np.array([x for x, _ in found]), np.array([v for _, v in found], dtype=np.float64)
+        kept = np.isfinite(values).all(1) if found else np.zeros(0, dtype=bool)
+        return tokens[kept], values[kept] if found else values.reshape(0, 0)
+
 
 def read_run(folder: Path) -> Run:
     """A run folder of launch/pretrain.py. Raises EvalError, ConfigError or CheckpointError."""

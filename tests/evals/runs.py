@@ -13,8 +13,10 @@ from torch import nn
 from neomoba_dist.checkpoint.save import save_checkpoint
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import Shard
+from neomoba_dist.model.moe import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.expert_metrics import routing_entry
 from neomoba_dist.train.metrics import RunLog
 from tests.models import tiny_model
 
@@ -33,11 +35,11 @@ class WholeState:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
+    def saved_buffers(self) -> list[tuple[Shard, torch.Tensor]]:
+        return list(saved_buffers(self.model))
+
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         return parameter if kind == "model" else torch.zeros_like(parameter)
-
-    def saved_buffers(self) -> list[tuple[Shard, torch.Tensor]]:
-        return []
 
 
 def make_config(corpus: Path, *, name: str = "phase1", objective: str = "mlm", **model: Any) -> Config:
@@ -84,7 +86,13 @@ def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerpri
             "step_seconds": 0.5,
             "full_attention": step > switch_after,
             "skipped": step == 5,
+            "layer_grad_norms": [1.0 / step, 2.0 / step, 3.0 / step],
+            "activation_rms": [1.0, 2.0, 3.0 + step],
         }
+        if config.model.moe_layers:
+            rows = [[10.0 + step * expert for expert in range(config.model.num_experts)]] * len(config.model.moe_layers)
+            record = torch.tensor([[100.0, 3.0, 2.0, 50.0, *counts] for counts in rows], dtype=torch.float64)
+            entry |= routing_entry(record, config.model)
         log.step(entry | ({"validation_loss": 7.1 - 0.1 * step} if step % 10 == 0 else {}))
     log.close()
     return folder

@@ -79,12 +79,9 @@ def report(output: Path, runs: list[Path], evals: list[Path]) -> tuple[str, Chec
 
 def test_report_with_results(tmp_path: Path, phases: list[Path], results: Path) -> None:
     html, checker, figures = report(tmp_path / "new" / "report.html", phases, [results])
-    assert len(figures) == 6  # loss, gradient norm, learning rate, tokens per second, position loss, needle
-    for label, figure in zip(
-        ["loss, nats", "gradient norm", "learning rate", "tokens per second", "position in the document", "depth of"],
-        figures,
-        strict=True,
-    ):
+    labels = ["loss, nats", "gradient norm", "learning rate", "tokens per second", "gradient norm of a layer"]
+    labels += ["activations", "position in the document", "depth of"]
+    for label, figure in zip(labels, figures, strict=True):
         assert label in figure
         root = ET.fromstring(figure)
         assert root.tag.endswith("svg")
@@ -117,7 +114,7 @@ def test_report_numbers(tmp_path: Path, phases: list[Path], corpus: Corpus) -> N
     assert cells["wall time of the steps"] == ["10 s"] * 2
     assert cells["layout"] == ["dp 4, ZeRO-1"] * 2
     assert cells["parameters"] == [f"{run.parameters:,}"] * 2
-    assert len(figures) == 4
+    assert len(figures) == 6
     assert "Not evaluated" in html
     assert f"python -m evals run --tasks position_loss,needle --checkpoint {phases[1]} --output EVAL" in html
     assert "--num_gpus 4 launch/pretrain.py" in html
@@ -130,7 +127,7 @@ def test_parameters_are_those_of_the_model(phases: list[Path], subjects: dict[st
 
 def test_results_of_several_checkpoints_are_told_apart(tmp_path: Path, phases: list[Path], results: Path) -> None:
     html, _, figures = report(tmp_path / "report.html", phases, [results, results])
-    assert len(figures) == 8
+    assert len(figures) == 10
     assert html.count("Loss by position: phase1, step 20") == 2
 
 
@@ -187,3 +184,21 @@ def test_damaged_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text('{"format"')
     with pytest.raises(EvalError, match="run the task again"):
         read_results(tmp_path)
+
+
+def test_report_on_experts_and_layers(tmp_path: Path, corpus: Corpus, phases: list[Path]) -> None:
+    config = make_config(corpus.folder, name="mixed", num_experts=4, first_k_dense_replace=1)
+    mixed = write_run(tmp_path / "mixed", config)
+    dense, _, figures = report(tmp_path / "dense.html", phases, [])
+    html, _, more = report(tmp_path / "mixed.html", [phases[0], mixed], [])
+    assert "<h2>Layers</h2>" in dense
+    assert "<h2>Experts</h2>" not in dense
+    # loads of the last step: 10, 30, 50, 70
+    assert "took 1.75 times its fair share (max violation 0.75)" in html
+    assert "6 choices were dropped, 4 went to another expert" in html
+    assert len(more) == len(figures) + 3
+    run = read_run(mixed)
+    tokens, values = run.layer_series("kl_to_uniform", 1000)
+    assert values.shape == (20, 2)
+    assert tokens[0] == 1000 + TOKENS_PER_UPDATE
+    assert read_run(phases[0]).layer_series("kl_to_uniform", 0)[1].shape == (0, 0)
