@@ -213,9 +213,9 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         for kind in ("full", "moba"):
             per_head = [row[kind]["both"] / row["heads"] for row in rows]
             time_axes.plot(lengths, per_head, marker="o", markersize=3, color=COLOURS[kind], label=kind)
-            if all(f"{kind}_peak_tensors" in row for row in rows):
-                peaks = [row[f"{kind}_peak_tensors"] for row in rows]
-                memory_axes.plot(lengths, peaks, marker="o", markersize=3, color=COLOURS[kind], label=kind)
+            peaks = {row["length"]: row[f"{kind}_peak_tensors"] for row in rows if f"{kind}_peak_tensors" in row}
+            memory_axes.plot(list(peaks), list(peaks.values()), marker="o", markersize=3, color=COLOURS[kind])
+            memory_axes.set_visible(bool(peaks))
         for key, name, marker in (("forward_ratio", "forward", "o"), ("both_ratio", "forward + backward", "s")):
             ratios = [row[key] for row in rows]
             ratio_axes.plot(lengths, ratios, marker=marker, markersize=3, color=COLOURS["moba"], label=name)
