@@ -25,6 +25,7 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import ShardEntry
 
 ATTEMPTS = 3
+WAIT_SECONDS = 1.0  # before the second attempt; four times as long before the third
 TIMEOUT_SECONDS = 60.0
 _PIECE = 1 << 20
 
@@ -98,7 +99,7 @@ class RemoteFolder:
                 temporary.unlink(missing_ok=True)
                 if attempt == ATTEMPTS:
                     raise
-                time.sleep(0.2 * 4**attempt)
+                time.sleep(WAIT_SECONDS * 4 ** (attempt - 1))
 
 
 def _pieces(url: str) -> Iterator[bytes]:
