@@ -187,7 +187,10 @@ class CorpusIndex:
                     f"data_tools.tokenize_corpus --input {path.removesuffix(INDEX_FILE)}"
                 )
             if (version := raw.pop("version")) != VERSION:
-                raise DataError(f"{path}: version {version}; this program reads version {VERSION}")
+                raise DataError(
+                    f"{path}: version {version}, this program reads version {VERSION}; write the corpus anew with "
+                    "python -m data_tools.tokenize_corpus"
+                )
             fingerprint = raw.pop("fingerprint")
             raw["tokenizer"] = TokenizerEntry(**raw["tokenizer"])
             raw["shards"] = [ShardEntry(**shard) for shard in raw["shards"]]

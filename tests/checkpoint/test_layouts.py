@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one": (1, {}, 1),
     "dp2_zero3": (2, {}, 3),
     "tp4_sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 1),
+    "cp2_zero2": (2, {"context_parallel_size": 2}, 2),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
 }
 

@@ -16,6 +16,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "dp2_zero2_bf16": (2, {}, 2, {"bf16": {"enabled": True}}),
     "dp3_zero3": (3, {}, 3, {"train_micro_batch_size_per_gpu": 1}),  # three ranks divide no matrix evenly
     "tp2_sp_dp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, {}),
+    "cp2_zero2": (2, {"context_parallel_size": 2, "context_parallel_moba": "route_queries"}, 2, {}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1, {}),
     "ep2_zero2": (2, {"expert_model_parallel_size": 2}, 2, {}),
     "ep2_zero3": (2, {"expert_model_parallel_size": 2}, 3, {}),

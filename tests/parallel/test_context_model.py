@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp4_routed": (4, {"context_parallel_moba": "route_queries", "context_parallel_full": "ring"}),
     "cp2_tp2": (2, TP2),
     "cp2_tp2_sp": (2, {**TP2, "sequence_parallel": True, "context_parallel_moba": "route_queries"}),
+    "cp2_tp4": (2, {"tensor_model_parallel_size": 4}),  # KV heads are replicated
     "cp3_tp2_sp": (3, {**TP2, "sequence_parallel": True}),  # padded to a multiple of both
 }
 

@@ -196,7 +196,7 @@ def test_three_steps(layout: str, objective: str) -> None:
     check(world, make_config(objective, parallel, stage))
 
 
-@pytest.mark.parametrize("layout", ["dp2_zero2", "dp2_zero3", "tp2_sp_dp2_zero2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("layout", ["dp2_zero2", "dp2_zero3", "tp2_sp_dp2_zero2", "tp2_sp_pp2", "cp2_dp2_zero3"])
 def test_bf16(layout: str) -> None:
     """bf16 compute with fp32 masters: near the float32 losses, and one set of weights on all ranks."""
     world, parallel, stage = LAYOUTS[layout]
