@@ -254,7 +254,12 @@ def test_change_between_members_is_found_by_verify(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        (INDEX_FILE, b'"version": 2', b'"version": 9', "version 9; this program reads version 2"),
+        (
+            INDEX_FILE,
+            b'"version": 2',
+            b'"version": 9',
+            "version 9, this program reads version 2; write the corpus anew",
+        ),
         (INDEX_FILE, b'"shards": [', b'"shards": [[', "damaged index"),
         (INDEX_FILE, b'"dtype": "uint16"', b'"dtype": "uint32"', "changed by hand or damaged"),
         (INDEX_FILE, b'"recipe"', b'"recipes"', "damaged index"),
