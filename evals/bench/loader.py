@@ -1,7 +1,8 @@
 """Tokens per CPU second of the loader, against a flat memory-mapped file and webdataset with one member per document.
 
-All pack, mask (20 %, 80/10/10) and build tensors with the same code, in one process and one thread; each figure is the
-best of several passes over the corpus, the sources taking turns. "flat" reads the same rows in the same order; "flat,
+All pack, mask (20 %, 80/10/10) and build tensors with the same code, in one process and one thread, a few updates of
+one source after a few of the other. Rates are the best of several passes over the corpus, ratios the median of their
+ratios pass by pass, which a busy machine disturbs least. "flat" reads the same rows in the same order; "flat,
 in order" reads the file from its start to its end. The loader's first pass checks the crc32 of every member; "2nd
 pass" is what remains afterwards. Prints a table; --output also gets loader.json and loader.png.
 """
@@ -15,9 +16,10 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from evals.cli import list_of, positive_int, print_table
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SOURCES = ("loader", "loader, 2nd pass", "loader, thread", "flat", "flat, in order", "webdataset")
+TURN = 4  # updates
 GOALS = {1024: (0.75, 1.25), 4096: (0.75, None), 32_768: (0.75, 2.0)}
 
 
@@ -50,12 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for loader.json and loader.png")
 
 
-def rate(updates: Iterator[list], count: int, tokens: int) -> float:
-    """Tokens per CPU second of the process over `count` updates of `tokens` each."""
-    began = time.process_time()
-    for _ in islice(updates, count):
-        pass
-    return count * tokens / (time.process_time() - began)
+def cpu_seconds(updates: dict[str, Iterator[list]], count: int) -> dict[str, float]:
+    """CPU seconds of the process for `count` updates of each source, a few of one after a few of the other."""
+    seconds = dict.fromkeys(updates, 0.0)
+    for done in range(0, count, TURN):
+        for name, source in updates.items():
+            began = time.process_time()
+            for _ in islice(source, min(TURN, count - done)):
+                pass
+            seconds[name] += time.process_time() - began
+    return seconds
 
 
 def measure(folder: Path, length: int, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -65,32 +72,40 @@ def measure(folder: Path, length: int, args: argparse.Namespace, scratch: Path) 
 
     corpus = open_corpus(folder)
     shape = peers.Shape(length, max(1, args.micro_batch_tokens // length), args.accumulation)
-    tokens = shape.length * shape.micro * shape.accumulation
-    make: dict[str, Callable[[], Any]] = {
-        "loader": lambda: peers.Loader(folder, shape),
-        "loader, thread": lambda: peers.Loader(folder, shape, prefetch=2),
-        "flat": lambda: peers.FlatFile(corpus, scratch, shape),
-        "flat, in order": lambda: peers.FlatFile(corpus, scratch, shape, in_order=True),
-        "webdataset": lambda: peers.WebDataset(corpus, scratch, shape),
-    }
-    rates = dict.fromkeys(SOURCES, 0.0)
+    size = shape.micro * shape.accumulation
+    rates: dict[str, list[float]] = {name: [] for name in SOURCES}
     for _ in range(args.repetitions):
-        for name, source in make.items():
-            peer = source()
-            updates = max(1, peer.rows // (shape.micro * shape.accumulation))
-            rates[name] = max(rates[name], rate(peer.updates, updates, tokens))
-            if name == "loader":
-                rates["loader, 2nd pass"] = max(rates["loader, 2nd pass"], rate(peer.updates, updates, tokens))
+        warm = peers.Loader(folder, shape)
+        count = max(1, warm.rows // size)
+        for _ in islice(warm.updates, count + 1):
+            pass
+        sources: dict[str, Any] = {
+            "loader": peers.Loader(folder, shape),
+            "loader, 2nd pass": warm,
+            "flat": peers.FlatFile(corpus, scratch, shape),
+            "flat, in order": peers.FlatFile(corpus, scratch, shape, in_order=True),
+            "webdataset": peers.WebDataset(corpus, scratch, shape),
+        }
+        spent = cpu_seconds({name: peer.updates for name, peer in sources.items()}, count)
+        # alone: its thread would work in the turns of the others
+        sources["loader, thread"] = peers.Loader(folder, shape, prefetch=2)
+        spent |= cpu_seconds({"loader, thread": sources["loader, thread"].updates}, count)
+        for name, seconds in spent.items():
+            rates[name].append(count * size * length / seconds)
+        for peer in sources.values():
             peer.updates.close()
-    loader = peers.Loader(folder, shape)
+
+    def over(peer: str) -> float:
+        return median(mine / other for mine, other in zip(rates["loader"], rates[peer], strict=True))
+
     return {
         "length": length,
-        "rates": rates,
-        "to_flat": rates["loader"] / rates["flat"],
-        "to_flat_in_order": rates["loader"] / rates["flat, in order"],
-        "to_webdataset": rates["loader"] / rates["webdataset"],
+        "rates": {name: max(found) for name, found in rates.items()},
+        "to_flat": over("flat"),
+        "to_flat_in_order": over("flat, in order"),
+        "to_webdataset": over("webdataset"),
         "goals": GOALS.get(length, (None, None)),
-        "padding_share": loader.stream.padding_share,
+        "padding_share": warm.stream.padding_share,
         "resume_seconds": peers.first_batch_seconds(folder, shape, scratch / "cache", 0.9),
     }
 
