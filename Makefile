@@ -34,6 +34,17 @@ bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench attention
 	.venv/bin/python -m evals bench prepare
 	.venv/bin/python -m evals bench loader
+	.venv/bin/python -m evals bench moe
+	$(MAKE) runs/bench/corpus
+	.venv/bin/python -m evals ablation three_way --output runs/bench/three_way
+
+runs/bench/corpus: .venv/ready  # of the standard library's text, for the comparison of models
+	.venv/bin/python -m data_tools.sample_corpus --output $@.writing/text
+	.venv/bin/python -m data_tools.train_tokenizer --input $@.writing/text/train --output $@.writing/tokenizer \
+	    --vocab_size 8192
+	for part in train validation; do .venv/bin/python -m data_tools.tokenize_corpus --input $@.writing/text/$$part \
+	    --tokenizer $@.writing/tokenizer --output $@.writing/$$part || exit 1; done
+	mv $@.writing $@
 
 bench-gpu:  ## 25 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
 	$(PYTHON) -m evals bench gpu --output runs/bench-gpu

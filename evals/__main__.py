@@ -1,8 +1,9 @@
-"""Evaluate checkpoints: `python -m evals run | report | bench`.
+"""Evaluate checkpoints: `python -m evals run | report | bench | ablation`.
 
 run      run tasks on a checkpoint; writes OUTPUT/TASK.json and OUTPUT/TASK.png
 report   one self-contained HTML file from run folders and evaluation results
 bench    measure speed and memory
+ablation train several models alike and compare them
 """
 
 from __future__ import annotations
@@ -102,7 +103,21 @@ def bench_command(argv: Sequence[str]) -> int:
     return int(module.run(parser.parse_args(argv[1:])))
 
 
-COMMANDS = {"run": run_command, "report": report_command, "bench": bench_command}
+def ablation_command(argv: Sequence[str]) -> int:
+    """`python -m evals ablation NAME`: several models trained alike and compared."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m evals ablation NAME ...\n\nNAME: {', '.join(ABLATIONS)}")
+        return 0
+    if argv[0] not in ABLATIONS:
+        raise EvalError(f"ablation {argv[0]}: no such comparison; choose from: {', '.join(ABLATIONS)}")
+    module = importlib.import_module(ABLATIONS[argv[0]])
+    parser = Parser(f"python -m evals ablation {argv[0]}", module.__doc__)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(argv[1:])))
+
+
+ABLATIONS = {"three_way": "evals.three_way"}
+COMMANDS = {"run": run_command, "report": report_command, "bench": bench_command, "ablation": ablation_command}
 
 
 def main(argv: Sequence[str]) -> int:

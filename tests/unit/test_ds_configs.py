@@ -22,6 +22,7 @@ LARGEST_WORLD = {
     "cpu_tiny": 8,
     "cpu_tiny_clm": 8,
     "cpu_tiny_moe": 8,
+    "three_way_125m": 32,
     "phase1": 128,
     "phase2": 128,
     "phase3": 64,
