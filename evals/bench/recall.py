@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--block-size", type=positive_int, default=128, metavar="N", help="of MoBA (default: 128)")
     parser.add_argument("--top-k", type=positive_int, default=8, metavar="N", help="of MoBA (default: 8)")
-    parser.add_argument("--hidden-size", type=positive_int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--hidden-size", type=positive_int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--layers", type=positive_int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--tokens-per-step", type=positive_int, default=65536, metavar="N", help="default: 65536")
     parser.add_argument("--seconds", type=positive_int, default=240, metavar="N", help="of training (default: 240)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="X", help="default: 0.002")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X", help="default: 0.003")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for recall.json")
 
