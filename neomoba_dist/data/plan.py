@@ -19,7 +19,7 @@ import numpy as np
 
 from neomoba_dist.data.pack import Packing, plan_rows
 
-VERSION = 1  # of the packing: another version packs other rows
+VERSION = 2  # of the packing: another version packs other rows
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,6 @@ def test_every_token_is_in_exactly_one_row(
             # a piece stays inside one document
             assert np.searchsorted(ends, start, side="right") == np.searchsorted(ends, start + size - 1, side="right")
     assert (seen == 1).all()
-    if method == "best_fit":  # long documents are cut only into whole rows and one rest
-        assert len(plan.piece_length) == sum(-(-n // length) for n in lengths)
 
 
 def test_concat_fills_rows_in_document_order() -> None:
@@ -61,11 +59,12 @@ def test_concat_fills_rows_in_document_order() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=200), length=st.integers(16, 128))
-def test_no_two_rows_would_fit_into_one(lengths: list[int], length: int) -> None:
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=200), length=st.integers(16, 1024))
+def test_all_rows_but_one_are_full(lengths: list[int], length: int) -> None:
     plan = _plan(lengths, length, max_documents=1000)
     used = np.add.reduceat(plan.piece_length, plan.row_starts[:-1])
-    assert plan.rows < 2 or np.sort(used)[:2].sum() > length
+    assert (used < length - length // 256).sum() <= 1
+    assert plan.rows == _plan(lengths, length, max_documents=1000, method="concat").rows or (used < length).any()
 
 
 def _web_like(documents: int) -> np.ndarray:
@@ -78,6 +77,25 @@ def test_web_like_documents_pack_almost_without_padding(length: int, padding: fl
     lengths = _web_like(20_000)
     plan = _plan(lengths, length, max_documents=1024)
     assert 1 - lengths.sum() / (plan.rows * length) < padding
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 32768])
+def test_documents_that_fit_into_a_row_are_hardly_ever_cut(length: int) -> None:
+    lengths = _web_like(20_000)
+    cuts = {
+        method: len(_plan(lengths, length, 1024, method=method).piece_length) - (-(-lengths // length)).sum()
+        for method in ("best_fit", "concat")
+    }
+    assert cuts["best_fit"] < 0.01 * len(lengths)
+    assert cuts["best_fit"] < 0.1 * cuts["concat"]
+
+
+@pytest.mark.parametrize(("length", "least"), [(4096, 1024), (4096, 2048), (32768, 8192)])
+def test_subsets_of_long_documents_pack_without_padding_too(length: int, least: int) -> None:
+    """Best fit alone would leave 5 %, 22 % and 9 % of the positions empty: nothing is short enough to fill them."""
+    lengths = _web_like(100_000)
+    plan = make_plan(lengths, [len(lengths)], Packing(length=length, max_documents=512), least)
+    assert 1 - plan.totals[0] / (plan.rows * length) < 0.005
 
 
 def test_no_documents() -> None:
