@@ -9,20 +9,55 @@ its last finished part. train_tokenizer and tokenize_corpus clean what they read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.cleaning import CLEANING_VERSION, CleaningReport, Document, clean_documents, text_digest
 from data_tools.cli import command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
+if TYPE_CHECKING:
+    from data_tools.text_folder import TextFolder
+
 
 def file_facts(files: list[SourceFile]) -> list[list[Any]]:
     """Name, size and time of change of each file: what tells an interrupted run that its input is still the same."""
     return [[file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns] for file in files]
+
+
+def clean_files(
+    files: list[SourceFile],
+    folder: TextFolder,
+    report: CleaningReport,
+    is_contaminated: Callable[[str], bool] | None,
+    is_near_duplicate: Callable[[str], bool] | None,
+) -> None:
+    """Fills the folder with the cleaned documents of `files`, behind those that an interrupted run has kept; `report`
+    is the one of that run."""
+    seen: set[bytes] = set()
+    for document in read_documents([SourceFile(path, path.name) for path in folder.files()], CleaningReport()):
+        seen.add(text_digest(document.text))
+        if is_near_duplicate is not None:
+            is_near_duplicate(document.text)
+    with progress(total_bytes(files), "clean", "B") as bar:
+
+        def counted() -> Iterator[Document]:
+            for document in read_documents(files, report):
+                bar.update(document.raw_bytes)
+                yield document
+
+        documents = counted()
+        invalid = list(report.invalid_lines)
+        for _ in islice(documents, report.documents):
+            pass
+        report.invalid_lines = invalid  # not a second time
+        for document in clean_documents(
+            documents, report, seen=seen, is_contaminated=is_contaminated, is_near_duplicate=is_near_duplicate
+        ):
+            folder.add(document, lambda: dataclasses.asdict(report))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,27 +104,7 @@ def main(argv: Sequence[str]) -> None:
     report.strict = args.strict
     contamination = Contamination(held_out, args.ngram) if held_out else None
     near = None if args.near_duplicates is None else NearDuplicates(args.near_duplicates)
-    seen: set[bytes] = set()
-    with progress(total_bytes(files), "clean", "B") as bar:
-
-        def counted(documents: Iterator[Document]) -> Iterator[Document]:
-            for document in documents:
-                bar.update(document.raw_bytes)
-                yield document
-
-        # what an interrupted run kept is remembered by reading it again; invalid UTF-8 was reported when it was met
-        for document in read_documents([SourceFile(path, path.name) for path in folder.files()], CleaningReport()):
-            seen.add(text_digest(document.text))
-            if near is not None:
-                near(document.text)
-        invalid = list(report.invalid_lines)
-        documents = counted(read_documents(files, report))
-        for _ in islice(documents, report.documents):
-            pass
-        report.invalid_lines = invalid
-        kept = clean_documents(documents, report, seen=seen, is_contaminated=contamination, is_near_duplicate=near)
-        for document in kept:
-            folder.add(document, lambda: dataclasses.asdict(report))
+    clean_files(files, folder, report, contamination, near)
     manifest = folder.close({"report": dataclasses.asdict(report)})
     if contamination is not None and contamination.too_short:
         short = contamination.too_short

@@ -265,6 +265,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     `*.model`, `*vocab.txt` (BERT; lower-cases unless the vocabulary itself has capitals), `*encoder.json` (GPT-2,
     with `*vocab.bpe` beside it). Raises DataError with one line.
     """
+    from neomoba_dist.data.tokenizer_formats import bert_json, gpt2_json
+
     path = Path(path)
     file = _tokenizer_file(path) if path.is_dir() else path
     if not file.is_file():
@@ -273,9 +275,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file.suffix == ".model":
             return SentencePieceTokenizer(file.read_bytes())
         if file.suffix == ".txt":
-            return HuggingFaceTokenizer(_bert_json(file))
+            return HuggingFaceTokenizer(bert_json(file))
         if file.name.endswith("encoder.json"):
-            return HuggingFaceTokenizer(_gpt2_json(file))
+            return HuggingFaceTokenizer(gpt2_json(file))
         return HuggingFaceTokenizer(file.read_bytes())
     except DataError:
         raise
@@ -293,32 +295,3 @@ def _tokenizer_file(folder: Path) -> Path:
         if found:
             return found[0]
     raise DataError(f"{folder}: holds no tokenizer; make one with: python -m data_tools.train_tokenizer --help")
-
-
-def _bert_json(vocab_file: Path) -> bytes:
-    """BERT's vocab.txt as a tokenizer.json."""
-    import tokenizers
-
-    names = vocab_file.read_text(encoding="utf-8").split("\n")
-    vocab = {name.rstrip("\r"): i for i, name in enumerate(names) if name}
-    missing = [name for name in SPECIAL_TOKENS if name not in vocab]
-    if missing:
-        raise DataError(f"{vocab_file}: not a BERT vocabulary, {', '.join(missing)} missing")
-    # vocab.txt does not say whether it is cased; a vocabulary with capitals can only be met by cased text
-    cased = any(name != name.lower() for name in vocab if not name.startswith("["))
-    bert = tokenizers.BertWordPieceTokenizer(vocab, lowercase=not cased)
-    # the library's clean-up on decoding rewrites words ("do not" to "don't")
-    bert.decoder = tokenizers.decoders.WordPiece(cleanup=False)
-    return bert.to_str().encode("utf-8")
-
-
-def _gpt2_json(encoder_file: Path) -> bytes:
-    """GPT-2's encoder.json and vocab.bpe as a tokenizer.json."""
-    import tokenizers
-
-    merges = encoder_file.with_name(encoder_file.name.removesuffix("encoder.json") + "vocab.bpe")
-    if not merges.is_file():
-        raise DataError(f"{encoder_file}: {merges.name} is missing beside it")
-    backend = tokenizers.ByteLevelBPETokenizer(str(encoder_file), str(merges))
-    backend.add_special_tokens(["<|endoftext|>"])
-    return backend.to_str().encode("utf-8")
