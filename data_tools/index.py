@@ -170,6 +170,21 @@ def index_text(folder: Path, shards: list[Path], suffix: str, bar: tqdm[Any]) ->
     return f"{index.documents} documents, {index.text_bytes} bytes of text in {len(entries)} shards"
 
 
+def check_existing(folder: Path, tokenizer: str | None) -> None:
+    """DataError if the index of a folder is not that of its shards and of this tokenizer."""
+    from data_tools.foreign import TextIndex, is_text_index
+    from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
+    from neomoba_dist.data.shards import structural_problems
+    from neomoba_dist.data.tokenizer import load_tokenizer
+
+    file = folder / INDEX_FILE
+    index = TextIndex.from_file(file) if is_text_index(file) else CorpusIndex.from_file(file)
+    for problem in structural_problems(folder, index.shards):
+        raise DataError(f"{problem}; if the shards are right, add --overwrite")
+    if isinstance(index, CorpusIndex) and tokenizer and load_tokenizer(tokenizer).sha256 != index.tokenizer.sha256:
+        raise DataError(f"{file}: of another tokenizer; add --overwrite to index the shards anew")
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = command_parser("index", __doc__)
@@ -187,7 +202,9 @@ def main(argv: Sequence[str]) -> None:
     if not shards:
         raise DataError(f"{args.folder}: no *.tar in this folder")
     if (args.folder / INDEX_FILE).is_file() and not args.overwrite:
-        raise DataError(f"{args.folder}: has an index; check it with data_tools.verify_shards or add --overwrite")
+        check_existing(args.folder, args.tokenizer)
+        print(f"{args.folder}: has its index already; data_tools.verify_shards checks every byte")
+        return
     suffix = args.suffix.lstrip(".") if args.suffix else content_suffix(shards[0])
     if suffix not in (*ID_SUFFIXES, *TEXT_SUFFIXES):
         raise DataError(f"--suffix {suffix}: choose from {', '.join((*ID_SUFFIXES, *TEXT_SUFFIXES))}")

@@ -3,7 +3,8 @@
 The whole of data_tools.tokenize_corpus with one worker (read, clean, tokenise, deduplicate, write parts, shards and
 index) against one call of the library with all texts in memory. CPU time of the process, the least of the repetitions,
 both in turn; the ratio is what preparation keeps of the library's speed. Without --tokenizer the four kinds of
-train_tokenizer are trained first on the same text; without --input the text is that of the Python installation.
+train_tokenizer are trained first on the same text; without --input the text is that of the Python installation. The
+environment variable RAYON_NUM_THREADS=1 holds the library to one core too.
 """
 
 from __future__ import annotations

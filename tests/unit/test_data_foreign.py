@@ -60,8 +60,9 @@ def test_foreign_shards_of_ids_are_read_in_place(tmp_path: Path, tokenizer: Path
     assert corpus.tokens_at(0, corpus.tokens).tolist() == np.concatenate(documents).tolist()
     assert list(verify_shards.corpus_problems(tmp_path)) == []
     assert {name: digest for name, digest in folder_digests(tmp_path).items() if name.endswith(".tar")} == before
-    with pytest.raises(DataError, match=r"has an index; check it .* or add --overwrite"):
-        index.main(arguments)
+    whole = folder_digests(tmp_path)
+    index.main(arguments)
+    assert folder_digests(tmp_path) == whole
 
     payload = bytearray((tmp_path / "part-1.tar").read_bytes())
     members = MemberTable.from_file(tmp_path / MEMBERS_FILE, corpus.index.members_sha256)
@@ -167,6 +168,19 @@ def test_foreign_ids_that_cannot_be(tmp_path: Path, tokenizer: Path, members: di
     with pytest.raises(DataError, match=message):
         index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
     assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_an_index_that_does_not_fit_is_not_kept_silently(tmp_path: Path, tokenizer: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.u16": b"\1\0"})
+    index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
+    other = make_tokenizer(tmp_path / "other", "byte_bpe", vocab_size=600)
+    with pytest.raises(DataError, match="of another tokenizer; add --overwrite"):
+        index.main([str(tmp_path), "--tokenizer", str(other)])
+    write_tar(tmp_path / "b.tar", {"b.u16": b"\2\0"})
+    with pytest.raises(DataError, match=r"b.tar: extra shard.*add --overwrite"):
+        index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
+    index.main([str(tmp_path), "--tokenizer", str(tokenizer), "--overwrite"])
+    assert open_corpus(tmp_path).tokens == 2
 
 
 def test_ids_need_their_tokenizer(tmp_path: Path) -> None:
