@@ -18,6 +18,7 @@ from neomoba_dist.data.errors import DataError
 CLEANING_VERSION = 1
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127])
+_UPPER_CONTROL_BYTES = re.compile(rb"\xc2[\x80-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -83,11 +84,16 @@ def clean_text(text: str) -> str:
     """The cleaned text; cleaning it again changes nothing."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if text.isascii():
-        # most text has nothing to clean: a pass over bytes finds that out at a fraction of a regular expression's cost
-        return text.encode("ascii").translate(None, _CONTROL_BYTES).decode("ascii")
+    # most text has nothing to drop: a pass over its bytes finds that out at a fraction of a regular expression's cost
+    try:
+        payload = text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = _SURROGATE.sub("\ufffd", text)
+        payload = text.encode("utf-8")
+    if len(payload.translate(None, _CONTROL_BYTES)) < len(payload) or _UPPER_CONTROL_BYTES.search(payload):
+        text = _CONTROL.sub("", text)
     # the mark comes last: what stood before it may be gone now
-    return unicodedata.normalize("NFC", _CONTROL.sub("", _SURROGATE.sub("\ufffd", text))).lstrip("\ufeff")
+    return unicodedata.normalize("NFC", text).lstrip("\ufeff")
 
 
 def text_digest(text: str) -> bytes:
