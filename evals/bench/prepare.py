@@ -2,9 +2,9 @@
 
 The whole of data_tools.tokenize_corpus with one worker (read, clean, tokenise, deduplicate, write parts, shards and
 index) against the library with all texts in memory: in one call, or in one for each text if that costs less. CPU time
-of the process, the least of the repetitions, in turn; the ratio is what preparation keeps of the library's speed. Without --tokenizer the four kinds of
-train_tokenizer are trained first on the same text; without --input the text is that of the Python installation. The
-environment variable RAYON_NUM_THREADS=1 holds the library to one core too.
+of the process, the least of the repetitions, in turn; the ratio is what preparation keeps of the library's speed.
+Without --tokenizer the four kinds of train_tokenizer are trained first on the same text; without --input the text is
+that of the Python installation. The environment variable RAYON_NUM_THREADS=1 holds the library to one core too.
 """
 
 from __future__ import annotations
