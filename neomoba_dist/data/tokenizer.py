@@ -177,7 +177,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.token_to_id(token)
 
     def reserved_ids(self) -> list[int]:
-        unused = {i for name, i in self._backend.get_vocab().items() if _UNUSED_NAME.fullmatch(name)}
+        names = self._backend.get_vocab().items()
+        unused = {i for name, i in names if "unused" in name and _UNUSED_NAME.fullmatch(name)}
         special = {i for i, added in self._backend.get_added_tokens_decoder().items() if added.special}
         roles = {i for i in vars(self.special).values() if i is not None}
         return sorted(unused | special | roles)

@@ -50,11 +50,16 @@ def shell_lines(text: Path) -> list[str]:
 def parse(line: str) -> Command | None:
     """The command of our own in a line, None where it is a make target or not ours."""
     words = shlex.split(line)
+    if words[0] == "mpirun":  # -n K
+        words = words[3:]
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
     script = next((i for i, word in enumerate(words) if word.startswith("launch/")), None)
     if words[0] in ("python", "deepspeed") and script is not None:
         return Command(line, (words[script],), tuple(words[script + 1 :]))
     if words[:2] == ["python", "-m"]:
-        end = 4 if words[2] == "evals" else 3  # its first argument is a command of its own
+        # the first argument of evals is a command of its own, and so is that of bench
+        end = 3 if words[2] != "evals" else 4 + (words[3:4] == ["bench"])
         return Command(line, tuple(words[1:end]), tuple(words[end:]))
     assert words[0] in ("make", *FOREIGN) or words[:2] == ["python", "-"], f"what is this? {line}"
     return None
