@@ -23,10 +23,15 @@ MOST_LINES = 12  # layers drawn; of deeper models an even choice
 LAST_STEPS = 10
 
 
+def expert_loads(run: Run) -> np.ndarray:
+    """Rows of every expert over the last steps, over the mean of its layer: float64 [layers, experts]."""
+    rows_LE = np.array([entry["tokens_per_expert"] for entry in run.steps[-LAST_STEPS:]], dtype=np.float64).sum(0)
+    return rows_LE / rows_LE.mean(1, keepdims=True).clip(min=1e-9)
+
+
 def expert_heatmap(run: Run) -> Figure:
     """Layers down, experts to the right: rows of the last steps, in shares of what each would get if all got alike."""
-    rows_LE = np.array([entry["tokens_per_expert"] for entry in run.steps[-LAST_STEPS:]], dtype=np.float64).sum(0)
-    load_LE = rows_LE / rows_LE.mean(1, keepdims=True).clip(min=1e-9)
+    load_LE = expert_loads(run)
     layers, experts = load_LE.shape
     with style():
         figure = Figure(figsize=(1.6 + max(2.4, min(8.0, 0.34 * experts)), 1.1 + 0.24 * layers), layout="constrained")

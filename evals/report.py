@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from evals import page
 from evals.cli import EvalError
 from evals.layer_plots import LAST_STEPS as HEATMAP_STEPS
-from evals.layer_plots import expert_heatmap, layer_figure
+from evals.layer_plots import expert_heatmap, expert_loads, layer_figure
 from evals.plots import curve_figure, data_uri, loss_figure
 from evals.results import read_results
 from evals.runs import LAST_STEPS, Run, read_run
@@ -146,12 +146,12 @@ def experts_section(runs: Sequence[Run]) -> list[str]:
     mixed = [run for run in runs if run.steps[-1].get("tokens_per_expert")]
     if not mixed:
         return []
-    last = mixed[-1].steps[-1]
-    violation, kl = max(last["max_violation"]), max(last["kl_to_uniform"])
+    last, together = mixed[-1].steps[-1], float(expert_loads(mixed[-1]).max()) - 1
     text = (
-        f"At the last step of {mixed[-1].config.phase.name} the busiest expert of the least even layer took "
-        f"{1 + violation:.2f} times its fair share (max violation {violation:.2f}); the largest divergence from an "
-        f"even distribution is {kl:.4f} nats. {last['dropped_tokens']:,} choices were dropped, "
+        f"At the last step of {mixed[-1].config.phase.name} the max violation, load of the busiest expert over the "
+        f"mean minus 1, of the least even layer is {max(last['max_violation']):.2f}; over the last "
+        f"{HEATMAP_STEPS} steps together it is {together:.2f}. The largest divergence from an even distribution is "
+        f"{max(last['kl_to_uniform']):.4f} nats. {last['dropped_tokens']:,} choices were dropped, "
         f"{last['rerouted_tokens']:,} went to another expert than the router's first ones."
     )
     heat = f"Load of every expert over the last {HEATMAP_STEPS} steps; 1 is a fair share."

@@ -46,7 +46,7 @@ class MoE(nn.Module):
         position_ids_T: -1 for padding, which goes to no expert.
         """
         mesh = self.mesh
-        tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length if self.training else None, mesh, self.config)
+        tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length, mesh, self.config, training=self.training)
         expert_SK, weight_SK, aux_loss, record = self.router(x_SH, tokens)
         dispatch = plan_dispatch(expert_SK, self.config.num_experts, mesh, self.router.fill(tokens))
         if mesh.sequence_parallel:

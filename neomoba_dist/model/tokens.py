@@ -29,20 +29,28 @@ class Tokens:
 
     @classmethod
     def of(
-        cls, position_ids_T: torch.Tensor, count: int, row_length: int | None, mesh: Mesh, config: ModelConfig
+        cls,
+        position_ids_T: torch.Tensor,
+        count: int,
+        row_length: int | None,
+        mesh: Mesh,
+        config: ModelConfig,
+        *,
+        training: bool = True,
     ) -> "Tokens":
         """`count` tokens of this rank: its part of the shard with sequence parallelism, else all of it.
 
-        row_length: tokens of a row, None where the micro-batch is one row.
+        row_length: tokens of a row, None where the micro-batch is one row. training: otherwise only `valid_S` matters,
+        and the tokens may be any, as in decoding.
         """
         device, total, split = position_ids_T.device, len(position_ids_T), None
         number_T = torch.arange(total, device=device)
-        if mesh["cp"].size > 1:
+        if training and mesh["cp"].size > 1:
             split = context_split(total, mesh, config)
             number_T, total = split.global_index(mesh["cp"].index, device), split.num_tokens
         start = mesh["tp"].index * count if mesh.sequence_parallel else 0
         valid_S = position_ids_T.narrow(0, start, count) >= 0
-        length = row_length or total
+        length = row_length if training and row_length else total
         return cls(number_T.narrow(0, start, count), valid_S, total // length, length, split)
 
     @property

@@ -58,8 +58,8 @@ def parse(line: str) -> Command | None:
     if words[0] in ("python", "deepspeed") and script is not None:
         return Command(line, (words[script],), tuple(words[script + 1 :]))
     if words[:2] == ["python", "-m"]:
-        # the first argument of evals is a command of its own, and so is that of bench
-        end = 3 if words[2] != "evals" else 4 + (words[3:4] == ["bench"])
+        # the first argument of evals is a command of its own, and so are those of bench and ablation
+        end = 3 if words[2] != "evals" else 4 + (words[3:4] in (["bench"], ["ablation"]))
         return Command(line, tuple(words[1:end]), tuple(words[end:]))
     assert words[0] in ("make", *FOREIGN) or words[:2] == ["python", "-"], f"what is this? {line}"
     return None

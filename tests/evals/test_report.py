@@ -194,7 +194,7 @@ def test_report_on_experts_and_layers(tmp_path: Path, corpus: Corpus, phases: li
     assert "<h2>Layers</h2>" in dense
     assert "<h2>Experts</h2>" not in dense
     # loads of the last step: 10, 30, 50, 70
-    assert "took 1.75 times its fair share (max violation 0.75)" in html
+    assert "of the least even layer is 0.75; over the last 10 steps together it is 0.70." in html
     assert "6 choices were dropped, 4 went to another expert" in html
     assert len(more) == len(figures) + 3
     run = read_run(mixed)

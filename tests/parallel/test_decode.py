@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 
 LENGTHS, CHUNK = (41, 1, 17), 6
 MIXED = {"attention": "moba*1,sliding_window*1,full*1", "sliding_window": 5}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "moe_capacity_factor": 0.5, "num_shared_experts": 1}
 CASES: list[tuple[int, int, int, str, dict[str, Any]]] = [  # tp, cp, pp, decode, changes of the model
     (2, 1, 1, "moba", {"key_conv_width": 3}),
     (1, 1, 2, "moba", {"key_conv_width": 3, "tie_word_embeddings": True, "position_embedding": "learned"}),
@@ -31,6 +32,8 @@ CASES: list[tuple[int, int, int, str, dict[str, Any]]] = [  # tp, cp, pp, decode
     (1, 2, 1, "moba", {"key_conv_width": 3}),
     (1, 4, 1, "full", {}),
     (1, 3, 1, "moba", MIXED),
+    (2, 1, 1, "moba", EXPERTS),
+    (1, 2, 2, "moba", EXPERTS),
     (2, 2, 2, "moba", {"num_hidden_layers": 4}),
 ]
 

@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
     "all_heads": {"num_key_value_heads": 4},
     "one_head": {"num_key_value_heads": 1, "qk_norm": False},
+    "experts": {"num_experts": 4, "moe_intermediate_size": 16, "router_scoring": "sigmoid"},
     "key_conv": {"key_conv_width": 4},
     "window": {"attention": "sliding_window*1,moba*1,full*1", "sliding_window": 5, "key_conv_width": 3},
     "window_global": {"attention": "sliding_window", "sliding_window": 5, "global_tokens": 2},
