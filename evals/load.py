@@ -82,7 +82,8 @@ def _open_data(reader: CheckpointReader, data: Path | None) -> Corpus:
 
 def _check_tokenizer(reader: CheckpointReader, corpus: Corpus) -> None:
     """Compare with the training corpus, where it still lies: ids of another tokenizer mean nothing to the model."""
-    train = Path(reader.config.data.sources[0].place)
+    sources = reader.config.data.sources
+    train = Path(sources[0].place)
     if not (train / INDEX_FILE).is_file():
         return
     index = CorpusIndex.from_file(train / INDEX_FILE)
@@ -91,8 +92,9 @@ def _check_tokenizer(reader: CheckpointReader, corpus: Corpus) -> None:
             f"{corpus.folder}: made with another tokenizer than the training corpus {train}; tokenize the text again "
             f"with: python -m data_tools.tokenize_corpus --tokenizer {train} --input TEXT --output FOLDER"
         )
+    alone = len(sources) == 1 and not sources[0].min_length  # else the checkpoint names the mixture as a whole
     trained_on = reader.trainer().get("data", {}).get("fingerprint", index.fingerprint)
-    if trained_on != index.fingerprint:
+    if alone and trained_on != index.fingerprint:
         logging.getLogger(__name__).warning(
             f"warning: {train} changed since {reader.folder} was trained on it; if its tokenizer changed too, the "
             "results mean nothing"

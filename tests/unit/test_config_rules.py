@@ -174,6 +174,14 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
     ({"train_batch_size": 16}, "train_batch_size is 16, but", {"train_batch_size": 8}),
     ({"neomoba.phase.name": " "}, "neomoba.phase.name is empty", {"neomoba.phase.name": "x"}),
     ({"neomoba.data.train": ""}, "neomoba.data.train is empty", {"neomoba.data.train": "x"}),
+    ({"neomoba.data.train": "a,,b"}, "neomoba.data.train is empty, or has an empty", {"neomoba.data.train": "a,b"}),
+    ({"neomoba.data.train": "a*1,b*0"}, '"a*1,b*0" gives a source the weight 0', {"neomoba.data.train": "a*1,b*2"}),
+    ({"neomoba.data.cache": ""}, "neomoba.data.cache is empty", {"neomoba.data.cache": None}),
+    (
+        {"neomoba.data.align": 30},
+        "neomoba.data.align 30 does not divide neomoba.phase.sequence_length 64; set align to 32",
+        {"neomoba.data.align": 32},
+    ),
     ({"neomoba.data.validation": ""}, "neomoba.data.validation is empty", {"neomoba.data.validation": None}),
     ({"neomoba.log.wandb_project": ""}, "neomoba.log.wandb_project is empty", {"neomoba.log.wandb_project": None}),
 ]  # fmt: skip
