@@ -12,7 +12,11 @@ from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible
 from neomoba_dist.model.attention import Attention
 from neomoba_dist.model.context_attention import context_attention
+from neomoba_dist.model.context_exchange import route_local
+from neomoba_dist.model.context_parts import Exchange
+from neomoba_dist.model.context_routing import gather_means
 from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.moba import block_means, route
 from neomoba_dist.parallel.comm import Ledger
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
@@ -191,6 +195,32 @@ def test_few_and_all_blocks(changes: tuple[tuple[str, int], ...]) -> None:
     """Own block alone, every block, and blocks much smaller than the units."""
     cases = [case for causal in (True, False) for case in strategies(4, (4, 2), PACKED, causal) if case.kind == "moba"]
     check(4, [case._replace(changes=changes) for case in cases])
+
+
+def routes_of_rank(causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global indices and routes of a rank's queries, from the gathered means of everybody's pieces."""
+    mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
+    split = ContextSplit.of_tokens(PACKED[-1], 4, "block_cyclic", BLOCK)
+    index, padding = split.global_index(mesh["cp"].index), split.num_tokens - PACKED[-1]
+    q, k, *_ = (torch.cat((x, x.new_ones(padding, *x.shape[1:])))[index] for x in tensors(PACKED[-1], (4, 2)))
+    cu = torch.tensor([*PACKED, split.num_tokens], dtype=torch.int32)
+    exchange = Exchange.of(cu, split, mesh, "cp", causal, (BLOCK, 3))
+    return index, route_local(q, gather_means(k, exchange.pieces(), exchange), exchange)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_routing_is_identical(causal: bool) -> None:
+    q, k, *_ = tensors(PACKED[-1], (4, 2))
+    cu = torch.tensor(PACKED, dtype=torch.int32)
+    means = block_means(k, block_size=BLOCK, cu_seqlens=cu)
+    expected = route(q, means, block_size=BLOCK, top_k=3, causal=causal, cu_seqlens=cu)
+    assert (expected[:, :, 1:] >= 0).float().mean() > 0.5
+    seen = 0
+    for index, routes in run_ranks(4, routes_of_rank, causal):
+        inside = index < PACKED[-1]
+        assert routes[inside].equal(expected[index[inside]])
+        seen += int(inside.sum())
+    assert seen == PACKED[-1]
 
 
 def test_moba_is_not_full_attention_here() -> None:
