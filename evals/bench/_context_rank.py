@@ -22,6 +22,7 @@ from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launc
 
 # one MoBA and one full layer, as the project's 128k test has them
 MODEL = ModelConfig(
+    objective="clm",
     vocab_size=30_000,
     hidden_size=256,
     num_hidden_layers=2,

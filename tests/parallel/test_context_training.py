@@ -57,7 +57,6 @@ def long_rank(tokens: int, steps: int) -> tuple[list[float], int]:
             "neomoba.parallel.context_parallel_size": 4,
             "neomoba.phase.sequence_length": tokens,
             "neomoba.phase.tokens_per_update": tokens,
-            "neomoba.phase.recompute": "full",
             "train_micro_batch_size_per_gpu": 1,
         }
     )
