@@ -102,13 +102,15 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl. A last line that was cut by a crash is left out."""
+    """The steps of a metrics.jsonl. What follows a line that a crash has cut is left out."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+            entry["step"]
+        except (ValueError, TypeError, KeyError):
             break
+        entries.append(entry)
     return entries
 
 
