@@ -60,7 +60,7 @@ def predict(tokens: int, ranks: int, shape: AttentionShape) -> list[dict[str, An
                 "forward": forward,
                 "backward": backward,
                 "gathered": sum(context_cost.received_bytes("allgather_kv", shape, split.local_tokens, ranks)),
-                "kept": context_cost.kept_bytes(shape, split.local_tokens),
+                "kept": context_cost.kept_bytes(strategy, shape, split.local_tokens, ranks),
                 "passing": context_cost.passing_bytes(strategy, shape, split.local_tokens, ranks),
                 "imbalance": context_cost.work_imbalance(kind, strategy, split, shape, causal=True),
             }

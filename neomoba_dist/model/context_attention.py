@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.config.context import possible
+from neomoba_dist.config.context import possible, ulysses_ranks
 from neomoba_dist.model.context_exchange import GatheredAttention, RingAttention
 from neomoba_dist.model.context_parts import Exchange
 from neomoba_dist.model.context_routing import RoutedQueries
@@ -66,6 +66,8 @@ def context_attention(
         return exchanged(q, k, v, split, "cp")
     inner = "cp" if strategy == "ulysses" else "cp_heads"
     group = mesh[inner].size
+    if group != ulysses_ranks(mesh["cp"].size, k.shape[1]):
+        raise ValueError(f"the mesh was built for other KV heads than these {k.shape[1]}: give it num_key_value_heads")
     order = group_order(split, group, mesh["cp"].index // group, q.device)
     q, k, v = tokens_for_heads([q, k, v], mesh, inner, order)
     whole = strategy == "ulysses"
@@ -99,7 +101,7 @@ def _window_with_halo(
     """A sliding window: every unit with its neighbouring keys is a small batch of documents of its own."""
     reach = config.sliding_window - 1
     before, after = reach, 0 if config.causal else reach
-    keys, values = (with_halo(x, before, after, mesh, "cp", split) for x in (k, v))
+    keys, values = with_halo(torch.cat((k, v), dim=1), before, after, mesh, "cp", split).chunk(2, dim=2)
     queries = torch.nn.functional.pad(q.unflatten(0, (split.units, split.unit)), (0, 0, 0, 0, before, after))
     width, borders, cu = before + split.unit + after, sorted(set(cu_seqlens.tolist())), [0]
     for number, start in enumerate(split.unit_starts(mesh["cp"].index)):

@@ -132,9 +132,11 @@ def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Te
     query sees none of them; both in the dtype of the scores."""
     dtype, heads = score_dtype(q.dtype), k.shape[1]
     out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
-    k, v = k.to(dtype), v.to(dtype)
+    broken = ~v.isfinite().all(-1)  # 0 times not-a-number would spread to queries that do not see the key
+    k, v = k.to(dtype), v.to(dtype).masked_fill(broken[..., None], 0)
     for rows, keys in mask.chunks(q.shape[1], biased=True):
         seen, _ = mask.seen(rows, keys)
+        spoilt = (seen & broken[keys].t().repeat_interleave(q.shape[1] // heads, dim=0)[:, None]).any(-1).t()
         queries = q[rows].to(dtype).unflatten(1, (heads, -1))
         logits = torch.einsum("thgd,shd->hgts", queries, k[keys]).flatten(0, 1) * q.shape[2] ** -0.5
         logits = logits.masked_fill(~seen, -torch.inf)
@@ -142,6 +144,7 @@ def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Te
         weights = (logits - peak).exp()
         total = weights.sum(-1, keepdim=True)
         values = torch.einsum("hgts,shd->thgd", weights.unflatten(0, (heads, -1)), v[keys]).flatten(1, 2)
-        out[rows] = values / total.clamp(min=torch.finfo(dtype).tiny)[..., 0].t()[..., None]
+        values = values / total.clamp(min=torch.finfo(dtype).tiny)[..., 0].t()[..., None]
+        out[rows] = values.masked_fill(spoilt[..., None], torch.nan)
         lse[rows] = (total.log() + peak)[..., 0].t()
     return out, lse

@@ -69,13 +69,14 @@ def squares(exchange: Exchange, device: torch.device) -> Squares:
 class GatheredAttention(torch.autograd.Function):
     """q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D], with all-gathered keys and values.
 
-    As many KV heads at a time as make a gathered chunk no larger than this rank's own keys. The backward pass gathers
-    again, so nothing of length T is kept.
+    As many KV heads at a time as make a gathered chunk no larger than this rank's own keys, but at least one: with more
+    ranks than KV heads a chunk is one head of all T tokens. The backward pass gathers again, so nothing of length T is
+    kept.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
-        outs, statistics, ctx.routes = [], [], []
+        outs, statistics, chosen = [], [], []
         for heads, keys in _chunks(q, k, exchange):
             queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
             merged = Merged(queries)
@@ -86,19 +87,22 @@ class GatheredAttention(torch.autograd.Function):
             routes = _moba_routes(queries, all_k, exchange)
             if routes is not None:
                 merged.add(slice(None), *routes.forward(queries, all_k, all_v))
-            ctx.routes.append(routes)
+            chosen.append(routes)
             outs.append(merged.out.to(q.dtype))
             statistics.append(merged.lse)
         out, lse = torch.cat(outs, dim=1), torch.cat(statistics, dim=1)
-        ctx.exchange = exchange
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.exchange, ctx.longest = exchange, [None if routes is None else routes.longest for routes in chosen]
+        # saved, not kept on ctx: activation checkpointing must see whatever grows with the tokens
+        tensors = (x for routes in chosen if routes is not None for x in (routes.routes, routes.spans))
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
-        parts = []
-        for (heads, keys), routes in zip(_chunks(q, k, exchange), ctx.routes, strict=True):
+        (q, k, v, out, lse, *saved), exchange = ctx.saved_tensors, ctx.exchange
+        parts, tensors = [], iter(saved)
+        for (heads, keys), longest in zip(_chunks(q, k, exchange), ctx.longest, strict=True):
+            routes = None if longest is None else Routes(next(tensors), next(tensors), longest)
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
             results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
             all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))

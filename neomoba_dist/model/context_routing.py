@@ -11,8 +11,7 @@ way: M rows that are sent, N rows that are received.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,45 +26,59 @@ from neomoba_dist.parallel.context_split import Pieces
 
 
 class RoutedQueries(torch.autograd.Function):
-    """MoBA: q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D]."""
+    """MoBA: q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D].
+
+    Everything of a token's size that the backward pass needs is a saved tensor, so that activation checkpointing sees
+    it. Visitors are kept if they came in one trip, else they travel again.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         everything = exchange.pieces()
         routes = route_local(q, gather_means(k, everything, exchange), exchange)
-        trip = Trip.plan(chosen_pieces(routes, everything, exchange), everything, k.shape[1], exchange)
+        chosen, spans = chosen_pieces(routes, everything, exchange), local_spans(everything, k, exchange)
+        longest = int(everything.length.max())
+        trips = plan_trips(chosen, everything, k.shape[1], exchange)
         merged = Merged(q)
         merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
-        visitors = trip.send(q)
-        out, lse = trip.routes.forward(visitors, _heads_as_tokens(k), _heads_as_tokens(v))
-        for rows, part_out, part_lse in zip(trip.rows, trip.back(out), trip.back(lse), strict=True):
-            merged.add(rows, part_out[:, 0], part_lse[:, 0])
+        visitors = q
+        for trip in trips:
+            visitors = trip.send(q, exchange)
+            here = Routes(trip.routes, spans, longest)
+            out, lse = here.forward(visitors, _heads_as_tokens(k), _heads_as_tokens(v))
+            for rows, *part in zip(trip.rows(), trip.back(out, exchange), trip.back(lse, exchange), strict=True):
+                merged.add(rows, part[0][:, 0], part[1][:, 0])
         result = merged.out.to(q.dtype)
-        ctx.exchange, ctx.trip = exchange, trip
-        ctx.save_for_backward(q, k, v, result, merged.lse, visitors)
+        ctx.exchange, ctx.longest = exchange, longest
+        kept = visitors if len(trips) == 1 else q
+        ctx.save_for_backward(q, k, v, result, merged.lse, kept, spans, *(x for trip in trips for x in trip))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (q, k, v, out, lse, visitors), exchange, trip = ctx.saved_tensors, ctx.exchange, ctx.trip
+        (q, k, v, out, lse, kept, spans, *parts), exchange = ctx.saved_tensors, ctx.exchange
+        trips = [Trip(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
         grad, dtype = grads[0].contiguous(), score_dtype(q.dtype)
         dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
         delta = (out.to(dtype) * grad.to(dtype)).sum(-1)
-        there, statistics = trip.send(grad), trip.send(torch.stack((lse, delta), dim=2))[:, 0]
-        # delta stands for the output, which stays at home: the kernels take out . grad - grad_lse, so 0 + delta
-        part_q, *part_kv = trip.routes.backward(
-            visitors,
-            _heads_as_tokens(k),
-            _heads_as_tokens(v),
-            torch.zeros_like(visitors),
-            statistics[:, :1].contiguous(),
-            there,
-            grad_lse=-statistics[:, 1:].contiguous(),
-        )
-        for rows, part in zip(trip.rows, trip.back(part_q), strict=True):
-            dq[rows] += part[:, 0]
-        for total, part in zip((dk, dv), part_kv, strict=True):
-            total += part.view(k.shape[1], len(k), -1).transpose(0, 1)
+        for trip in trips:
+            visitors = kept if len(trips) == 1 else trip.send(q, exchange)
+            there = trip.send(grad, exchange)
+            statistics = trip.send(torch.stack((lse, delta), dim=2), exchange)[:, 0]
+            # delta stands for the output, which stays at home: the kernels take out . grad - grad_lse, so 0 + delta
+            part_q, *part_kv = Routes(trip.routes, spans, ctx.longest).backward(
+                visitors,
+                _heads_as_tokens(k),
+                _heads_as_tokens(v),
+                torch.zeros_like(visitors),
+                statistics[:, :1].contiguous(),
+                there,
+                grad_lse=-statistics[:, 1:].contiguous(),
+            )
+            for rows, part in zip(trip.rows(), trip.back(part_q, exchange), strict=True):
+                dq[rows] += part[:, 0]
+            for total, part in zip((dk, dv), part_kv, strict=True):
+                total += part.view(k.shape[1], len(k), -1).transpose(0, 1)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -119,63 +132,85 @@ def chosen_pieces(routes: Tensor, everything: Pieces, exchange: Exchange) -> Ten
     return piece.masked_fill(~seen, -1).flatten(2)
 
 
-@dataclass
-class Trip:
-    """Which query heads visit which ranks, and what they attend to there.
+class Trip(NamedTuple):
+    """Some query heads on their way to the ranks of their pieces. M of this rank leave, N of all ranks arrive.
 
-    rows: for every rank the (query, head) that this rank sends there; routes: of the received rows over this rank's
-    pieces, all KV heads laid end to end.
+    token, head: int64 [M], by destination. counts: int64 [2, C] on the CPU, rows that leave for and arrive from every
+    rank. routes: int32 [N, 1, columns], pieces of this rank that each arrived row attends to (local_spans).
     """
 
-    exchange: Exchange
-    rows: list[tuple[Tensor, Tensor]]
-    send_counts: list[int]
-    receive_counts: list[int]
-    routes: Routes
+    token: Tensor
+    head: Tensor
+    counts: Tensor
+    routes: Tensor
 
-    @classmethod
-    def plan(cls, chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> Trip:
-        """chosen: int64 [S, Hq, columns] from `chosen_pieces`."""
-        device, ranks, local = chosen.device, exchange.split.ranks, exchange.split.local_tokens
-        owner = everything.owner.to(device)[chosen.clamp(min=0)].masked_fill(chosen < 0, -1)
-        counts = torch.stack([(everything.owner == rank).sum() for rank in range(ranks)]).to(device)
-        kv_head = torch.arange(chosen.shape[1], device=device) // (chosen.shape[1] // num_kv_heads)
-        # the number of a piece among all heads' pieces of its owner
-        number = everything.number.to(device)[chosen.clamp(min=0)] + kv_head[:, None] * counts[owner.clamp(min=0)]
-        rows, numbers, ends = [], [], []
-        for rank in range(ranks):
-            there = owner == rank
-            visits = there.any(-1).nonzero(as_tuple=True)
-            rows.append((visits[0], visits[1]))
-            wanted = there[visits]
-            numbers.append(number[visits][wanted])
-            ends.append(wanted.sum(-1))
-        sizes = torch.tensor([[len(r[0]), len(n)] for r, n in zip(rows, numbers, strict=True)], device=device)
-        ones = [1] * ranks
-        received = all_to_all(sizes, exchange.mesh, exchange.axis, ones, ones).tolist()
-        # a row's last piece is marked by its sign: the lists need no lengths of their own
-        stream = torch.cat(numbers) + 1
-        last = torch.cat(ends).cumsum(0) - 1
-        stream[last] = -stream[last]
-        arrived = all_to_all(
-            stream.int(), exchange.mesh, exchange.axis, [len(n) for n in numbers], [n for _, n in received]
-        )
-        mine = everything.of(exchange.rank)
-        spans = torch.stack((everything.local[mine], everything.length[mine]), dim=1)
-        heads = torch.arange(num_kv_heads)[:, None, None] * torch.tensor([local, 0])
-        routes = Routes(_unpack(arrived), (spans + heads).flatten(0, 1).to(device), int(everything.length.max()))
-        return cls(exchange, rows, [len(r[0]) for r in rows], [n for n, _ in received], routes)
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """What leaves for every rank: (token, head)."""
+        sizes = self.counts[0].tolist()
+        return list(zip(self.token.split(sizes), self.head.split(sizes), strict=True))
 
-    def send(self, x: Tensor) -> Tensor:
+    def send(self, x: Tensor, exchange: Exchange) -> Tensor:
         """The travelling rows of x [S, Hq, ...] at their destinations: [N, 1, ...]."""
-        leaving = torch.cat([x[rows] for rows in self.rows])
-        arguments = (self.exchange.mesh, self.exchange.axis, self.send_counts, self.receive_counts)
-        return all_to_all(leaving, *arguments)[:, None]
+        leave, arrive = self.counts.tolist()
+        return all_to_all(x[self.token, self.head], exchange.mesh, exchange.axis, leave, arrive)[:, None]
 
-    def back(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the received rows [N, ...] became, at home again, by the rank they had visited: [M, ...] each."""
-        arguments = (self.exchange.mesh, self.exchange.axis, self.receive_counts, self.send_counts)
-        return all_to_all(x, *arguments).split(self.send_counts)
+    def back(self, x: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
+        """What the arrived rows [N, ...] became, at home again, by the rank they had visited: [M, ...] each."""
+        leave, arrive = self.counts.tolist()
+        return all_to_all(x, exchange.mesh, exchange.axis, arrive, leave).split(leave)
+
+
+def plan_trips(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> list[Trip]:
+    """Who travels where, in as many trips as keep a rank's visitors within twice their mean number, or one.
+
+    chosen: int64 [S, Hq, columns] from `chosen_pieces`. Where many queries choose the same blocks, their owner would
+    otherwise hold queries of all T tokens.
+    """
+    device, ranks, axis = chosen.device, exchange.split.ranks, exchange.axis
+    assert exchange.moba is not None
+    owner = everything.owner.to(device)[chosen.clamp(min=0)].masked_fill(chosen < 0, -1)
+    counts = torch.bincount(everything.owner, minlength=ranks).to(device)
+    kv_head = torch.arange(chosen.shape[1], device=device) // (chosen.shape[1] // num_kv_heads)
+    # the number of a piece among all heads' pieces of its owner
+    number = everything.number.to(device)[chosen.clamp(min=0)] + kv_head[:, None] * counts[owner.clamp(min=0)]
+    visits, numbers, firsts = [], [], []
+    for rank in range(ranks):
+        there = owner == rank
+        visits.append(there.any(-1).nonzero(as_tuple=True))
+        wanted = there[visits[-1]]
+        numbers.append(number[visits[-1]][wanted])
+        firsts.append(torch.nn.functional.pad(wanted.sum(-1).cumsum(0), (1, 0)))
+    leaving = torch.tensor([len(token) for token, _ in visits], device=device)
+    table = all_gather(leaving, exchange.mesh, axis).tolist()
+    limit = 2 * chosen.shape[0] * chosen.shape[1] * max(1, exchange.moba[1] - 1)
+    total = max(1, -(-max(sum(column) for column in zip(*table, strict=True)) // limit))
+    trips = []
+    for trip in range(total):
+        arrive = [row[exchange.rank] * (trip + 1) // total - row[exchange.rank] * trip // total for row in table]
+        rows, streams = [], []
+        for (token, head), listed, first in zip(visits, numbers, firsts, strict=True):
+            low, high = (len(token) * step // total for step in (trip, trip + 1))
+            rows.append((token[low:high], head[low:high]))
+            stream = listed[first[low] : first[high]] + 1
+            last = first[low + 1 : high + 1] - first[low] - 1
+            stream[last] = -stream[last]  # a row's last piece is marked by its sign: lists need no lengths of their own
+            streams.append(stream)
+        sizes = torch.tensor([len(stream) for stream in streams], device=device)[:, None]
+        ones = [1] * ranks
+        received = all_to_all(sizes, exchange.mesh, axis, ones, ones)[:, 0].tolist()
+        sent = [len(stream) for stream in streams]
+        arrived = all_to_all(torch.cat(streams).int(), exchange.mesh, axis, sent, received)
+        token, head = (torch.cat(part) for part in zip(*rows, strict=True))
+        trips.append(Trip(token, head, torch.tensor([[len(t) for t, _ in rows], arrive]), _unpack(arrived)))
+    return trips
+
+
+def local_spans(everything: Pieces, k: Tensor, exchange: Exchange) -> Tensor:
+    """Start and length of this rank's pieces, all KV heads laid end to end: int64 [Hkv * pieces, 2]."""
+    mine = everything.of(exchange.rank)
+    spans = torch.stack((everything.local[mine], everything.length[mine]), dim=1)
+    heads = torch.arange(k.shape[1])[:, None, None] * torch.tensor([len(k), 0])
+    return (spans + heads).flatten(0, 1).to(k.device)
 
 
 def _unpack(stream: Tensor) -> Tensor:

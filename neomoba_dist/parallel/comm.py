@@ -84,14 +84,15 @@ def all_reduce(tensor: torch.Tensor, mesh: "Mesh", axis: str, op: str = "sum") -
 def broadcast(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch.Tensor:
     """Copy the tensor of the axis member number `source` to all members, in place. Returns the tensor."""
     if mesh[axis].size > 1:
-        with mesh.ledger.record(mesh, axis, "broadcast", num_bytes(tensor)):
+        received = 0 if mesh[axis].index == source else num_bytes(tensor)
+        with mesh.ledger.record(mesh, axis, "broadcast", received):
             dist.broadcast(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
     return tensor
 
 
 def send(tensor: torch.Tensor, mesh: "Mesh", axis: str, target: int) -> None:
     """Give the tensor to the axis member number `target`, which calls `receive`. Not differentiable."""
-    with mesh.ledger.record(mesh, axis, "send", num_bytes(tensor)):
+    with mesh.ledger.record(mesh, axis, "send", 0):  # the receiver counts it
         dist.send(tensor.contiguous(), dst=mesh[axis].ranks[target], group=mesh[axis].group)
 
 
@@ -183,7 +184,8 @@ class RingTransfer:
             *(dist.P2POp(dist.isend, tensor, target, group=place.group) for tensor in self._sent),
             *(dist.P2POp(dist.irecv, tensor, source, group=place.group) for tensor in self._received),
         ]
-        self._requests = dist.batch_isend_irecv(operations)
+        with mesh.ledger.record(mesh, axis, "ring", 0):  # counted on arrival
+            self._requests = dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[torch.Tensor]:
         """What the member before has passed on."""

@@ -57,48 +57,56 @@ def gather_tokens(x: Tensor, mesh: "Mesh", axis: str, split: ContextSplit) -> Te
 
 def scatter_gradients(grad: Tensor, mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
     """The backward of `gather_tokens`: the ranks' gradients [T, ...], summed over the axis, to the tokens' owners."""
-    everything = torch.cat([split.global_index(rank, grad.device) for rank in range(split.ranks)])
-    return reduce_scatter(grad.index_select(0, everything).unflatten(0, (split.ranks, -1)), mesh, axis)
+    by_owner = grad.index_select(0, split.gathered_index(grad.device))
+    return reduce_scatter(by_owner.unflatten(0, (split.ranks, -1)), mesh, axis)
 
 
 def fetch_tokens(x: Tensor, wanted: Callable[[int], Tensor], mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
-    """Rows of other ranks' tokens: [S, ...] -> [n, ...], zeros where nothing is wanted. Differentiable.
+    """Rows of other ranks' tokens: [S, ...] -> [n, ...]. Differentiable.
 
-    wanted: the global indices that a rank needs, int64 [n] on the CPU, -1 for none; the same function on all ranks, so
+    wanted: the global indices that a rank needs, int64 [n] on the CPU, each once; the same function on all ranks, so
     that no index travels.
     """
     rank, ranks = mesh[axis].index, range(mesh[axis].size)
-    mine = wanted(rank)
-    given = [_owned_places(wanted(other), rank, split)[1] for other in ranks]
-    taken = [_owned_places(mine, other, split)[0] for other in ranks]
+    given = []
+    for other in ranks:
+        owner, local = split.places_of(wanted(other))
+        given.append(local[owner == rank])
+    owner, _ = split.places_of(wanted(rank))
     sent = x.index_select(0, torch.cat(given).to(x.device))
-    received = all_to_all(sent, mesh, axis, [len(part) for part in given], [len(part) for part in taken])
-    result = x.new_zeros((len(mine), *x.shape[1:]))
-    return result.index_copy(0, torch.cat(taken).to(x.device), received)
-
-
-def _owned_places(indices: Tensor, rank: int, split: ContextSplit) -> tuple[Tensor, Tensor]:
-    """Which of the global indices the rank owns, and their local indices there."""
-    row, place = indices // split.unit // split.ranks, indices // split.unit % split.ranks
-    owner = torch.where(row % 2 == 1, split.ranks - 1 - place, place)
-    chosen = ((owner == rank) & (indices >= 0)).nonzero()[:, 0]
-    return chosen, (row * split.unit + indices % split.unit)[chosen]
+    counts = [int((owner == other).sum()) for other in ranks]
+    received = all_to_all(sent, mesh, axis, [len(part) for part in given], counts)
+    order = owner.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    return received.index_select(0, place.to(x.device))
 
 
 def with_halo(x: Tensor, before: int, after: int, mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
     """Each unit with its neighbours: [S, ...] -> [units, before + unit + after, ...], zeros past the ends.
 
     The first and last tokens of the flat axis have no neighbours; documents are the caller's business. Differentiable.
+    A token that several units of a rank need travels once, and one that it holds itself not at all: what a rank
+    receives is never more than everybody's tokens.
     """
 
-    def wanted(rank: int) -> Tensor:
-        starts = torch.tensor(split.unit_starts(rank))[:, None]
+    def neighbours(rank: int) -> Tensor:
         sides = (torch.arange(-before, 0), torch.arange(split.unit, split.unit + after))
-        index = starts + torch.cat(sides)
-        return index.masked_fill((index < 0) | (index >= split.num_tokens), -1).flatten()
+        return torch.tensor(split.unit_starts(rank))[:, None] + torch.cat(sides)
+
+    def foreign(rank: int) -> Tensor:
+        index = neighbours(rank).unique()
+        index = index[(index >= 0) & (index < split.num_tokens)]
+        return index[split.places_of(index)[0] != rank]
 
     units = x.unflatten(0, (split.units, split.unit))
     if before + after == 0:
         return units
-    halo = fetch_tokens(x, wanted, mesh, axis, split).unflatten(0, (split.units, before + after))
+    rank = mesh[axis].index
+    index, wanted = neighbours(rank), foreign(rank)
+    owner, local = split.places_of(index.clamp(0, split.num_tokens - 1))
+    row = torch.where(owner == rank, local, len(x) + torch.searchsorted(wanted, index))
+    row[(index < 0) | (index >= split.num_tokens)] = len(x) + len(wanted)
+    known = torch.cat((x, fetch_tokens(x, foreign, mesh, axis, split), x.new_zeros(1, *x.shape[1:])))
+    halo = known.index_select(0, row.flatten().to(x.device)).unflatten(0, (split.units, before + after))
     return torch.cat((halo[:, :before], units, halo[:, before:]), dim=1)

@@ -7,7 +7,7 @@ rank, D head size, e bytes of an element, k blocks per query (the own block incl
 """
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from neomoba_dist.config import Config
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
@@ -29,7 +29,8 @@ class AttentionShape:
 def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> tuple[float, float]:
     """(forward, backward) bytes that a rank receives in one layer, without activation checkpointing.
 
-    "route_queries" is an upper bound: a query that chose two blocks of one rank travels there once.
+    "route_queries" is an estimate from above for one document whose blocks lie whole on the ranks: a query head that
+    chose two blocks of one rank travels there once, and a block that ranks share is visited on each of them.
     """
     name = strategy.removeprefix("ulysses+")
     if name != strategy:
@@ -45,8 +46,9 @@ def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, rank
         one_way = (2 * shape.query_heads + 2 * shape.kv_heads) * row * local_tokens * share
         return one_way, one_way
     if name == "route_queries":
-        sent = local_tokens * shape.query_heads * (shape.top_k - 1) * share
-        forward = sent * (2 * row + statistic + 4)  # queries and the number of a block; outputs and their lse
+        chosen = local_tokens * shape.query_heads * (shape.top_k - 1) * share
+        sent = min(chosen, local_tokens * shape.query_heads * (ranks - 1))  # a head visits a rank once
+        forward = sent * (2 * row + statistic) + 4 * chosen  # queries, outputs and their lse; numbers of blocks
         return means_bytes(shape, local_tokens, ranks) + forward, sent * (2 * row + 2 * statistic)
     keys = 2 * shape.kv_heads * row * local_tokens * (ranks - 1)
     # a ring's gradients of keys travel as sums, in float32 for half precision
@@ -55,7 +57,10 @@ def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, rank
 
 
 def means_bytes(shape: AttentionShape, local_tokens: int, ranks: int) -> float:
-    """Bytes of the gate: what an all-gather of block means, in float32 (float64 for float64), brings to a rank."""
+    """Bytes of the gate: what an all-gather of block means, in float32 (float64 for float64), brings to a rank.
+
+    For one document whose blocks lie whole on the ranks; every further document or cut block adds a mean.
+    """
     means = local_tokens / shape.block_size * shape.kv_heads * shape.head_dim
     return means * max(4, shape.element_size) * (ranks - 1)
 
@@ -76,38 +81,48 @@ def work_imbalance(kind: str, strategy: str, split: ContextSplit, shape: Attenti
     inner = ulysses_ranks(split.ranks, shape.kv_heads) if strategy.startswith("ulysses") else 1
     split, size, others = split.merged(inner), shape.block_size, shape.top_k - 1
     blocks = -(-split.num_tokens // size)
-    if kind == "full":
-        pairs = [position + 0.5 if causal else 1.0 for position in range(blocks)]
-    elif strategy.endswith("route_queries"):
-        visits = [0.0, *accumulate(min(others, block) / block for block in range(blocks - 1, 0, -1))][::-1]
-        pairs = [0.5 + visits[block] if causal else 1.0 for block in range(blocks)]
-    else:
-        pairs = [0.5 + min(others, block) if causal else 1.0 for block in range(blocks)]
+    # how often a key of each block is visited from later blocks, in queries
+    visits = [0.0, *accumulate(size * min(others, block) / block for block in range(blocks - 1, 0, -1))][::-1]
     loads = [0.0] * split.ranks
-    for block, load in enumerate(pairs):
-        loads[split.owner(block * size // split.unit)] += load
+    borders = sorted({*range(0, split.num_tokens, size), *range(0, split.num_tokens, split.unit), split.num_tokens})
+    for start, stop in pairwise(borders):
+        block, middle = start // size, (start + stop) / 2
+        if not causal:
+            pairs = 1.0
+        elif kind == "full":
+            pairs = middle
+        elif strategy.endswith("route_queries"):
+            pairs = middle - block * size + visits[block]
+        else:
+            pairs = middle - block * size + size * min(others, block)
+        loads[split.owner(start // split.unit)] += pairs * (stop - start)
     return max(loads) / (sum(loads) / len(loads))
 
 
-def kept_bytes(shape: AttentionShape, local_tokens: int) -> float:
-    """Bytes that a rank keeps of one attention layer until its backward pass: q, k, v, output, and the logsumexp."""
-    row = shape.head_dim * shape.element_size
-    statistic = shape.query_heads * max(4, shape.element_size)
-    return local_tokens * ((2 * shape.query_heads + 2 * shape.kv_heads) * row + statistic)
+def kept_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
+    """Bytes that a rank keeps of one attention layer until its backward pass: q, k, v, output and the logsumexp, and
+    the queries that visit it."""
+    row, statistic = shape.head_dim * shape.element_size, shape.query_heads * max(4, shape.element_size)
+    kept = local_tokens * ((2 * shape.query_heads + 2 * shape.kv_heads) * row + statistic)
+    if strategy.endswith("route_queries"):
+        kept += local_tokens * shape.query_heads * min(shape.top_k - 1, ranks) * row
+    return kept
 
 
 def passing_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
-    """Bytes of other ranks' keys and values, or queries, that a rank holds at once while it computes."""
+    """Bytes of a layer's backward pass that a rank holds at once beside what it kept: keys and values of other ranks
+    with their gradients, once in the dtype of the keys and once summed in float32, or the visitors' gradients."""
     inner = ulysses_ranks(ranks, shape.kv_heads) if strategy.startswith("ulysses") else 1
     outer, row, name = ranks // inner, shape.head_dim * shape.element_size, strategy.removeprefix("ulysses+")
     tokens, query_heads, kv_heads = local_tokens * inner, shape.query_heads // inner, shape.kv_heads // inner
     own = (query_heads + 2 * kv_heads) * row * tokens if inner > 1 else 0
+    with_gradients = 2 * (2 * row + shape.head_dim * max(4, shape.element_size))
     if name == "allgather_kv":
-        return own + 2 * tokens * outer * -(-kv_heads // outer) * row
+        return own + tokens * outer * -(-kv_heads // outer) * with_gradients
     if name == "ring":
-        return own + 2 * 2 * kv_heads * row * tokens
+        return own + 2 * tokens * kv_heads * with_gradients
     if name == "route_queries":
-        return own + 2 * tokens * query_heads * (shape.top_k - 1) * row
+        return own + 3 * tokens * query_heads * min(shape.top_k - 1, outer) * row
     return own
 
 
@@ -126,6 +141,8 @@ def describe(config: Config) -> str:
         f"each of {ranks} ranks ({parallel.context_parallel_split}: {split.units} x {split.unit})"
     ]
     for kind, chosen in (("moba", parallel.context_parallel_moba), ("full", parallel.context_parallel_full)):
+        if kind not in model.layer_attentions and not (kind == "full" and config.phase.full_attention_fraction):
+            continue
         strategy = choose(kind, shape, split.local_tokens, ranks) if chosen == "auto" else chosen
         forward, backward = (part / 2**20 for part in received_bytes(strategy, shape, split.local_tokens, ranks))
         balance = work_imbalance(kind, strategy, split, shape, model.causal)

@@ -42,6 +42,8 @@ class ContextSplit:
     def of_local(cls, local: int, ranks: int, split: str, block_size: int) -> "ContextSplit":
         """The split in which a rank holds `local` tokens."""
         units = _rounds(local, split, block_size)
+        if local % units:
+            raise ValueError(f"{local} tokens are no {split} share of {units} units; see ContextSplit.of_tokens")
         return cls(ranks, units, local // units)
 
     @property
@@ -67,15 +69,29 @@ class ContextSplit:
 
     def global_index(self, rank: int, device: torch.device | None = None) -> Tensor:
         """Global index of every token of the rank, ascending: int64 [S]."""
-        starts = torch.tensor(self.unit_starts(rank), device=device)
-        return (starts[:, None] + torch.arange(self.unit, device=device)).flatten()
+        return self.indices_at(torch.arange(self.local_tokens, device=device), rank)
+
+    def gathered_index(self, device: torch.device | None = None) -> Tensor:
+        """Global index of every token when the ranks' tokens are laid end to end: int64 [T]."""
+        place = torch.arange(self.num_tokens, device=device)
+        return self.indices_at(place % self.local_tokens, place // self.local_tokens)
 
     def gathered_order(self, device: torch.device | None = None) -> Tensor:
-        """Where each token stands when the ranks' tokens are laid end to end: int64 [T], global index -> place."""
-        order = torch.empty(self.num_tokens, dtype=torch.int64, device=device)
-        everything = torch.cat([self.global_index(rank, device) for rank in range(self.ranks)])
-        order[everything] = torch.arange(self.num_tokens, device=device)
-        return order
+        """The inverse: where each token stands when the ranks' tokens are laid end to end, int64 [T]."""
+        owner, local = self.places_of(torch.arange(self.num_tokens, device=device))
+        return owner * self.local_tokens + local
+
+    def indices_at(self, local: Tensor, rank: Tensor | int) -> Tensor:
+        """Global indices of tokens by their local ones."""
+        row = local // self.unit
+        place = torch.where(row % 2 == 1, self.ranks - 1 - rank, rank)
+        return (row * self.ranks + place) * self.unit + local % self.unit
+
+    def places_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Owner and local index of tokens by their global ones."""
+        row, place = index // self.unit // self.ranks, index // self.unit % self.ranks
+        owner = torch.where(row % 2 == 1, self.ranks - 1 - place, place)
+        return owner, row * self.unit + index % self.unit
 
     def tokens_before(self, rank: int, index: int) -> int:
         """How many of the rank's tokens have a global index below `index`: also the local index of that token."""
@@ -154,8 +170,7 @@ def pieces(split: ContextSplit, borders: Sequence[int], block_size: int) -> Piec
     block_starts = cu[document] + (torch.arange(len(document)) - first_block[document]) * block_size
     start = torch.cat((block_starts, torch.arange(0, split.num_tokens, split.unit))).unique()
     stop = torch.cat((start[1:], cu[-1:]))
-    row, place = (start // split.unit // split.ranks), (start // split.unit % split.ranks)
-    owner = torch.where(row % 2 == 1, split.ranks - 1 - place, place)
+    owner, local = split.places_of(start)
     number = torch.empty_like(start)
     for rank in range(split.ranks):
         mine = owner == rank
@@ -165,7 +180,7 @@ def pieces(split: ContextSplit, borders: Sequence[int], block_size: int) -> Piec
         length=stop - start,
         block=torch.searchsorted(block_starts, start, right=True) - 1,
         owner=owner,
-        local=row * split.unit + start % split.unit,
+        local=local,
         number=number,
         num_blocks=len(document),
     )

@@ -14,7 +14,7 @@ from neomoba_dist.model.attention import Attention
 from neomoba_dist.model.context_attention import context_attention
 from neomoba_dist.model.context_exchange import route_local
 from neomoba_dist.model.context_parts import Exchange
-from neomoba_dist.model.context_routing import gather_means
+from neomoba_dist.model.context_routing import chosen_pieces, gather_means, plan_trips
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.moba import block_means, route
 from neomoba_dist.parallel.comm import Ledger
@@ -44,11 +44,14 @@ def model_config(heads: tuple[int, int], causal: bool, **changes: Any) -> ModelC
     return ModelConfig(**{**settings, **changes})
 
 
-def tensors(tokens: int, heads: tuple[int, int]) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, float64."""
+def tensors(tokens: int, heads: tuple[int, int], hot: bool = False) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, float64. hot: all queries are drawn to the first two blocks."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(tokens, heads[0], 8), (tokens, heads[1], 8), (tokens, heads[1], 8), (tokens, heads[0], 8)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if hot:
+        q, k[: 2 * BLOCK] = q.abs(), k[: 2 * BLOCK] + 2
+    return [q, k, v, grad]
 
 
 def core_of(config: ModelConfig, kind: str) -> Callable[..., torch.Tensor]:
@@ -56,9 +59,9 @@ def core_of(config: ModelConfig, kind: str) -> Callable[..., torch.Tensor]:
     return Attention("attention", config, Initializer(Mesh.single(), 0, 0.02), kind=kind)._undivided_core
 
 
-def one_process(config: ModelConfig, kind: str, borders: tuple[int, ...]) -> list[torch.Tensor]:
+def one_process(config: ModelConfig, kind: str, borders: tuple[int, ...], hot: bool = False) -> list[torch.Tensor]:
     """Output and gradients of q, k, v."""
-    *inputs, grad = tensors(borders[-1], (config.num_attention_heads, config.num_key_value_heads))
+    *inputs, grad = tensors(borders[-1], (config.num_attention_heads, config.num_key_value_heads), hot)
     leaves = [x.requires_grad_() for x in inputs]
     out = core_of(config, kind)(*leaves, torch.tensor(borders, dtype=torch.int32))
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
@@ -73,6 +76,7 @@ class Case(NamedTuple):
     heads: tuple[int, int] = (4, 2)
     settings: tuple[tuple[str, str], ...] = ()
     changes: tuple[tuple[str, int], ...] = ()
+    hot: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -99,7 +103,7 @@ def rank_result(case: Case, mesh: Mesh) -> RankResult:
     index = split.global_index(cp.index)
     *inputs, grad = (
         torch.cat((x, x.new_full((split.num_tokens - tokens, *x.shape[1:]), 7.0)))[index]
-        for x in tensors(tokens, case.heads)
+        for x in tensors(tokens, case.heads, case.hot)
     )
     leaves = [x.requires_grad_() for x in inputs]
     cu = torch.tensor([*case.borders, split.num_tokens], dtype=torch.int32)
@@ -122,7 +126,7 @@ def check(ranks: int, cases: list[Case]) -> None:
     assert cases
     results = run_ranks(ranks, rank_results, ranks, cases[0].heads[1], cases, timeout=300)
     for number, case in enumerate(cases):
-        expected = one_process(case.config, case.kind, case.borders)
+        expected = one_process(case.config, case.kind, case.borders, case.hot)
         for place, name in enumerate(("output", "dq", "dk", "dv")):
             actual = torch.full_like(expected[place], torch.nan)
             for result in (rank[number] for rank in results):
@@ -195,6 +199,28 @@ def test_few_and_all_blocks(changes: tuple[tuple[str, int], ...]) -> None:
     """Own block alone, every block, and blocks much smaller than the units."""
     cases = [case for causal in (True, False) for case in strategies(4, (4, 2), PACKED, causal) if case.kind == "moba"]
     check(4, [case._replace(changes=changes) for case in cases])
+
+
+def hot_rank() -> tuple[int, int]:
+    """Trips, and the visitors of the fullest one."""
+    mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
+    split = ContextSplit.of_tokens(ALIGNED[-1], 4, "block_cyclic", BLOCK)
+    q, k, *_ = (x[split.global_index(mesh["cp"].index)] for x in tensors(ALIGNED[-1], (4, 2), hot=True))
+    exchange = Exchange.of(torch.tensor(ALIGNED, dtype=torch.int32), split, mesh, "cp", True, (BLOCK, 3))
+    everything = exchange.pieces()
+    routes = route_local(q, gather_means(k, everything, exchange), exchange)
+    trips = plan_trips(chosen_pieces(routes, everything, exchange), everything, 2, exchange)
+    return len(trips), max(len(trip.routes) for trip in trips)
+
+
+def test_blocks_that_everybody_chooses() -> None:
+    """Their owner's visitors come in several trips, so that it never holds queries of all tokens."""
+    check(4, [Case("moba", ALIGNED, causal, settings=(("context_moba", "route_queries"),), hot=True)
+              for causal in (True, False)])  # fmt: skip
+    tokens, heads, others = ALIGNED[-1] // 4, 4, 2
+    results = run_ranks(4, hot_rank)
+    assert {trips for trips, _ in results} == {2}
+    assert max(visitors for _, visitors in results) <= 2 * tokens * heads * others
 
 
 def routes_of_rank(causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

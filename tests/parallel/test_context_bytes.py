@@ -74,6 +74,14 @@ def test_bytes_are_those_of_the_formulas() -> None:
             assert 0 < max(rank[number][2] for rank in ranks) <= keys / 256  # the gate
 
 
+def test_work_is_counted_by_pieces() -> None:
+    """Units that are no multiple of the block: half a block each, and a little more than one."""
+    shape = AttentionShape(8, 1, 64, 2, 512, 3)
+    for tokens, ranks in ((4096, 8), (32768, 64), (32768, 6)):
+        split = ContextSplit.of_tokens(tokens, ranks, "block_cyclic", 512)
+        assert work_imbalance("full", "ring", split, shape, causal=True) == pytest.approx(1.0, abs=1e-9)
+
+
 def test_the_cheapest_strategy_is_chosen() -> None:
     """The table of moba.md, section 7: heads 32/8 x 128 in bfloat16, and 12/12 x 64."""
     shape = AttentionShape(32, 8, 128, 2, 512, 3)

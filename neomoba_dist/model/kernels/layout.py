@@ -117,9 +117,10 @@ def make_layout(
 
 
 def make_span_layout(num_queries: int, longest: int, spans: Tensor) -> BlockLayout:
-    """Blocks that are any spans of keys, int64 [N, 2] start and length, at most `longest` keys each.
+    """Blocks that are spans of keys: int64 [N, 2] start and length, disjoint, at most `longest` keys each.
 
-    Queries have no own block: every column of a routing is attended whole.
+    Queries have no own block: every column of a routing is attended whole. The Triton kernels give each span's keys
+    their gradient in one place, so overlapping spans, which the CPU path would bear, are wrong there.
     """
     nothing = torch.zeros(2, dtype=torch.int64, device=spans.device)
     return BlockLayout(num_queries, longest, len(spans), nothing, nothing, nothing[:1], nothing, spans)
