@@ -10,12 +10,11 @@ import torch
 
 from evals.bench._context_rank import MODEL, long_batch
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.data.corpus import open_corpus
-from neomoba_dist.train.assemble import build_stream
+from neomoba_dist.train.assemble import build_stream, open_corpora
 from neomoba_dist.train.engine import build_engine
 from tests.configs import build
 from tests.ranks import run_ranks
-from tests.runs import build_mesh, metrics, run_config, shared_corpus, train_here
+from tests.runs import build_mesh, metrics, run_config, train_here
 
 TP2_CP2 = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
 
@@ -25,16 +24,16 @@ def phase3(layout: dict[str, Any], length: int) -> Config:
     schedule = {"full_attention_fraction": 0.2, "full_attention_schedule": "tail", "recompute": "full"}
     tree = run_config(layout, 2, steps=5, **schedule).to_dict()
     blocks = tree["neomoba"]
-    blocks["model"].update(max_position_embeddings=length, moba_block_size=length // 512)
+    blocks["model"].update(max_position_embeddings=length, moba_block_size=length // 128)
     blocks["phase"].update(sequence_length=length, tokens_per_update=length)
     blocks["data"].update(validation=None, max_documents_per_row=2048)
     return parse_config({**tree, "train_micro_batch_size_per_gpu": 1})
 
 
-@pytest.mark.parametrize("length", [4096, pytest.param(32768, marks=pytest.mark.full)])
+@pytest.mark.parametrize("length", [1024, pytest.param(32768, marks=pytest.mark.full)])
 def test_phase_3(length: int, tmp_path: Path) -> None:
     config = phase3({}, length)
-    batches, _ = next(iter(build_stream(config, config.plan(1), open_corpus(str(shared_corpus())), dp_rank=0)))
+    batches, _ = next(iter(build_stream(config, config.plan(1), open_corpora(config).train, dp_rank=0)))
     assert batches[0].cu_seqlens.diff().max() > 20 * config.model.moba_block_size
     runs = {}
     for name, world, layout in (("one", 1, {}), ("four", 4, {**TP2_CP2, "sequence_parallel": True})):
