@@ -145,25 +145,22 @@ def tokenize_block(pieces: list[Piece], tokenizer_path: Path, tokenizer_sha256: 
     tokenizer = _worker_tokenizer(tokenizer_path, tokenizer_sha256)
     dtype = np.dtype(id_dtype(tokenizer.vocab_size))
     head, tail = (np.array(border, dtype) for border in tokenizer.document_borders)
-    ids: list[np.ndarray] = []
-    digests = bytearray()
-    for piece in pieces:
-        text = clean_text(piece.text)
-        digests += text_digest(text)
-        # one text a call: a block shall use one core, the pool uses the others
+    texts = [clean_text(piece.text) for piece in pieces]
+    ids = []
+    for piece, text, found in zip(pieces, texts, tokenizer.encode_arrays(texts), strict=True):
         if text.strip() or not (piece.first and piece.last):
-            found = tokenizer.encode_array(text)
             parts = [*[head] * piece.first, found, *[tail] * piece.last]
             ids.append(np.concatenate(parts, dtype=dtype, casting="unsafe"))
         else:
             ids.append(np.zeros(0, dtype))
+    digests = b"".join(map(text_digest, texts))
     buffer = io.BytesIO()
     np.savez(
         buffer,
         ids=np.concatenate(ids),
         ends=np.cumsum([len(piece) for piece in ids]),
         last=np.array([piece.last for piece in pieces]),
-        digests=np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16),
+        digests=np.frombuffer(digests, np.uint8).reshape(-1, 16),
     )
     write_atomically(part, buffer.getvalue())
 

@@ -58,9 +58,7 @@ def test_batch_save_and_load_agree(tokenizers: dict[str, Path], kind: str, tmp_p
     tokenizer = load_tokenizer(tokenizers[kind])
     texts = [text[:2000] for text in standard_library_texts().values()]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
-    assert [tokenizer.encode_array(text).tolist() for text in [*texts, ""]] == [
-        tokenizer.encode(t) for t in [*texts, ""]
-    ]
+    assert [ids.tolist() for ids in tokenizer.encode_arrays([*texts, ""])] == tokenizer.encode_batch([*texts, ""])
     again = load_tokenizer(tokenizer.save(tmp_path / "copy").parent)
     assert again.sha256 == tokenizer.sha256
     assert again.encode(texts[0]) == tokenizer.encode(texts[0])
