@@ -45,7 +45,12 @@ def folder_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("ep2_zero2", "ep2_pp2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.full) if name in SLOW else name for name in LAYOUTS]
+)
 def test_bit_for_bit(layout: str, tmp_path: Path) -> None:
     world, parallel, stage, deepspeed = LAYOUTS[layout]
     rows = {"tokens_per_update": 128 * 6} if world == 3 else {}

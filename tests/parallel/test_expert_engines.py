@@ -42,7 +42,12 @@ def moe_config(objective: str, layout: dict[str, Any], stage: int, **model: Any)
     return make_config(objective, layout, stage, {"num_experts": 4, "moe_intermediate_size": 24, **LOSSES, **model})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("dp2_zero2", "tp2_dp2_zero3", "ep2_dp4_zero1", "ep2_dp4_zero3", "ep4_zero2", "ep2_tp2_zero1", "ep2_pp2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.full) if name in SLOW else name for name in LAYOUTS]
+)
 def test_three_steps(layout: str) -> None:
     world, parallel, stage = LAYOUTS[layout]
     changes: dict[str, Any] = {"router_scoring": "sigmoid", "router_bias_update_rate": 0.01, "num_shared_experts": 1}
