@@ -64,13 +64,13 @@ def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_pa
     done = evals("report", "--run", runs["clm"], "--eval", output, "--output", file)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"report: {file}\n"
-    assert file.read_text().count("data:image/svg+xml") == 6
+    assert file.read_text().count("data:image/svg+xml") == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], "{run,report,bench}"),
+        (["--help"], "{run,report,bench,ablation}"),
         (["run", "--help"], "--depths P,..."),
         (["run", "--tasks", "needle", "--help"], "needle:"),
         (["report", "--help"], "--eval DIR"),
