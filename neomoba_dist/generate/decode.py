@@ -48,7 +48,7 @@ class Decoder:
                 f"{max(capacities)} tokens are more than the {config.max_position_embeddings} positions that the model "
                 "learned (neomoba.model.max_position_embeddings); ask for fewer"
             )
-        self.stage, self.mesh = stage, stage.mesh
+        self.stage, self.mesh = stage.eval(), stage.mesh  # experts have a capacity in training only
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         kinds = ["full" if kind == "moba" and decode == "full" else kind for kind in stage.kinds]

@@ -67,7 +67,7 @@ def decode_rank(
 @pytest.mark.parametrize(("tp", "cp", "pp", "decode", "changes"), CASES)
 def test_layouts(tp: int, cp: int, pp: int, decode: str, changes: dict[str, Any]) -> None:
     config = tiny_model(objective="clm", **changes)
-    model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
+    model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5).eval()
     documents = random_documents(LENGTHS)
     expected_logits = whole_pass(model, documents, decode)
     expected_tokens = [greedy_by_recomputing(model, prompt, 8, decode) for prompt in documents]
