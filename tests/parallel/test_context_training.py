@@ -80,5 +80,6 @@ def test_one_sequence_of_8k_tokens_over_four_ranks() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(2700)
 def test_one_sequence_of_128k_tokens_over_four_ranks() -> None:
     check_long(131072, 2)
