@@ -142,7 +142,7 @@ def _measured_cells(row: dict[str, Any]) -> list[str]:
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """Peak memory of a rank against the length, a line per number of ranks."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     from evals.plots import BLUE, INK, ORANGE, style
 
@@ -158,6 +158,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator(lengths))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:.0f}k"))
+        axes.yaxis.set_major_locator(LogLocator(base=2))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
         axes.legend()
     return drawn
