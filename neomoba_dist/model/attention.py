@@ -82,10 +82,14 @@ class Attention(nn.Module):
             frequencies = rope_frequencies(self.config, self.head_dim, x_SH.device)
             cos, sin = rope_cos_sin(position_ids, frequencies, rope_temperature(self.config))
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if self.recompute_core and torch.is_grad_enabled():
-            out_TND = checkpoint(self.core, q, k, v, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
-        else:
+        if cache is not None:
             out_TND = self.core(q, k, v, cu_seqlens, cache)
+        else:
+            core = self.spread_core if self.mesh["cp"].size > 1 else self.core
+            if self.recompute_core and torch.is_grad_enabled():
+                out_TND = checkpoint(core, q, k, v, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out_TND = core(q, k, v, cu_seqlens)
         return row_linear(out_TND.flatten(1), self.o_proj, self.mesh)
 
     def core(
@@ -96,23 +100,7 @@ class Attention(nn.Module):
         cu_seqlens: torch.Tensor,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]."""
-        config, kind = self.config, "full" if self.full else self.kind
-        if cache is None and self.mesh["cp"].size > 1:
-            return context_attention(
-                q, k, v, cu_seqlens, kind=kind, config=config, mesh=self.mesh, core=self._undivided_core
-            )
-        return self._undivided_core(q, k, v, cu_seqlens, cache)
-
-    def _undivided_core(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        cache: LayerCache | None = None,
-    ) -> torch.Tensor:
-        """The core in a process that has all the tokens of its heads."""
+        """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]; all tokens are here."""
         config, kind = self.config, "full" if self.full else self.kind
         if cache is not None:
             kind, has_earlier_keys = cache.kind, cache.extend(k, v)
@@ -131,6 +119,11 @@ class Attention(nn.Module):
             causal=config.causal,
             cu_seqlens=cu_seqlens,
         )
+
+    def spread_core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The same where the tokens lie on several context-parallel ranks."""
+        kind = "full" if self.full else self.kind
+        return context_attention(q, k, v, cu_seqlens, kind=kind, config=self.config, mesh=self.mesh, core=self.core)
 
     def _convolve(self, k: torch.Tensor, taps: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """The key convolution of this rank's tokens."""

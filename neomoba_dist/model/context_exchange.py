@@ -13,7 +13,6 @@ from torch import Tensor
 
 from neomoba_dist.model.context_parts import (
     Exchange,
-    Grads,
     Merged,
     Rectangle,
     Routes,
@@ -77,13 +76,14 @@ class GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         outs, statistics, chosen = [], [], []
+        own, rectangles = _own_parts(exchange, q.device)
         for heads, keys in _chunks(q, k, exchange):
             queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
             merged = Merged(queries)
             all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
-            if exchange.causal or exchange.moba is None:
-                merged.add(slice(None), *squares(exchange, q.device).forward(queries, own_k, own_v))
-                add_rectangles(merged, _rectangles(exchange), queries, all_k, all_v)
+            if own is not None:
+                merged.add(slice(None), *own.forward(queries, own_k, own_v))
+            add_rectangles(merged, rectangles, queries, all_k, all_v)
             routes = _moba_routes(queries, all_k, exchange)
             if routes is not None:
                 merged.add(slice(None), *routes.forward(queries, all_k, all_v))
@@ -101,21 +101,21 @@ class GatheredAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse, *saved), exchange = ctx.saved_tensors, ctx.exchange
         parts, tensors = [], iter(saved)
+        own, rectangles = _own_parts(exchange, q.device)
         for (heads, keys), longest in zip(_chunks(q, k, exchange), ctx.longest, strict=True):
             routes = None if longest is None else Routes(next(tensors), next(tensors), longest)
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
             results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
             all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
             totals = zeros_like_all(queries, all_k, all_v)
-            own: Grads | None = None
-            if exchange.causal or exchange.moba is None:
-                own = squares(exchange, q.device).backward(queries, own_k, own_v, *results)
-                add_rectangle_gradients(totals, _rectangles(exchange), queries, all_k, all_v, *results)
+            add_rectangle_gradients(totals, rectangles, queries, all_k, all_v, *results)
             if routes is not None:
                 for total, part in zip(totals, routes.backward(queries, all_k, all_v, *results), strict=True):
                     total += part
-            dq, dk, dv = totals[0], *(_scatter(x.to(q.dtype), exchange) for x in totals[1:])
-            chunk = (dq, dk, dv) if own is None else tuple(a + b for a, b in zip((dq, dk, dv), own, strict=True))
+            chunk = [totals[0], *(_scatter(x.to(q.dtype), exchange) for x in totals[1:])]
+            if own is not None:
+                own_grads = own.backward(queries, own_k, own_v, *results)
+                chunk = [a + b for a, b in zip(chunk, own_grads, strict=True)]
             parts.append([x.to(q.dtype) for x in chunk])
         dq, dk, dv = (torch.cat(chunks, dim=1) for chunks in zip(*parts, strict=True))
         return dq, dk, dv, None
@@ -138,12 +138,17 @@ def _scatter(grad: Tensor, exchange: Exchange) -> Tensor:
     return scatter_gradients(grad, exchange.mesh, exchange.axis, exchange.split)
 
 
-def _rectangles(exchange: Exchange) -> list[Rectangle]:
-    return [
+def _own_parts(exchange: Exchange, device: torch.device) -> tuple[Squares | None, list[Rectangle]]:
+    """Squares, and rectangles against the gathered keys. A bidirectional MoBA query routes to its own block like to
+    any other, and has neither."""
+    if exchange.moba is not None and not exchange.causal:
+        return None, []
+    rectangles = [
         (local_rows(exchange, start, stop), slice(first, last))
         for start, stop, first, last in stretches(exchange)
         if last > first
     ]
+    return squares(exchange, device), rectangles
 
 
 def _moba_routes(q: Tensor, all_k: Tensor, exchange: Exchange) -> Routes | None:
@@ -193,8 +198,8 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         merged = Merged(q)
         merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
-        for owner, (keys, values) in _around(k, v, exchange):
-            add_rectangles(merged, _ring_rectangles(exchange, owner), q, keys, values)
+        for rectangles, (keys, values) in _around(k, v, exchange):
+            add_rectangles(merged, rectangles, q, keys, values)
         out = merged.out.to(q.dtype)
         ctx.exchange = exchange
         ctx.save_for_backward(q, k, v, out, merged.lse)
@@ -205,13 +210,12 @@ class RingAttention(torch.autograd.Function):
         (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
         grad, dtype, travelling = grads[0].contiguous(), score_dtype(q.dtype), None
         dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
-        for owner, (keys, values) in _around(k, v, exchange):
-            if owner == exchange.rank:
-                own = (dq, dk, dv)
-                add_rectangle_gradients(own, _ring_rectangles(exchange, owner), q, keys, values, out, lse, grad)
+        for rectangles, (keys, values) in _around(k, v, exchange):
+            here = keys is k
+            totals = (dq, dk, dv) if here else (dq, *zeros_like_all(keys, values))
+            add_rectangle_gradients(totals, rectangles, q, keys, values, out, lse, grad)
+            if here:
                 continue
-            totals = (dq, *zeros_like_all(keys, values))
-            add_rectangle_gradients(totals, _ring_rectangles(exchange, owner), q, keys, values, out, lse, grad)
             part = list(totals[1:])
             if travelling is not None:
                 part = [a + b for a, b in zip(travelling.wait(), part, strict=True)]
@@ -221,24 +225,24 @@ class RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _around(k: Tensor, v: Tensor, exchange: Exchange) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """(owner, its keys and values) for every rank of the axis, this one's first."""
-    ranks = exchange.split.ranks
+def _around(k: Tensor, v: Tensor, exchange: Exchange) -> Iterator[tuple[list[Rectangle], tuple[Tensor, Tensor]]]:
+    """(rectangles against its keys, its keys and values) for every rank of the axis, this one's first."""
+    ranks, seen = exchange.split.ranks, stretches(exchange)
     for step in range(ranks):
         transfer = pass_on((k, v), exchange.mesh, exchange.axis) if step < ranks - 1 else None
-        yield (exchange.rank - step) % ranks, (k, v)
+        yield _ring_rectangles(exchange, seen, (exchange.rank - step) % ranks), (k, v)
         if transfer is not None:
             k, v = transfer.wait()
 
 
-def _ring_rectangles(exchange: Exchange, owner: int) -> list[Rectangle]:
-    """The queries of this rank and the keys of the owner that they see, local indices on either side.
+def _ring_rectangles(exchange: Exchange, seen: list[tuple[int, int, int, int]], owner: int) -> list[Rectangle]:
+    """Of `stretches`, the queries of this rank and the keys of the owner that they see, local indices on either side.
 
     A square's own keys are left out: they lie between the keys before and the keys after it.
     """
     split = exchange.split
     found = []
-    for start, stop, first, last in stretches(exchange):
+    for start, stop, first, last in seen:
         keys = slice(*(split.tokens_before(owner, index) for index in (first, last)))
         if keys.stop > keys.start:
             found.append((local_rows(exchange, start, stop), keys))

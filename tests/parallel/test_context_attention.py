@@ -56,7 +56,7 @@ def tensors(tokens: int, heads: tuple[int, int], hot: bool = False) -> list[torc
 
 def core_of(config: ModelConfig, kind: str) -> Callable[..., torch.Tensor]:
     """What a single process runs."""
-    return Attention("attention", config, Initializer(Mesh.single(), 0, 0.02), kind=kind)._undivided_core
+    return Attention("attention", config, Initializer(Mesh.single(), 0, 0.02), kind=kind).core
 
 
 def one_process(config: ModelConfig, kind: str, borders: tuple[int, ...], hot: bool = False) -> list[torch.Tensor]:
