@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m evals bench attention`."""
     parser.add_argument("--cases", type=cases, metavar="T:H,...", help=f"tokens:heads (default on a CPU: {CPU_CASES})")
     parser.add_argument(
-        "--forward-only", type=cases, default=[], metavar="T:H,...", help="also MoBA's forward pass alone, at these"
-    )
+        "--forward-only", type=cases, default=[], metavar="T:H,...",
+        help="MoBA's forward pass alone, at these; without --cases nothing else",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=positive_int, default=512, metavar="N", help="default: 512")
     parser.add_argument("--top-k", type=positive_int, default=3, metavar="N", help="blocks per query (default: 3)")
     parser.add_argument("--head-dim", type=positive_int, help="default: 64, on a GPU 128")
@@ -99,7 +100,8 @@ def settings(args: argparse.Namespace) -> list[Setting]:
         raise EvalError("--device cuda: no GPU is visible to torch; use --device cpu")
     on_gpu = device == "cuda"
     found = []
-    for length, heads in [*(args.cases or cases(GPU_CASES if on_gpu else CPU_CASES)), *args.forward_only]:
+    usual = [] if args.forward_only else cases(GPU_CASES if on_gpu else CPU_CASES)
+    for length, heads in [*(args.cases or usual), *args.forward_only]:
         if heads % args.group:
             raise EvalError(f"--group {args.group} does not divide the {heads} heads of --cases {length}:{heads}")
         head_dim = args.head_dim or (128 if on_gpu else 64)
@@ -168,11 +170,12 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:  # after every row: a run that is stopped keeps what it has
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print_table([HEADER, *(_cells(row) for row in result["rows"])])
+    if compared:
+        print_table([HEADER, *(_cells(row) for row in result["rows"])])
     for row in result["forward_only"]:
         speed = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.0f} TFLOP/s"
         print(f"{row['length']} tokens x {row['heads']} heads, MoBA forward: {speed}")
-    if args.output is not None:
+    if args.output is not None and compared:
         try:
             from evals.plots import save_png
 

@@ -1,14 +1,15 @@
-"""Everything that wants a GPU, in one call of at most 25 minutes: tests, attention, training steps, retrieval.
+"""Everything that wants a GPU, in at most 25 minutes: tests, attention, experts, training steps, retrieval.
 
 Each stage is a command of its own under its own time limit; one that fails or runs out of time costs no other. OUTPUT
-gets summary.json and summary.md after every stage, the stages' own results and their logs. The last lines are a short
-table. The first two stages need torch, triton and pytest only. --toy runs all of it on a CPU in a minute, at sizes
-that mean nothing.
+gets summary.json and summary.md after every stage, the stages' own results and their logs. --only runs some stages and
+keeps what OUTPUT has of the others, so that several short calls make one summary. The last lines are its short table.
+--toy runs all of it on a CPU in a minute, at sizes that mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -19,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.cli import print_table
+from evals.cli import EvalError, print_table
 
 ROOT = Path(__file__).resolve().parents[2]
 # forward + backward against the fastest full attention; memory against flash
 RATIO_GOALS, RATIO_FLOOR, MEMORY_GOAL = {16384: 2.0, 32768: 4.0, 65536: 4.0, 131072: 10.0}, 1.0, 1.2
-ALONE = 1 << 20  # tokens of the forward pass that has no rival
+STEPS = ("phase1", "phase2", "phase3")
 
 
 class Stage(NamedTuple):
@@ -36,40 +37,65 @@ class Stage(NamedTuple):
     results: list[str]
 
 
+NAMES = ("tests", "million", "moe", "attention", *STEPS, "recall")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m evals bench gpu`."""
     parser.add_argument(
         "--output", type=Path, default=Path("runs/bench-gpu"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--only", metavar="STAGE,...", help="of tests, attention, phase1, phase2, phase3, recall")
+    parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--toy", action="store_true", help="run everything at toy size on the CPU")
 
 
 def stages(output: Path, toy: bool) -> list[Stage]:
-    """In the order of what is most wanted if time is short."""
-    device = ["--device", "cpu" if toy else "cuda", "--output", str(output)]
-    pytest = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"]
-    attention = ["-m", "evals", "bench", "attention", *device]
-    recall = ["-m", "evals", "bench", "recall", *device]
+    """The stages of NAMES, in its order: what is most wanted first."""
+    device = ["--device", "cpu" if toy else "cuda"]
+    pytest = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu and not full",
+        "tests/gpu",
+        "-q",
+        "-o",
+        "addopts=-ra",
+        "-p",
+        "no:cacheprovider",
+    ]
+    bench = {name: ["-m", "evals", "bench", name, *device] for name in ("attention", "moe", "recall")}
+    attention, moe, recall = ([*words, "--output", str(output)] for words in bench.values())
+    million = [*bench["attention"], "--output", str(output / "million")]
+    million += ["--forward-only", "1024:1" if toy else f"{1 << 20}:16"]
     if toy:
         pytest.append("--collect-only")
-        attention += ["--cases", "256:2,512:2", "--forward-only", "1024:1", "--block-size", "64", "--top-k", "2"]
-        attention += ["--head-dim", "32", "--repetitions", "1"]
+        sizes = ["--block-size", "64", "--top-k", "2", "--head-dim", "32", "--repetitions", "1"]
+        million += sizes
+        attention += [*sizes, "--cases", "256:2,512:2"]
+        moe += ["--tokens", "256", "--hidden", "32", "--width", "32", "--repetitions", "1"]
         recall += ["--lengths", "128", "--block-size", "16", "--top-k", "2", "--hidden-size", "32"]
         recall += ["--tokens-per-step", "512", "--seconds", "3"]
     else:
-        attention += ["--cases", "8192:16,16384:16,32768:16,65536:16,131072:16,262144:8,524288:4"]
-        attention += ["--forward-only", f"{ALONE}:16"]
-    found = [
-        Stage("tests", pytest, 360, []),
-        Stage("attention", attention, 450, ["attention.json"]),
+        if importlib.util.find_spec("xdist"):
+            pytest += ["-n", "8"]  # compiling kernels is most of the work, and keeps one core busy each
+        moe += ["--dtype", "bfloat16"]
+        recall += ["--seconds", "170"]
+    return [
+        Stage("tests", pytest, 300, []),
+        Stage("million", million, 90, ["million/attention.json"]),
+        Stage("moe", moe, 90, ["moe.json"]),
+        Stage("attention", attention, 420, ["attention.json"]),
+        *(_steps_stage(phase, output, toy) for phase in STEPS),
+        Stage("recall", recall, 240, ["recall.json"]),
     ]
-    for phase in ("phase1", "phase2", "phase3"):
-        config = "ds_configs/cpu_tiny.json" if toy else f"ds_configs/{phase}.json"
-        words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
-        words += ["--set", f"neomoba.phase.name={phase}", *(["--micro-batches", "1", "--steps", "1"] if toy else [])]
-        found.append(Stage(phase, words, 110, [f"{phase}.json"]))
-    return [*found, Stage("recall", recall, 330, ["recall.json"])]
+
+
+def _steps_stage(phase: str, output: Path, toy: bool) -> Stage:
+    config = "ds_configs/cpu_tiny.json" if toy else f"ds_configs/{phase}.json"
+    words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
+    words += ["--set", f"neomoba.phase.name={phase}", *(["--micro-batches", "1", "--steps", "1"] if toy else [])]
+    return Stage(phase, words, 110, [f"{phase}.json"])
 
 
 def run_stage(stage: Stage, output: Path) -> dict[str, Any]:
@@ -125,7 +151,7 @@ def summary_lines(stages_done: dict[str, dict[str, Any]]) -> list[list[str]]:
             [f"{name}: {done['status']}, {done['seconds']:.0f} s", figure, "all pass" if name == "tests" else ""]
         )
         for result in done["results"].values():
-            lines += {"attention": _attention, "recall": _recall}.get(name, _steps)(result)
+            lines += ROWS.get(name, _steps)(result)
     return lines
 
 
@@ -154,6 +180,11 @@ def _steps(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def _moe(result: dict[str, Any]) -> list[list[str]]:
+    speed = f"{result['ratio']:.3f} x a dense layer, {result['moe_seconds']:.4g} s, {result['dtype']}"
+    return [["  experts, forward + backward", speed, f"at most {result['goal']:g}"]]
+
+
 def _recall(result: dict[str, Any]) -> list[list[str]]:
     lines = []
     for cells in zip(*result["cells"].values(), strict=True):
@@ -161,6 +192,9 @@ def _recall(result: dict[str, Any]) -> list[list[str]]:
         shown = ", ".join(f"{name} {100 * c['accuracy']:.0f} %" for name, c in zip(result["cells"], cells, strict=True))
         lines.append([f"  {head['length']} tokens, distance {head['from']}-{head['to']}", shown, ""])
     return lines
+
+
+ROWS = {"attention": _attention, "million": _attention, "moe": _moe, "recall": _recall}
 
 
 def write_summary(output: Path, head: dict[str, str], stages_done: dict[str, dict[str, Any]]) -> None:
@@ -176,17 +210,33 @@ def write_summary(output: Path, head: dict[str, str], stages_done: dict[str, dic
     (output / "summary.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
+def earlier_stages(output: Path, head: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What an earlier call left in OUTPUT. Raises EvalError where that was another machine."""
+    path = output / "summary.json"
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["machine"] != head:
+        raise EvalError(f"{path} is of another machine ({earlier['machine']}, here {head}); give another --output")
+    return earlier["stages"]
+
+
 def run(args: argparse.Namespace) -> int:
-    """Run the stages one after the other; 0 if all ended well."""
+    """Run the stages one after the other; 0 if all that were run ended well."""
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    wanted = args.only.split(",") if args.only else None
-    head, done = machine(), {}
+    wanted = args.only.split(",") if args.only else NAMES
+    unknown = [name for name in wanted if name not in NAMES]
+    if unknown:
+        raise EvalError(f"--only {','.join(unknown)}: no such stage; choose of {', '.join(NAMES)}")
+    head = machine()
+    done = earlier_stages(output, head) if args.only else {}
     for stage in stages(output, args.toy):
-        if wanted is None or stage.name in wanted:
+        if stage.name in wanted:
             print(f"{stage.name}: at most {stage.limit} s", file=sys.stderr, flush=True)
             done[stage.name] = run_stage(stage, output)
+            done = {name: done[name] for name in NAMES if name in done}
             write_summary(output, head, done)
     print(f"{head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}; {output}")
     print_table(summary_lines(done))
-    return 0 if all(stage["status"] == "ok" for stage in done.values()) else 1
+    return 0 if all(done[name]["status"] == "ok" for name in wanted) else 1

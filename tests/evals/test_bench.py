@@ -88,6 +88,42 @@ def test_a_stage_that_fails_costs_no_other(
     assert "| tests: exit code 1" in (tmp_path / "summary.md").read_text()
 
 
+def test_short_calls_make_one_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = "import json; json.dump(dict(ratio=1.1, goal=1.15, moe_seconds=2.0, dtype='bfloat16'), open({!r}, 'w'))"
+    found = [
+        stage("tests", "print('7 passed')"),
+        stage("moe", moe.format(str(tmp_path / "moe.json")), results=("moe.json",)),
+    ]
+    monkeypatch.setattr(gpu, "stages", lambda output, toy: found)
+    head = dict.fromkeys(("device", "torch", "triton", "python"), "?")
+    monkeypatch.setattr(gpu, "machine", lambda: head)
+    words = ["bench", "gpu", "--output", str(tmp_path), "--only"]
+    assert program.main([*words, "moe"]) == 0
+    capsys.readouterr()
+    assert program.main([*words, "tests"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("7 passed") < shown.index("1.100 x a dense layer")
+    assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["tests", "moe"]
+
+    assert program.main([*words, "test"]) == 1
+    assert "--only test: no such stage; choose of tests, " in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "machine", lambda: {**head, "device": "another"})
+    assert program.main([*words, "tests"]) == 1
+    assert "another machine" in capsys.readouterr().err
+
+
+def test_stages_fit_calls_of_ten_minutes() -> None:
+    limits = {entry.name: entry.limit for entry in gpu.stages(Path("x"), toy=False)}
+    assert tuple(limits) == gpu.NAMES
+    assert sum(limits.values()) <= 25 * 60
+    calls = [line for line in (ROOT / "docs/benchmarks.md").read_text().splitlines() if "bench gpu --only" in line]
+    named = [call.split("--only ")[1].split()[0].split(",") for call in calls]
+    assert sorted(name for names in named for name in names) == sorted(gpu.NAMES)
+    assert all(sum(limits[name] for name in names) <= 9.5 * 60 for names in named)
+
+
 @pytest.mark.full
 def test_the_whole_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "evals", "bench", "gpu", "--toy", "--output", str(tmp_path)]
@@ -95,5 +131,5 @@ def test_the_whole_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert {name: entry["status"] for name, entry in stages.items()} == dict.fromkeys(stages, "ok")
-    assert list(stages) == ["tests", "attention", "phase1", "phase2", "phase3", "recall"]
+    assert list(stages) == list(gpu.NAMES)
     assert all(entry["results"] for name, entry in stages.items() if name != "tests")

@@ -22,9 +22,9 @@ BORDERS = [0, 0, 700, 701, 1500, 2048]
 
 def draw(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v that require a gradient, and a gradient for the output, on the GPU."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(tokens, h, head_dim) for h in (heads[0], heads[1], heads[1], heads[0])]
-    drawn = [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes]
     return [x.requires_grad_(index < 3) for index, x in enumerate(drawn)]
 
 
@@ -53,10 +53,24 @@ def assert_equals_float64(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **optio
         )
 
 
+DTYPES, HEAD_DIMS, HEADS = (torch.float32, torch.bfloat16, torch.float16), (64, 96, 128), ((4, 4), (4, 2), (3, 1))
+# every dtype and every head_dim meets every number of heads once
+CELLS = [(HEADS[(i + j) % 3], dim, dtype) for i, dtype in enumerate(DTYPES) for j, dim in enumerate(HEAD_DIMS)]
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "dtype"), CELLS)
+def test_every_dtype_and_head_dim(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """One set of tiles each, so that few kernels are compiled: `test_grid` has the rest."""
+    drawn = draw(2048, heads, head_dim, dtype)
+    assert_equals_float64(*drawn, block_size=100, top_k=3, causal=True, cu_seqlens=cu(BORDERS))
+    assert_equals_float64(*drawn, block_size=128, top_k=3, causal=False, cu_seqlens=None)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("heads", HEADS)
 def test_grid(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, causal: bool) -> None:
     for (block_size, top_k), borders in itertools.product(((128, 3), (100, 2), (32, 8), (512, 1)), (None, cu(BORDERS))):
         options = {"block_size": block_size, "top_k": top_k, "causal": causal, "cu_seqlens": borders}
