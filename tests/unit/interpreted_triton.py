@@ -126,6 +126,16 @@ def test_gate_ties_and_not_a_number() -> None:
     assert torch.equal(got[:, 0, 1:], best_blocks(scores, past, 3))
 
 
+def test_pooling_keeps_what_is_not_a_number() -> None:
+    k = draw(1, 16, (1, 1), 12, torch.float32)[1].detach()
+    k[3, 0, 5] = torch.nan
+    layout = make_layout(0, 16, 8, None, None, None, torch.device("cpu"))
+    for pooling in ("mean", "max", "minmax"):
+        got, want = block_means_triton(k, layout, pooling), block_means_cpu(k, layout, pooling)
+        assert torch.allclose(got, want, atol=1e-6, rtol=0, equal_nan=True)
+        assert got.isnan().any()
+
+
 def test_index_holds_each_choice_once_in_order() -> None:
     routes = torch.randint(-1, 6, (150, 2, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     index = build_index(routes, 6, 1, list_tile=16, query_tile=64)

@@ -21,6 +21,7 @@ from neomoba_dist.model.kernels.triton_common import (
     Tiles,
     choose_key_tiles,
     choose_tiles,
+    kernel,
     last_contiguous,
     load_rows,
     padded,
@@ -32,7 +33,7 @@ from neomoba_dist.model.kernels.triton_forward import list_tile
 from neomoba_dist.model.kernels.triton_index import build_index
 
 
-@triton.jit
+@kernel
 def delta_kernel(
     out_pointer, grad_pointer, grad_lse_pointer, delta_pointer, tokens, heads, grad_stride_t, grad_stride_h,
     HAS_GRAD_LSE: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
@@ -75,7 +76,7 @@ def add_key_gradients(
     return dk, dv
 
 
-@triton.jit
+@kernel
 def key_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, routes_pointer,
     rows_pointer, first_pointer, block_start, block_length, query_first, query_last, query_place, own_last, tokens,
@@ -126,7 +127,7 @@ def key_gradient_kernel(
         store_rows(dv_pointer, dv, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
 
 
-@triton.jit
+@kernel
 def routed_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, rows_pointer, first_pointer,
     tile_block_pointer, first_tile_pointer, block_start, block_length, column, tokens, heads, group, heads_per_row,
@@ -152,7 +153,7 @@ def routed_query_gradient_kernel(
         store_rows(acc_pointer, dq, rows, valid, head, heads * DIM, DIM, DIM, BD)
 
 
-@triton.jit
+@kernel
 def own_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, dq_pointer, routes_pointer,
     own_first, own_last, tokens, heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t,

@@ -19,6 +19,14 @@ from neomoba_dist.model.kernels.layout import BlockLayout
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
+# A kernel that is launched. By default Triton compiles one more variant wherever an integer becomes 1 or changes its
+# divisibility by 16; sizes vary from step to step and gain nothing from it, unlike strides, which tell alignment.
+SIZES = (
+    "block_size", "column", "columns", "documents", "group", "heads", "heads_per_row", "keys", "kv_heads", "num_blocks",
+    "num_kv_heads", "num_tiles", "parts", "queries", "rows_per_kv_head", "section", "sections", "tokens",
+)  # fmt: skip
+kernel = triton.jit(do_not_specialize=SIZES)
+
 
 class Tiles(NamedTuple):
     """How a kernel is cut and launched."""
@@ -66,7 +74,7 @@ def with_own_column(routes: Tensor, layout: BlockLayout) -> Tensor:
 def load_rows(x, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: tl.constexpr):
     """[rows, BD] of one head of x [tokens, heads, DIM], zero where not valid; 64 bit offsets for a million tokens."""
     d = tl.arange(0, BD)
-    pointers = x + rows.to(tl.int64)[:, None] * stride_t + head * stride_h + d[None, :]
+    pointers = x + rows.to(tl.int64)[:, None] * stride_t + tl.cast(head, tl.int64) * stride_h + d[None, :]
     return tl.load(pointers, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
 
 
@@ -74,7 +82,7 @@ def load_rows(x, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: t
 def store_rows(x, values, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: tl.constexpr):
     """The reverse of load_rows, in the dtype of x."""
     d = tl.arange(0, BD)
-    pointers = x + rows.to(tl.int64)[:, None] * stride_t + head * stride_h + d[None, :]
+    pointers = x + rows.to(tl.int64)[:, None] * stride_t + tl.cast(head, tl.int64) * stride_h + d[None, :]
     tl.store(pointers, values.to(x.dtype.element_ty), mask=valid[:, None] & (d < DIM)[None, :])
 
 

@@ -21,6 +21,7 @@ from neomoba_dist.model.kernels.triton_common import (
     Tiles,
     attend_keys,
     choose_tiles,
+    kernel,
     last_contiguous,
     load_rows,
     merge,
@@ -43,7 +44,7 @@ def list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointe
     return block, rows, valid
 
 
-@triton.jit
+@kernel
 def routed_forward_kernel(
     q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, rows_pointer, first_pointer, tile_block_pointer,
     first_tile_pointer, block_start, block_length, column, tokens, heads, group, heads_per_row, num_blocks, num_tiles,
@@ -71,7 +72,7 @@ def routed_forward_kernel(
         tl.store(lse_rows, lse, mask=valid)
 
 
-@triton.jit
+@kernel
 def own_forward_kernel(
     q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, out_pointer, routes_pointer, own_first, own_last, tokens,
     heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,

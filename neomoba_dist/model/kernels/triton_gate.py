@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neomoba_dist.model.kernels.layout import BlockLayout
 from neomoba_dist.model.kernels.routing import POOLINGS, empty_routes, pooled_width
-from neomoba_dist.model.kernels.triton_common import last_contiguous, load_rows, padded
+from neomoba_dist.model.kernels.triton_common import kernel, last_contiguous, load_rows, padded
 
 MEAN: tl.constexpr = tl.constexpr(0)
 MAX: tl.constexpr = tl.constexpr(1)
@@ -25,7 +25,7 @@ LOWEST: tl.constexpr = tl.constexpr(-(2**63))
 HIGHEST: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
-@triton.jit
+@kernel
 def pool_kernel(
     k_pointer,
     means_pointer,
@@ -46,13 +46,17 @@ def pool_kernel(
     total = tl.zeros([BD], tl.float32)
     high = tl.full([BD], float("-inf"), tl.float32)
     low = tl.full([BD], float("inf"), tl.float32)
+    damaged = tl.zeros([BD], tl.int32)
     for offset in range(0, length, BN):
         n = offset + tl.arange(0, BN)
         keys = load_rows(k_pointer, start + n, n < length, head, stride_t, stride_h, DIM, BD).to(tl.float32)
         inside = (n < length)[:, None]
         total += tl.sum(keys, 0)
+        damaged += tl.sum((keys != keys).to(tl.int32), 0)  # tl.maximum drops what is not a number
         high = tl.maximum(high, tl.max(tl.where(inside, keys, float("-inf")), 0))
         low = tl.minimum(low, tl.min(tl.where(inside, keys, float("inf")), 0))
+    high = tl.where(damaged > 0, float("nan"), high)
+    low = tl.where(damaged > 0, float("nan"), low)
     d = tl.arange(0, BD)
     row = means_pointer + (block * num_kv_heads + head) * WIDTH + d
     if length > 0:
@@ -64,7 +68,7 @@ def pool_kernel(
             tl.store(row, high.to(means_pointer.dtype.element_ty), mask=d < DIM)
             tl.store(row + DIM, low.to(means_pointer.dtype.element_ty), mask=d < DIM)
         else:
-            last = k_pointer + (start + length - 1).to(tl.int64) * stride_t + head * stride_h + d
+            last = k_pointer + (start + length - 1).to(tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h + d
             tl.store(row, tl.load(last, mask=d < DIM, other=0.0), mask=d < DIM)
 
 
@@ -109,7 +113,7 @@ def sortable(scores, block):
     return (bits.to(tl.int64) << 32) | block.to(tl.int64)
 
 
-@triton.jit
+@kernel
 def gate_kernel(
     q_pointer,
     means_pointer,

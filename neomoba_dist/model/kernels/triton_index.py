@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neomoba_dist.model.kernels.triton_common import kernel
+
 
 class RouteIndex(NamedTuple):
     """Lists of queries by block; all int32."""
@@ -28,7 +30,7 @@ class RouteIndex(NamedTuple):
     first_tile: Tensor  # [C, R, N + 1] number of each block's first tile
 
 
-@triton.jit
+@kernel
 def count_kernel(routes, counts, tokens, heads, columns, first_column, num_blocks, num_tiles, BT: tl.constexpr):
     """counts [C, R, N, tiles]: how many queries of a tile chose a block; integer sums do not depend on their order."""
     tile, row_head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -39,7 +41,7 @@ def count_kernel(routes, counts, tokens, heads, columns, first_column, num_block
     tl.atomic_add(counts + base, tl.full([BT], 1, tl.int32), mask=block >= 0)
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     routes, ends, counts, rows, tokens, heads, columns, first_column, num_blocks, num_tiles, BT: tl.constexpr,
     BC: tl.constexpr,
