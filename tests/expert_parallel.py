@@ -6,10 +6,11 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.context_attention import padded_split
 from neomoba_dist.model.moe import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
-from neomoba_dist.parallel.context_split import ContextSplit, split_batch
+from neomoba_dist.parallel.context_split import split_batch
 from neomoba_dist.parallel.mesh import Mesh
 from tests.equivalence import Pieces, assemble, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
@@ -59,12 +60,8 @@ def set_bias(model: NeoBERT, bias: list[float] | None) -> None:
 
 def share(batch: Batch, config: ModelConfig, mesh: Mesh) -> Batch:
     """This rank's tokens of a micro-batch."""
-    cp, multiple = mesh["cp"], mesh["tp"].size if mesh.sequence_parallel else 1
-    if cp.size == 1:
-        return batch
-    tokens, size = len(batch.input_ids), config.moba_block_size
-    split = ContextSplit.of_tokens(tokens, cp.size, mesh.context_split, size, multiple)
-    return split_batch(batch, split, cp.index)
+    cp = mesh["cp"]
+    return batch if cp.size == 1 else split_batch(batch, padded_split(len(batch.input_ids), mesh, config), cp.index)
 
 
 def on_this_rank(

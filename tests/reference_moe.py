@@ -12,11 +12,14 @@ from torch import Tensor
 
 @dataclass
 class Reference:
-    """output [T, H], auxiliary loss [], rows of every expert, choices without an expert, choices of a later expert."""
+    """output [T, H], auxiliary loss [], and counts of choices.
+
+    asked: the router's own choices of each expert. dropped: choices without an expert. rerouted: of a later expert.
+    """
 
     output: Tensor
     aux_loss: Tensor
-    counts: list[int]
+    asked: list[int]
     dropped: int
     rerouted: int
 
@@ -43,13 +46,13 @@ def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config:
     num_experts, top_k = config.num_experts, config.num_experts_per_tok
     bias = weights["router.bias"].tolist()
     outputs, aux_losses = [], []
-    counts, dropped, rerouted = [0] * num_experts, 0, 0
+    asked, dropped, rerouted = [0] * num_experts, 0, 0
     for start in range(0, len(x_TH), row_length):
         room = [math.inf] * num_experts
         if config.moe_capacity_factor is not None:
             fair = row_length * top_k / num_experts
             room = [max(1, round(config.moe_capacity_factor * fair))] * num_experts
-        asked = [0] * num_experts
+        preferred = [0] * num_experts  # by scores alone: neither bias nor groups
         mass = torch.zeros(num_experts, dtype=x_TH.dtype)
         z, tokens = torch.zeros((), dtype=x_TH.dtype), 0
         for t in range(start, start + row_length):
@@ -61,6 +64,8 @@ def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config:
                 scores = logits.softmax(0) if config.router_scoring == "softmax" else torch.sigmoid(logits)
                 mass = mass + scores / scores.sum()
                 z, tokens = z + torch.logsumexp(logits, 0) ** 2, tokens + 1
+                for expert in sorted(range(num_experts), key=scores.tolist().__getitem__)[-top_k:]:
+                    preferred[expert] += 1
                 ranked = ranked_experts(scores.tolist(), bias, config)
                 first = ranked[:top_k]
                 for expert in first:
@@ -73,7 +78,6 @@ def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config:
                 total = sum(scores[expert] for expert in chosen) if config.norm_topk_prob else 1.0
                 for expert in taken:
                     room[expert] -= 1
-                    counts[expert] += 1
                     rerouted += expert not in first
                     share = scores[expert] / total * config.routed_scaling_factor
                     parts = (weights[f"experts.{n}_proj"][expert] for n in ("gate", "up", "down"))
@@ -81,6 +85,6 @@ def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config:
                 dropped += top_k - len(taken)
             outputs.append(output)
         tokens = max(tokens, 1)
-        balance = num_experts * sum(a / tokens / top_k * m / tokens for a, m in zip(asked, mass, strict=True))
+        balance = num_experts * sum(n / tokens / top_k * m / tokens for n, m in zip(preferred, mass, strict=True))
         aux_losses.append(config.router_aux_loss_coef * balance + config.router_z_loss_coef * z / tokens)
-    return Reference(torch.stack(outputs), sum(aux_losses) / len(aux_losses), counts, dropped, rerouted)
+    return Reference(torch.stack(outputs), sum(aux_losses) / len(aux_losses), asked, dropped, rerouted)

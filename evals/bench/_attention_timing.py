@@ -1,16 +1,10 @@
-"""Time and memory of MoBA and of torch's own attention on the same tensors.
-
-On a CPU with one thread the clock is the CPU time of the process, which other users of the machine do not change; with
-more threads it is wall time. On a GPU it is CUDA events. Every number is the least of several repetitions; rivals take
-turns, so that a slower spell of the machine meets all of them.
-"""
+"""Time (by _timing.py) and memory of MoBA and of torch's own attention on the same tensors."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from evals.bench._timing import least
 from neomoba_dist.model.moba import moba_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,7 +86,8 @@ def measure(setting: Setting, repetitions: int) -> tuple[Measured, Measured]:
     for name, attention in {**rivals(setting), "moba": moba(setting)}.items():
         forward[name] = partial(_forward, attention, q, k, v)
         both[name] = partial(_both, attention, q, k, v, grad)
-    seconds = {name: least(works, setting, repetitions) for name, works in (("forward", forward), ("both", both))}
+    on: dict[str, Any] = {"device": setting.device, "threads": setting.threads, "repetitions": repetitions}
+    seconds = {name: least(works, **on) for name, works in (("forward", forward), ("both", both))}
     found = [Measured(name, seconds["forward"][name], seconds["both"][name]) for name in forward]
     return min(found[:-1], key=lambda measured: measured.both), found[-1]
 
@@ -99,7 +95,8 @@ def measure(setting: Setting, repetitions: int) -> tuple[Measured, Measured]:
 def measure_forward(setting: Setting, repetitions: int) -> float:
     """Seconds of MoBA's forward pass alone, for lengths at which full attention takes too long."""
     q, k, v, _ = (x.detach() for x in tensors(setting))
-    return least({"moba": partial(_forward, moba(setting), q, k, v)}, setting, repetitions)["moba"]
+    works = {"moba": partial(_forward, moba(setting), q, k, v)}
+    return least(works, device=setting.device, threads=setting.threads, repetitions=repetitions)["moba"]
 
 
 def rivals(setting: Setting) -> dict[str, Attention]:
@@ -169,34 +166,6 @@ def _forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _both(attention: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
     torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
-
-
-def least(works: Mapping[str, Callable[[], None]], setting: Setting, repetitions: int) -> dict[str, float]:
-    """Seconds of the fastest repetition of each, after one to warm up; they take turns."""
-    timed = _cpu_seconds if setting.device == "cpu" else _gpu_seconds
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repetitions):
-        for name, work in works.items():
-            seconds[name].append(timed(work, setting))
-    return {name: min(measured) for name, measured in seconds.items()}
-
-
-def _cpu_seconds(work: Callable[[], None], setting: Setting) -> float:
-    clock = time.process_time if setting.threads == 1 else time.perf_counter
-    start = clock()
-    work()
-    return clock() - start
-
-
-def _gpu_seconds(work: Callable[[], None], setting: Setting) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    work()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
 
 
 def peak_bytes(setting: Setting, kind: str) -> int:

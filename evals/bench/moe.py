@@ -1,8 +1,7 @@
 """A mixture-of-experts layer against a dense layer of the same active parameters: forward and backward on one device.
 
-The dense layer is as wide as the experts of one token together. Both take turns and the least time of each counts: CPU
-time of the process with one thread, wall time with more, CUDA events on a GPU. The goal is a ratio of at most 1.25 on
-the CPU and 1.15 on a GPU.
+The dense layer is as wide as the experts of one token together. Both take turns, and the least time of
+each counts (_timing.py). The goal is a ratio of at most 1.25 on the CPU and 1.15 on a GPU. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,23 +70,6 @@ def layers(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[st
     return {"dense": lambda: dense(x_TH).backward(grad_TH), "moe": run_mixture}
 
 
-def seconds(work: Callable[[], None], device: str, threads: int) -> float:
-    """Of one pass."""
-    import torch
-
-    if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3
-    clock = time.process_time if threads == 1 else time.perf_counter
-    before = clock()
-    work()
-    return clock() - before
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     import torch
@@ -100,24 +81,22 @@ def run(args: argparse.Namespace) -> int:
         raise EvalError(f"--top-k {args.top_k} is larger than --experts {args.experts}; lower it")
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
+    from evals.bench._timing import least
+
     work = layers(args, device, getattr(torch, dtype))
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(args.repetitions + 1):
-        for name, one_pass in work.items():
-            times[name].append(seconds(one_pass, device, args.threads))
-    least = {name: min(found[1:]) for name, found in times.items()}  # the first pass warms up
+    fastest = least(work, device=device, threads=args.threads, repetitions=args.repetitions)
     result: dict[str, Any] = {
         "command": ["python", "-m", "evals", *sys.argv[1:]],
         "torch": torch.__version__,
         "device": device,
         "dtype": dtype,
-        **{f"{name}_seconds": value for name, value in least.items()},
-        "ratio": least["moe"] / least["dense"],
+        **{f"{name}_seconds": value for name, value in fastest.items()},
+        "ratio": fastest["moe"] / fastest["dense"],
         "goal": GOALS[device],
     }
     header = ["tokens", "hidden", "experts", "top-k", "width", "dense s", "moe s", "ratio", "goal"]
     sizes = [args.tokens, args.hidden, args.experts, args.top_k, args.width]
-    figures = [f"{least['dense']:.3f}", f"{least['moe']:.3f}", f"{result['ratio']:.3f}", f"{result['goal']:.2f}"]
+    figures = [f"{fastest['dense']:.3f}", f"{fastest['moe']:.3f}", f"{result['ratio']:.3f}", f"{result['goal']:.2f}"]
     print_table([header, [*map(str, sizes), *figures]])
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)

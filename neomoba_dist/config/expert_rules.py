@@ -23,6 +23,11 @@ def experts(config: Config) -> Iterator[str]:
             f"neomoba.model.num_experts_per_tok {model.num_experts_per_tok} is larger than num_experts "
             f"{model.num_experts}; set it to {model.num_experts} or less"
         )
+    if model.num_experts_per_tok == 1 and model.norm_topk_prob:
+        yield (
+            "neomoba.model.norm_topk_prob true divides the weight of the only expert by itself, so that the router "
+            "learns nothing from the loss; set it to false, or num_experts_per_tok to 2 or more"
+        )
     if model.num_experts % ep:
         yield (
             f"{_EXPERTS} {model.num_experts} is not a multiple of {_EP} {ep}; set {_EXPERTS} to "

@@ -45,9 +45,14 @@ def choose_within_capacity(
     return torch.where(tokens.valid_S[:, None], expert_TK[tokens.number_S.clamp(max=len(expert_TK) - 1)], NOWHERE)
 
 
+def asked_experts(expert_SK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 [S, E]: 1 where the token asks the expert, else 0. expert_SK: of NOWHERE nothing is counted."""
+    asked = torch.zeros(len(expert_SK), num_experts + 1, dtype=torch.int32, device=expert_SK.device)
+    return asked.scatter_(1, torch.where(expert_SK < 0, num_experts, expert_SK), 1)[:, :num_experts]
+
+
 def _beyond(expert_TK: torch.Tensor, num_experts: int, tokens: Tokens, capacity: int) -> torch.Tensor:
     """bool [T, E]: the token asks the expert, but `capacity` earlier tokens of its row do too."""
-    asked = torch.zeros(len(expert_TK), num_experts + 1, dtype=torch.int32, device=expert_TK.device)
-    asked = asked.scatter_(1, torch.where(expert_TK < 0, num_experts, expert_TK), 1)[:, :num_experts]
+    asked = asked_experts(expert_TK, num_experts)
     queue = asked.unflatten(0, (tokens.rows, tokens.length)).cumsum(1).flatten(0, 1)
     return (asked > 0) & (queue > capacity)

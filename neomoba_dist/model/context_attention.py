@@ -42,6 +42,12 @@ def context_split(local_tokens: int, mesh: Mesh, config: ModelConfig) -> Context
     return ContextSplit.of_local(local_tokens, mesh["cp"].size, mesh.context_split, config.moba_block_size)
 
 
+def padded_split(tokens: int, mesh: Mesh, config: ModelConfig) -> ContextSplit:
+    """How a micro-batch of `tokens` tokens is padded and dealt out."""
+    multiple = mesh["tp"].size if mesh.sequence_parallel else 1
+    return ContextSplit.of_tokens(tokens, mesh["cp"].size, mesh.context_split, config.moba_block_size, multiple)
+
+
 def context_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, kind: str, config: ModelConfig, mesh: Mesh, core: Core
 ) -> Tensor:

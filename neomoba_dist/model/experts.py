@@ -1,7 +1,8 @@
 """The experts: SwiGLU layers (arXiv 2002.05202), all of this rank's computed on rows that are sorted by expert.
 
-On GPUs with bfloat16 by torch's grouped matrix product; elsewhere one expert after the other, with a backward pass that
-writes each expert's gradient in place and computes the activation again instead of keeping it.
+By torch's grouped matrix product where it is known to be right (`has_grouped_mm`); elsewhere one expert after the
+other, with a backward pass that writes each expert's gradient in place and computes the activation again instead of
+keeping it.
 
 Shape letters: R rows, H hidden size, I intermediate size of an expert on this rank, E experts of this rank.
 """
@@ -35,16 +36,22 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         weights = (self.gate_proj, self.up_proj, self.down_proj)
-        if has_grouped_mm(rows_RH) and len(rows_RH):
+        if len(rows_RH) and has_grouped_mm(rows_RH, self.gate_proj):
             return grouped_swiglu(rows_RH, *weights, sizes)
-        return _SwiGLUByExpert.apply(rows_RH, *weights, sizes)
+        return SwiGLUByExpert.apply(rows_RH, *weights, sizes)
 
 
-def has_grouped_mm(rows: torch.Tensor) -> bool:
-    """Whether torch has a grouped kernel for these rows that is faster than one product per expert."""
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+def has_grouped_mm(rows_RH: torch.Tensor, gate_EIH: torch.Tensor) -> bool:
+    """Whether torch has a grouped kernel that takes these tensors, is right, and beats one product per expert.
+
+    It has one for bfloat16 on Hopper (compute capability 9.x). On Blackwell its weight gradients of experts without
+    rows are not zero (pytorch issue 172439); before Hopper it is a loop itself. Rows must be multiples of 16 bytes.
+    """
+    if not rows_RH.is_cuda or rows_RH.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    return (
+        gate_EIH.shape[1] % 8 == gate_EIH.shape[2] % 8 == 0 and torch.cuda.get_device_capability(rows_RH.device)[0] == 9
+    )
 
 
 def grouped_swiglu(
@@ -57,7 +64,7 @@ def grouped_swiglu(
     return F.grouped_mm(F.silu(gate) * up, down_EHI.transpose(1, 2), offs=ends)
 
 
-class _SwiGLUByExpert(torch.autograd.Function):
+class SwiGLUByExpert(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), expert by expert. An expert without rows gets a gradient of zeros."""
 
     @staticmethod

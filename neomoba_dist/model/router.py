@@ -9,18 +9,18 @@ Shape letters: S tokens of this rank, H hidden size, E experts, K experts per to
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.balance import auxiliary_loss
-from neomoba_dist.model.capacity import choose, choose_within_capacity
+from neomoba_dist.model.capacity import asked_experts, choose, choose_within_capacity
+from neomoba_dist.model.exact import exact_linear
 from neomoba_dist.model.init import Initializer, Shard
 from neomoba_dist.model.tokens import Tokens
 from neomoba_dist.parallel.comm import sum_gradient
 from neomoba_dist.parallel.expert import NOWHERE
 
-RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the rows of each expert
+RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the demand for each expert
 
 
 # A plain tuple, because ZeRO-3 gathers a module's weights for the backward pass only where it finds tensors in a tuple:
@@ -51,7 +51,7 @@ class Router(nn.Module):
         if self.training and config.router_jitter:
             key = (self.seed, self.step, self.index)
             x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, key).to(exact)
-        logits_SE = F.linear(x_SH, weight.to(exact))
+        logits_SE = exact_linear(x_SH, weight.to(exact))
         scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
         wanted_SE = limit_groups(scores_SE.detach() + self.bias, config)
         expert_SK = first_SK = choose(wanted_SE, config.num_experts_per_tok, tokens.valid_S)
@@ -67,7 +67,7 @@ class Router(nn.Module):
         prob_SE = scores_SE if config.router_scoring == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
         aux_loss = scores_SE.new_zeros(())
         if self.training and (config.router_aux_loss_coef or config.router_z_loss_coef):
-            aux_loss = auxiliary_loss(logits_SE, prob_SE, first_SK, tokens, config, self.mesh)
+            aux_loss = auxiliary_loss(logits_SE, prob_SE, tokens, config, self.mesh)
         return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
 
     def fill(self, tokens: Tokens) -> int:
@@ -101,21 +101,24 @@ def expert_capacity(config: ModelConfig, tokens: Tokens) -> int:
 
 
 def make_record(prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """What is reported of a layer's routing, as sums over this rank's tokens: float64 [4 + E]."""
+    """What is reported of a layer's routing, as sums over this rank's tokens: float64 [4 + E].
+
+    dropped, rerouted: choices, not tokens. The last E are the demand for each expert, the router's own choices, before
+    a capacity drops or reroutes any: where it does, what is served would look balanced when the router is not.
+    """
     with torch.no_grad():
-        num_experts = prob_SE.shape[1]
-        counts = torch.bincount(expert_SK.flatten() + 1, minlength=num_experts + 1)[1:]
-        kept = (expert_SK[:, :, None] == first_SK[:, None, :]).any(2) & (expert_SK >= 0)
-        num_tokens = tokens.valid_S.sum()
-        dropped = num_tokens * expert_SK.shape[1] - counts.sum()
+        asked_SE, served_SE = (asked_experts(chosen, prob_SE.shape[1]) for chosen in (first_SK, expert_SK))
+        num_tokens, served = tokens.valid_S.sum(), served_SE.sum()
         entropy = (torch.special.entr(prob_SE).sum(1) * tokens.valid_S).sum()
-        sums = torch.stack((num_tokens, dropped, counts.sum() - kept.sum(), entropy))
-        return torch.cat((sums, counts)).to(torch.float64)
+        rerouted = served - (asked_SE * served_SE).sum()
+        sums = torch.stack((num_tokens, num_tokens * expert_SK.shape[1] - served, rerouted, entropy))
+        return torch.cat((sums, asked_SE.sum(0))).to(torch.float64)
 
 
 def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rate: float) -> None:
-    """Raise the bias of experts with fewer rows than the mean by `rate`, lower that of the others; in place.
+    """Raise the bias of experts with less demand than the mean by `rate`, lower that of the others; in place.
 
-    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). counts_E: rows of the whole update.
+    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). counts_E: choices of the whole update, before any
+    capacity.
     """
     bias_E += rate * (counts_E.mean() - counts_E).sign().to(bias_E.dtype)

@@ -26,14 +26,15 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.context_attention import padded_split
 from neomoba_dist.model.init import Initializer, Shard, shard_of
 from neomoba_dist.model.moe import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
-from neomoba_dist.parallel.context_split import ContextSplit, split_batch
+from neomoba_dist.parallel.context_split import split_batch
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
-from neomoba_dist.train.expert_groups import declare_experts, take_records
+from neomoba_dist.train.expert_groups import check_rows, declare_experts, take_records
 from neomoba_dist.train.layer_stats import GradientNorms, take_activations
 from neomoba_dist.train.optim import build_optimizer
 
@@ -68,6 +69,7 @@ class Engine(ABC):
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         if config.dtype_name == "float16" and mesh.device.type == "cpu":
             raise ConfigError("fp16.enabled: DeepSpeed has no fp16 on a CPU; set bf16.enabled instead, or neither")
+        check_rows(config, mesh)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.phase.allow_tf32
         _start_deepspeed(mesh)
         self.module = self._build_module()
@@ -233,13 +235,10 @@ class Engine(ABC):
 
     def _local(self, batch: Batch) -> Batch:
         """This rank's share of a micro-batch, which all its context-parallel ranks hold."""
-        cp, tp = self.mesh["cp"], self.mesh["tp"]
-        if cp.size == 1:
+        if self.mesh["cp"].size == 1:
             return batch
-        multiple = tp.size if self.mesh.sequence_parallel else 1
-        block_size, tokens = self.config.model.moba_block_size, len(batch.input_ids)
-        split = ContextSplit.of_tokens(tokens, cp.size, self.mesh.context_split, block_size, multiple)
-        return split_batch(batch, split, cp.index)
+        split = padded_split(len(batch.input_ids), self.mesh, self.config.model)
+        return split_batch(batch, split, self.mesh["cp"].index)
 
     def _global_sum(self, value: torch.Tensor) -> float:
         # only last pipeline stages have a loss; the other stages add zeros

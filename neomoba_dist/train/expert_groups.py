@@ -7,13 +7,15 @@ passes the class and the dictionaries in; measured in docs/moe.md.
 Shape letters: L layers with experts, E experts.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from neomoba_dist.config import ModelConfig
+from neomoba_dist.config import Config, ConfigError, ModelConfig
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.context_attention import padded_split
 from neomoba_dist.model.moe import MoE, moe_layers
 from neomoba_dist.model.router import RECORD, update_bias
 from neomoba_dist.parallel.mesh import Mesh
@@ -46,6 +48,22 @@ def declare_experts(module: nn.Module, mesh: Mesh, stage: int, marker: type[nn.M
         if stage < 3:  # at stage 3 DeepSpeed refuses its own class
             layer.__class__ = marked
             layer.num_experts = layer.config.num_experts  # type: ignore[assignment]
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Refuse rows so short that what pads a micro-batch over cp would count as one more. Raises ConfigError."""
+    length, cp = config.phase.sequence_length, mesh["cp"].size
+    if not config.model.moe_layers or cp == 1:
+        return
+    tokens = config.micro_batch_size * length
+    padding = padded_split(tokens, mesh, config.model).num_tokens - tokens
+    if padding >= length:
+        even = cp * math.lcm(2 * config.model.moba_block_size, mesh["tp"].size)  # pads nothing
+        raise ConfigError(
+            f"neomoba.phase.sequence_length {length}: on {cp} context-parallel ranks a micro-batch is padded by "
+            f"{padding} tokens, a row or more, which experts would count as one; set it to a multiple of {even}, or "
+            "neomoba.parallel.context_parallel_size to less"
+        )
 
 
 def _nothing_to_set(layer: nn.Module, *unused: Any, **also_unused: Any) -> None:

@@ -24,6 +24,11 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # set beside MOE, 
         "neomoba.model.num_experts_per_tok 9 is larger than num_experts 8; set it to 8 or less",
         {f"{MODEL}.num_experts_per_tok": 8},
     ),
+    (
+        {f"{MODEL}.num_experts_per_tok": 1},
+        "neomoba.model.norm_topk_prob true divides the weight of the only expert by itself",
+        {f"{MODEL}.norm_topk_prob": False},
+    ),
     ({EP: 3}, f"num_experts 8 is not a multiple of {EP} 3; set neomoba.model.num_experts to 6 or 9", {EP: 4}),
     (
         {f"{MODEL}.first_k_dense_replace": 28},

@@ -80,9 +80,9 @@ def test_against_loops(name: str) -> None:
     for gradient, value in zip(gradients, wanted, strict=True):
         assert value.abs().max() > 0
         torch.testing.assert_close(gradient, value, rtol=1e-11, atol=1e-12)
-    tokens, dropped, rerouted, entropy, *counts = record.tolist()
+    tokens, dropped, rerouted, entropy, *asked = record.tolist()
     assert tokens == int((positions >= 0).sum())
-    assert counts == expected.counts
+    assert asked == expected.asked
     assert (dropped, rerouted) == (expected.dropped, expected.rerouted)
     assert 0 < entropy / tokens < 2.08
     if "drop" in name or name == "pad" or "full" in name:
@@ -113,7 +113,9 @@ def test_all_tokens_to_one_expert_and_none_to_another(changes: dict[str, Any]) -
     (y_TH.square().sum() + aux_loss).backward()
     counts = record[4:].tolist()
     assert counts[5] == 0
-    assert counts[2] == (43 if not changes else 12)
+    assert counts[2] == 43
+    # of the second choices, too, some find no room
+    assert (record[1] >= 43 - 2 * 6) if changes else (record[1] == 0)
     for weight in layer.experts.parameters():
         assert weight.grad is not None
         assert weight.grad[5].abs().max() == 0

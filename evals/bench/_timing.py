@@ -1,0 +1,38 @@
+"""Seconds of one pass on a device, and the least of several for rivals that take turns.
+
+On a CPU with one thread the clock is the CPU time of the process, which other users of the machine do not change; with
+more threads it is wall time. On a GPU it is CUDA events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def least(works: Mapping[str, Callable[[], None]], *, device: str, threads: int, repetitions: int) -> dict[str, float]:
+    """Seconds of the fastest repetition of each, after one to warm up; a slower spell of the machine meets all."""
+    for work in works.values():
+        work()
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repetitions):
+        for name, work in works.items():
+            found[name].append(seconds(work, device, threads))
+    return {name: min(measured) for name, measured in found.items()}
+
+
+def seconds(work: Callable[[], None], device: str, threads: int) -> float:
+    """Of one pass. device: "cpu" or "cuda"."""
+    if device == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        work()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
+    clock = time.process_time if threads == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
