@@ -138,6 +138,8 @@ def _is_earlier(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tens
 
 
 def _flex(setting: Setting) -> Attention:
+    # each length leaves two graphs on one function, which runs uncompiled, with all scores in memory, beyond eight
+    torch._dynamo.reset()
     mask = causal_block_mask(setting.length, setting.device) if setting.causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import evals.__main__ as program
 from evals.bench import gpu, recall
-from evals.bench._attention_timing import _is_earlier, causal_block_mask
+from evals.bench._attention_timing import Setting, _flex, _is_earlier, causal_block_mask, sdpa, tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +45,19 @@ def test_causal_block_mask_is_that_of_torch() -> None:
         assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
         assert ours.shape == theirs.shape
+
+
+@pytest.mark.full
+def test_every_length_of_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # dynamo and its limits alone
+    for length in (128, 256):  # two graphs each; at the limit of eight it would take five lengths
+        setting = Setting(length, 2, 2, 16, 64, 2, True, "float32", "cpu", 1)
+        q, k, v, _ = (x.detach() for x in tensors(setting))
+        attention, expected = _flex(setting), sdpa(setting)(q, k, v)
+        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+            for with_gradient in (True, False):
+                with torch.set_grad_enabled(with_gradient):
+                    assert (attention(q, k, v) - expected).abs().max() < 1e-5
 
 
 def test_recall_rows_hold_every_pair_twice() -> None:
