@@ -59,9 +59,11 @@ def random_batches(config: Config, plan: BatchPlan) -> list[Batch]:
     import torch
 
     from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+    from neomoba_dist.data.build import max_documents
 
     generator, length = torch.Generator().manual_seed(0), config.phase.sequence_length
     rows, batches = plan.micro_batch_size, []
+    borders = (torch.arange(max_documents(config.data, rows) + 1) * length).clamp(max=rows * length)
     for _ in range(plan.gradient_accumulation_steps):
         tokens = torch.randint(0, config.model.vocab_size, (rows * length,), generator=generator)
         labels = tokens.roll(-1)
@@ -75,7 +77,7 @@ def random_batches(config: Config, plan: BatchPlan) -> list[Batch]:
             input_ids=tokens,
             labels=labels,
             position_ids=torch.arange(length).repeat(rows),
-            cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+            cu_seqlens=borders.int(),
             row_ids=torch.arange(rows),
             num_valid=counted,
         )

@@ -13,6 +13,7 @@ import torch
 
 IGNORE_LABEL = -100
 PADDING_POSITION = -1
+LEAST_DOCUMENTS = 16  # that `Batch.trimmed` keeps room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,15 @@ class Batch:
     def length(self) -> int:
         """Tokens in a row."""
         return self.input_ids.numel() // self.rows
+
+    def trimmed(self) -> Batch:
+        """The same documents without most of the repeated T at the end of `cu_seqlens`; for a batch on the host.
+
+        A GPU starts work for every document, empty or not. What stays is a power of two, so that there are few shapes.
+        """
+        documents = int((self.cu_seqlens < len(self.input_ids)).sum())
+        kept = max(LEAST_DOCUMENTS, 1 << (documents - 1).bit_length())
+        return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1])
 
     def local_valid(self) -> int:
         """Counted labels of this micro-batch alone."""

@@ -16,6 +16,12 @@ from neomoba_dist.data.rows import RowBlock
 from neomoba_dist.data.words import word_table
 
 
+def max_documents(settings: DataConfig, rows: int) -> int:
+    """Most documents that so many rows are made of, padding included: what the borders of a Batch have room for."""
+    # at a row's end, and with align behind every document, padding makes one more
+    return rows * (settings.max_documents_per_row * (2 if settings.align > 1 else 1) + 1)
+
+
 class BatchBuilder:
     """Turns rows into a Batch with labels of one objective, "mlm" or "clm".
 
@@ -27,8 +33,7 @@ class BatchBuilder:
     ) -> None:
         """`corpus` gives the vocabulary. With `pin_memory` the tensors lie where a GPU can fetch them by itself."""
         self._pin_memory = pin_memory
-        # at a row's end, and with align behind every document, padding makes one more
-        self._borders_per_row = settings.max_documents_per_row * (2 if settings.align > 1 else 1) + 1
+        self._settings = settings
         self._ramp = np.arange(length)
         self._masks: MaskedLanguageModel | None = None
         self._dropout: TokenDropout | None = None
@@ -74,7 +79,7 @@ class BatchBuilder:
             position_ids_T[start:stop] = PADDING_POSITION
         row_starts = np.arange(rows) * block.length
         borders = np.unique(np.concatenate([row_starts, block.piece_start, block.piece_start + block.piece_length]))
-        cu_seqlens = self._empty(rows * self._borders_per_row + 1, torch.int32)
+        cu_seqlens = self._empty(max_documents(self._settings, rows) + 1, torch.int32)
         cu_seqlens[: len(borders)] = torch.from_numpy(borders)
         cu_seqlens[len(borders) :] = total
         return Batch(

@@ -25,13 +25,23 @@ from neomoba_dist.parallel.megatron import column_linear, row_linear
 
 
 class Attention(nn.Module):
-    """x [S, H] -> [S, H]. kind: "moba", "full" or "sliding_window". `full` says whether the core is full now."""
+    """x [S, H] -> [S, H]. kind: "moba", "full" or "sliding_window". `full` says whether the core is full now.
+
+    row_length: tokens of a training row, which no document exceeds; None: a document may fill the micro-batch.
+    """
 
     def __init__(
-        self, name: str, config: ModelConfig, init: Initializer, *, kind: str = "moba", recompute_core: bool = False
+        self,
+        name: str,
+        config: ModelConfig,
+        init: Initializer,
+        *,
+        kind: str = "moba",
+        recompute_core: bool = False,
+        row_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.mesh = config, init.mesh
+        self.config, self.mesh, self.row_length = config, init.mesh, row_length
         self.kind, self.full = kind, kind == "full"
         self.recompute_core = recompute_core
         assert config.head_dim is not None  # resolved by ModelConfig; the rules refuse what does not divide
@@ -109,7 +119,9 @@ class Attention(nn.Module):
         if kind == "sliding_window" or self.score_bias is not None:
             return unusual_attention(q, k, v, kind, config, self.score_bias, cu_seqlens)
         if kind == "full":
-            return full_attention(q, k, v, causal=config.causal, cu_seqlens=cu_seqlens)
+            # context parallelism may pad by more than a row; outside training documents may be longer than rows
+            longest = self.row_length if self.training and self.mesh["cp"].size == 1 else None
+            return full_attention(q, k, v, causal=config.causal, cu_seqlens=cu_seqlens, longest=longest)
         return moba_attention(
             q,
             k,

@@ -21,8 +21,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     attention: its kind (ModelConfig.layer_attentions). recompute: "full" keeps only the block's input for the backward
-    pass, "selective" recomputes the attention core. row_length: tokens of a training row, which mixtures of experts
-    balance; None: a micro-batch is one row.
+    pass, "selective" recomputes the attention core. row_length: tokens of a training row, which bounds the
+    documents and which mixtures of experts balance; None: a micro-batch is one row.
     """
 
     activation: torch.Tensor
@@ -44,7 +44,12 @@ class Block(nn.Module):
             f"{name}.attention_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial
         )
         self.attention = Attention(
-            f"{name}.attention", config, init, kind=attention, recompute_core=recompute == "selective"
+            f"{name}.attention",
+            config,
+            init,
+            kind=attention,
+            recompute_core=recompute == "selective",
+            row_length=row_length,
         )
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
         self.mlp: SwiGLU | MoE

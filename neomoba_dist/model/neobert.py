@@ -168,7 +168,7 @@ class NeoBERT(nn.Module):
     """The whole model in one pipeline stage.
 
     seed: of the initial weights. recompute, recompute_every: activation checkpointing (config.PhaseConfig).
-    row_length: tokens of a training row, for the balance of experts; None: a micro-batch is one row.
+    row_length: tokens of a training row; None: a micro-batch is one row.
     """
 
     def __init__(

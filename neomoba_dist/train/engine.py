@@ -289,7 +289,7 @@ class FlatEngine(Engine):
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            loss_sum, aux_loss = self.engine(self._local(batch).to(self.mesh.device))
+            loss_sum, aux_loss = self.engine(self._on_device(batch))
             self._loss_sum += loss_sum.detach()
             self._aux_sum += aux_loss.detach()
             self.engine.backward(loss_sum * self.scale(batch.num_valid, len(batches)) + aux_loss)
@@ -297,7 +297,14 @@ class FlatEngine(Engine):
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            self._loss_sum += self.engine(self._local(batch).to(self.mesh.device))[0]
+            self._loss_sum += self.engine(self._on_device(batch))[0]
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
+        local = self._local(batch.trimmed()).to(self.mesh.device)
+        if self.config.phase.compile:
+            torch._dynamo.maybe_mark_dynamic(local.cu_seqlens, 0)
+        return local
 
 
 class PipelineParallelEngine(Engine):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.data.batch import Batch
+from neomoba_dist.model import attention
 from neomoba_dist.model.attention import Attention, set_full_attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.kernels import mask_chunks
@@ -219,3 +220,17 @@ def test_full_steps_turn_every_layer_full_and_back(attention: str) -> None:
     assert kinds == list(model.config.layer_attentions)
     assert len(kinds) == 3
     assert kinds[-1] == "full"
+
+
+def test_rows_bound_the_documents_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        bounds.append(options["longest"])
+        return q
+
+    monkeypatch.setattr(attention, "full_attention", record)
+    model = NeoBERT(tiny_model(hybrid_layer_count=3), Mesh.single(), row_length=64)
+    for mode in (True, False):
+        model.train(mode).hidden_states(tiny_batch(0, rows=2))
+    assert bounds == [64] * 3 + [None] * 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from neomoba_dist.config import DataConfig
-from neomoba_dist.data.batch import PADDING_POSITION, Batch
+from neomoba_dist.data.batch import LEAST_DOCUMENTS, PADDING_POSITION, Batch
 from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import CorpusIndex
@@ -231,3 +231,16 @@ def test_clm_corpus_without_mask_token(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no mask token"):
         _stream(corpus)
     assert next(iter(_stream(corpus, objective="clm")))[0][0].num_valid > 0
+
+
+@pytest.mark.parametrize("documents", [1, LEAST_DOCUMENTS, LEAST_DOCUMENTS + 1, 40, 64, 99, 100])
+def test_trimmed_borders_are_few_and_complete(documents: int) -> None:
+    ids = torch.zeros(100, dtype=torch.int64)
+    borders = torch.tensor([*range(documents), *[100] * 60], dtype=torch.int32)
+    batch = Batch(input_ids=ids, labels=ids, position_ids=ids, cu_seqlens=borders, row_ids=ids[:1], num_valid=1)
+    kept = batch.trimmed().cu_seqlens
+    assert kept.unique().tolist() == borders.unique().tolist()
+    room = len(kept) - 1
+    assert room in (16, 32, 64, 128) or room == len(borders) - 1  # few shapes; never more than there were
+    assert room < max(2 * documents, LEAST_DOCUMENTS + 1)
+    assert torch.equal(batch.cu_seqlens, borders)

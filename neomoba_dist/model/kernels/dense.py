@@ -14,7 +14,9 @@ from neomoba_dist.model.kernels.flash_cpu import expand_keys, group_queries, ung
 from neomoba_dist.model.kernels.layout import one_document
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None) -> Tensor:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None, longest: int | None = None
+) -> Tensor:
     """Softmax attention within each document, scaled by 1 / sqrt(D).
 
     One document: SDPA. Packed documents, on the CPU: the kernel of SDPA document by document; on a GPU in half
@@ -24,6 +26,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
         q: [T, Hq, D]; k, v: [T, Hkv, D], Hkv divides Hq, any floating dtype.
         causal: whether a query sees only the keys up to its own position.
         cu_seqlens: int32 [documents + 1] borders of the documents; None: one document.
+        longest: no document has more tokens; None: T. A GPU starts work for this length for each document.
 
     Returns:
         [T, Hq, D] in the dtype of q.
@@ -35,14 +38,13 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens:
         return _sdpa(q, k, v, causal, None)
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     if fits and (packed or is_available("flash_attn")):
-        return _flash_varlen(q, k, v, causal, cu_seqlens)
+        return _flash_varlen(q, k, v, causal, cu_seqlens, min(longest or q.shape[0], q.shape[0]))
     return _sdpa(q, k, v, causal, cu_seqlens if packed else None)
 
 
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """T stands for the longest document: an upper bound is all the kernels need, and it asks nothing of the device."""
+def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, longest: int) -> Tensor:
+    """longest: an upper bound is all that the kernels need, and it asks nothing of the device."""
     borders = one_document(q.shape[0], q.device).int() if cu_seqlens is None else cu_seqlens
-    longest = q.shape[0]
     if is_available("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
