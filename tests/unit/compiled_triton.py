@@ -13,26 +13,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from neomoba_dist.model.kernels import triton_backward, triton_forward, triton_gate, triton_index
-from neomoba_dist.model.kernels.triton_common import Tiles, choose_key_tiles, choose_tiles, padded
+from neomoba_dist.model.kernels import triton_backward, triton_forward, triton_gate, triton_index, triton_layout
+from neomoba_dist.model.kernels.triton_common import SIZES, Tiles, choose_key_tiles, choose_tiles, padded
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INT64 = ("spans_pointer", "offset_pointer")
 FLOAT32 = ("acc_pointer", "lse_pointer", "delta_pointer", "grad_lse_pointer")
 TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means")
-INTEGERS = "head column tokens heads group heads_per_row num_blocks num_tiles columns kv_heads parts first_column"
-SCALARS = (*INTEGERS.split(), "num_kv_heads", "rows_per_kv_head")
 
 
 def argument_type(name: str, dtype: str) -> str:
     """Triton's type of a kernel argument, which its name tells."""
     if name == "scale":
         return "fp32"
-    if name in SCALARS or "stride" in name:
+    if name in SIZES or "stride" in name:
         return "i32"
     if name in FLOAT32:
         return "*fp32"
+    if name in INT64:
+        return "*i64"
     return f"*{dtype}" if name.removesuffix("_pointer") in TENSORS else "*i32"
 
 
@@ -63,10 +64,12 @@ def main(cases: list[str]) -> None:
     for dtype, dim in ((case.split(":")[0], int(case.split(":")[1])) for case in cases):
         tiles, key_tiles = choose_tiles(dim, DTYPES[dtype], 512), choose_key_tiles(dim, DTYPES[dtype], 512)
         constants = attention_constants(tiles, dim, dtype)
-        for kernel in (triton_forward.routed_forward_kernel, triton_forward.own_forward_kernel):
-            compile_kernel(kernel, dtype, tiles.warps, tiles.stages, **constants)
-        for kernel in (triton_backward.routed_query_gradient_kernel, triton_backward.own_query_gradient_kernel):
-            compile_kernel(kernel, dtype, tiles.warps, max(1, tiles.stages - 1), **constants)
+        launch = (tiles.warps, tiles.stages)
+        compile_kernel(triton_forward.routed_forward_kernel, dtype, *launch, **constants)
+        compile_kernel(triton_forward.own_forward_kernel, dtype, *launch, **constants, CAUSAL=True)
+        launch = (tiles.warps, max(1, tiles.stages - 1))
+        compile_kernel(triton_backward.routed_query_gradient_kernel, dtype, *launch, **constants)
+        compile_kernel(triton_backward.own_query_gradient_kernel, dtype, *launch, **constants, CAUSAL=True)
         key_constants = attention_constants(key_tiles, dim, dtype)
         launch = (key_tiles.warps, key_tiles.stages)
         compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
@@ -74,11 +77,16 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
         for minmax in (False, True):
             width = dim * (1 + minmax)
-            gate = {"IS_MINMAX": minmax, "EXACT": dtype == "fp32", "DIM": dim, "WIDTH": width, "SLOTS": 2}
-            compile_kernel(triton_gate.gate_kernel, dtype, **gate, BM=64, BN=64, BD=padded(dim))
+            gate = {"CAUSAL": True, "IS_MINMAX": minmax, "EXACT": dtype == "fp32", "DIM": dim, "WIDTH": width}
+            compile_kernel(triton_gate.gate_kernel, dtype, **gate, SLOTS=2, BM=64, BN=64, BD=padded(dim))
         for pooling in range(4):
             pool = {"POOLING": pooling, "DIM": dim, "WIDTH": dim * (1 + (pooling == 2)), "BN": 64, "BD": padded(dim)}
             compile_kernel(triton_gate.pool_kernel, dtype, **pool)
+    for given in ({}, {"cu_q_pointer": None, "cu_k_pointer": None, "offset_pointer": None}):
+        compile_kernel(triton_layout.document_kernel, "bf16", **given, BT=1024)
+    for spans in ({}, {"spans_pointer": None}):
+        compile_kernel(triton_layout.own_places_kernel, "bf16", **spans, BM=128, BT=128)
+    compile_kernel(triton_index.list_kernel, "bf16", warps=8, BM=128, BN=64, SECTIONS=64)
     compile_kernel(triton_index.count_kernel, "bf16", warps=8, BT=512)
     compile_kernel(triton_index.scatter_kernel, "bf16", warps=8, BT=512, BC=32)
 

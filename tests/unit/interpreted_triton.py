@@ -138,7 +138,7 @@ def test_pooling_keeps_what_is_not_a_number() -> None:
 
 def test_index_holds_each_choice_once_in_order() -> None:
     routes = torch.randint(-1, 6, (150, 2, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    index = build_index(routes, 6, 1, list_tile=16, query_tile=64)
+    index = build_index(routes, 6, list_tile=16, query_tile=16, most_sections=4)
     for column, head in itertools.product(range(3), range(2)):
         tiles = []
         for block in range(6):

@@ -10,6 +10,7 @@ Legend: T queries, S keys, N blocks (upper bound), docs documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -18,16 +19,44 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Blocks of all documents. Tensors are int64 on the device of the queries."""
+    """Blocks of all documents. Its tensors are made when first asked for; the Triton kernels make their own."""
 
     num_queries: int  # T
+    num_keys: int  # S
     block_size: int
     num_blocks: int  # N, static upper bound
-    cu_q: Tensor  # [docs + 1] borders of the documents among the queries
-    cu_k: Tensor  # [docs + 1] borders of the documents among the keys
-    q_offset: Tensor  # [docs] position of each document's first query
-    first_block: Tensor  # [docs + 1] number of each document's first block
+    device: torch.device
+    cu_seqlens: Tensor | None = None  # as in moba_attention
+    cu_seqlens_k: Tensor | None = None
+    offsets: Tensor | None = None
     spans: Tensor | None = None  # [N, 2] start and length of every block, where blocks are given and not counted
+
+    @property
+    def documents(self) -> int:
+        return 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @cached_property
+    def cu_q(self) -> Tensor:
+        """Borders of the documents among the queries, int64 [docs + 1]."""
+        return one_document(self.num_queries, self.device) if self.cu_seqlens is None else self.cu_seqlens.long()
+
+    @cached_property
+    def cu_k(self) -> Tensor:
+        """Borders of the documents among the keys, int64 [docs + 1]."""
+        if self.cu_seqlens is None:
+            return one_document(self.num_keys, self.device)
+        return self.cu_q if self.cu_seqlens_k is None else self.cu_seqlens_k.long()
+
+    @cached_property
+    def q_offset(self) -> Tensor:
+        """Position of each document's first query, int64 [docs]."""
+        return torch.zeros_like(self.cu_q[1:]) if self.offsets is None else self.offsets.long()
+
+    @cached_property
+    def first_block(self) -> Tensor:
+        """Number of each document's first block, int64 [docs + 1]."""
+        blocks = (self.cu_k.diff() + self.block_size - 1) // self.block_size
+        return torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
 
     def query_places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Document and position within it of the queries start..stop: two [stop - start]."""
@@ -50,31 +79,6 @@ class BlockLayout:
         start = self.cu_k[document] + (index - self.first_block[document]) * self.block_size
         length = (self.cu_k[document + 1] - start).clamp(min=0, max=self.block_size)
         return start, torch.where(index < self.first_block[-1], length, 0)
-
-    def own_keys(self, causal: bool) -> tuple[Tensor, ...]:
-        """Keys first..last of its own block that each query sees, int32: two [T]; empty where there is no own block."""
-        if self.spans is not None:
-            return (self.spans.new_zeros(self.num_queries, dtype=torch.int32),) * 2
-        document, position = self.query_places(0, self.num_queries)
-        start = self.cu_k[document] + position // self.block_size * self.block_size
-        stop = torch.minimum(start + self.block_size, self.cu_k[document + 1])
-        if causal:
-            stop = torch.minimum(stop, self.cu_k[document] + position + 1)
-        return start.int(), torch.maximum(start, stop).int()
-
-    def own_queries(self) -> tuple[Tensor, ...]:
-        """Queries first..last whose own block is each block, and the first one's place in it, int32: three [N]."""
-        if self.spans is not None:
-            return (self.spans.new_zeros(self.num_blocks, dtype=torch.int32),) * 3
-        index = torch.arange(self.num_blocks, device=self.cu_k.device)
-        document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
-        position = (index - self.first_block[document]) * self.block_size
-        tokens = self.cu_q[document + 1] - self.cu_q[document]
-        place = (self.q_offset[document] - position).clamp(min=0)
-        low = torch.minimum((position - self.q_offset[document]).clamp(min=0), tokens)
-        high = torch.minimum((position + self.block_size - self.q_offset[document]).clamp(min=0), tokens)
-        high = torch.where(index < self.first_block[-1], high, low)
-        return (self.cu_q[document] + low).int(), (self.cu_q[document] + high).int(), place.int()
 
     def key_places(self, num_keys: int) -> tuple[Tensor, Tensor]:
         """Block and position within its document of every key: two [S]."""
@@ -104,16 +108,9 @@ def make_layout(
     device: torch.device,
 ) -> BlockLayout:
     """Build the layout; without cu_seqlens all tokens are one document, without cu_seqlens_k keys lie like queries."""
-    if cu_seqlens is None:
-        cu_q, cu_k = one_document(num_queries, device), one_document(num_keys, device)
-    else:
-        cu_q = cu_seqlens.long()
-        cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.long()
-    documents = cu_q.numel() - 1
-    offset = torch.zeros(documents, dtype=torch.int64, device=device) if q_offset is None else q_offset.long()
-    first_block = torch.nn.functional.pad(((cu_k.diff() + block_size - 1) // block_size).cumsum(0), (1, 0))
+    documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
     num_blocks = max_blocks(num_keys, block_size, documents)
-    return BlockLayout(num_queries, block_size, num_blocks, cu_q, cu_k, offset, first_block)
+    return BlockLayout(num_queries, num_keys, block_size, num_blocks, device, cu_seqlens, cu_seqlens_k, q_offset)
 
 
 def make_span_layout(num_queries: int, longest: int, spans: Tensor) -> BlockLayout:
@@ -122,8 +119,7 @@ def make_span_layout(num_queries: int, longest: int, spans: Tensor) -> BlockLayo
     Queries have no own block: every column of a routing is attended whole. The Triton kernels give each span's keys
     their gradient in one place, so overlapping spans, which the CPU path would bear, are wrong there.
     """
-    nothing = torch.zeros(2, dtype=torch.int64, device=spans.device)
-    return BlockLayout(num_queries, longest, len(spans), nothing, nothing, nothing[:1], nothing, spans)
+    return BlockLayout(num_queries, 0, longest, len(spans), spans.device, spans=spans)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens") -> None:

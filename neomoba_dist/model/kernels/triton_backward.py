@@ -24,13 +24,15 @@ from neomoba_dist.model.kernels.triton_common import (
     kernel,
     last_contiguous,
     load_rows,
+    on_its_device,
     padded,
     query_gradient,
     store_rows,
     with_own_column,
 )
-from neomoba_dist.model.kernels.triton_forward import list_tile
+from neomoba_dist.model.kernels.triton_forward import list_tile, own_tile
 from neomoba_dist.model.kernels.triton_index import build_index
+from neomoba_dist.model.kernels.triton_layout import find_own_places
 
 
 @kernel
@@ -79,27 +81,28 @@ def add_key_gradients(
 @kernel
 def key_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, routes_pointer,
-    rows_pointer, first_pointer, block_start, block_length, query_first, query_last, query_place, own_last, tokens,
-    heads, kv_heads, heads_per_row, columns, num_blocks, parts, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    rows_pointer, first_pointer, blocks_pointer, tokens, heads, kv_heads, heads_per_row, columns, num_blocks,
+    parts, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h,
+    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [S, Hkv, DIM] of BN keys of one block."""
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     kv_head = tl.program_id(1)
     group, list_rows = heads // kv_heads, heads // heads_per_row
-    length = tl.load(block_length + block)
+    found = blocks_pointer + block * 5
+    start, length = tl.load(found), tl.load(found + 1)
+    own_begin, own_end, own_place = tl.load(found + 2), tl.load(found + 3), tl.load(found + 4)
+    shift = start + own_place - own_begin  # from the number of an own query to its position among the keys
     if part * BN < length:
-        start = tl.load(block_start + block)
         n = start + part * BN + tl.arange(0, BN)
         inside = n < start + length
         k = load_rows(k_pointer, n, inside, kv_head, k_stride_t, k_stride_h, DIM, BD)
         v = load_rows(v_pointer, n, inside, kv_head, v_stride_t, v_stride_h, DIM, BD)
         dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
         everything = tl.full([BM], 2147483647, tl.int32)
-        own_begin, own_end = tl.load(query_first + block), tl.load(query_last + block)
         if CAUSAL:  # queries before the first key of this part see none of it
-            own_begin += tl.maximum(part * BN - tl.load(query_place + block), 0)
+            own_begin += tl.maximum(part * BN - own_place, 0)
         for member in range(group):
             head = kv_head * group + member
             for column in range(columns - 1):
@@ -118,7 +121,9 @@ def key_gradient_kernel(
                 rows = place + tl.arange(0, BM)
                 route = routes_pointer + (rows.to(tl.int64) * list_rows + head // heads_per_row) * columns
                 valid = (rows < own_end) & (tl.load(route, mask=rows < own_end, other=-1) >= 0)
-                row_last = tl.load(own_last + rows, mask=valid, other=0)
+                row_last = everything
+                if CAUSAL:
+                    row_last = tl.where(valid, rows + shift + 1, 0)
                 dk, dv = add_key_gradients(
                     dk, dv, k, v, n, row_last, rows, valid, q_pointer, grad_pointer, lse_pointer, delta_pointer,
                     heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
@@ -130,7 +135,7 @@ def key_gradient_kernel(
 @kernel
 def routed_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, rows_pointer, first_pointer,
-    tile_block_pointer, first_tile_pointer, block_start, block_length, column, tokens, heads, group, heads_per_row,
+    tile_block_pointer, first_tile_pointer, blocks_pointer, column, tokens, heads, group, heads_per_row,
     num_blocks, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t,
     grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,8 +145,8 @@ def routed_query_gradient_kernel(
     block, rows, valid = list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointer, list_row, tile,
                                    tokens, num_blocks, num_tiles, BM)  # fmt: skip
     if block < num_blocks:
-        start = tl.load(block_start + block)
-        stop = start + tl.load(block_length + block)
+        start = tl.load(blocks_pointer + block * 5)
+        stop = start + tl.load(blocks_pointer + block * 5 + 1)
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
         grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
         lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
@@ -156,29 +161,28 @@ def routed_query_gradient_kernel(
 @kernel
 def own_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, dq_pointer, routes_pointer,
-    own_first, own_last, tokens, heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t,
-    k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
+    tiles_pointer, heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+    v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, Hq, DIM]: the own blocks' share and the routed sums."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    rows = tile * BM + tl.arange(0, BM)
-    valid = rows < tokens
-    route = routes_pointer + (rows.to(tl.int64) * (heads // heads_per_row) + head // heads_per_row) * columns
-    own = valid & (tl.load(route, mask=valid, other=-1) >= 0)
-    first = tl.load(own_first + rows, mask=own, other=2147483647)
-    last = tl.load(own_last + rows, mask=own, other=0)
-    q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-    grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
-    lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
-    dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, tl.min(first, 0), tl.max(last, 0),
-                        first, last, scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
-                        PRECISION)  # fmt: skip
-    if columns > 1:
-        dq += load_rows(acc_pointer, rows, valid, head, heads * DIM, DIM, DIM, BD)
-    store_rows(dq_pointer, dq * scale, rows, valid, head, heads * DIM, DIM, DIM, BD)
+    head = tl.program_id(1)
+    rows, valid, start, last = own_tile(tiles_pointer, routes_pointer, heads // heads_per_row, head // heads_per_row,
+                                        columns, CAUSAL, BM)  # fmt: skip
+    if tl.max(valid.to(tl.int32), 0) > 0:
+        q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
+        grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
+        lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
+        first = tl.zeros([BM], tl.int32) + start
+        dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, tl.max(last, 0), first,
+                            last, scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
+                            PRECISION)  # fmt: skip
+        if columns > 1:
+            dq += load_rows(acc_pointer, rows, valid, head, heads * DIM, DIM, DIM, BD)
+        store_rows(dq_pointer, dq * scale, rows, valid, head, heads * DIM, DIM, DIM, BD)
 
 
+@on_its_device
 def attend_triton_backward(
     q: Tensor,
     k: Tensor,
@@ -214,24 +218,23 @@ def attend_triton_backward(
         out, grad_out, grad_lse if grad_lse is None else grad_lse.contiguous(), delta, tokens, heads, *grad_strides,
         grad_lse is not None, dim, tiles.rows, padded(dim),
     )  # fmt: skip
-    index = build_index(routes, layout.num_blocks, 1, tiles.rows)
-    start, length = (x.int() for x in layout.block_spans())
-    own_first, own_last = layout.own_keys(causal)
+    index = build_index(routes, layout.num_blocks, tiles.rows)
+    own = find_own_places(layout, tiles.rows)
     parts = triton.cdiv(layout.block_size, key_tiles.keys)
     key_gradient_kernel[(layout.num_blocks * parts, kv_heads)](
-        q, k, v, grad_out, lse, delta, dk, dv, routes, index.rows, index.first, start, length, *layout.own_queries(),
-        own_last, tokens, heads, kv_heads, heads_per_row, columns, layout.num_blocks, parts, scale, *strides, dim,
+        q, k, v, grad_out, lse, delta, dk, dv, routes, index.rows, index.first, own.blocks, tokens, heads, kv_heads,
+        heads_per_row, columns, layout.num_blocks, parts, scale, *strides, dim,
         key_tiles.rows, key_tiles.keys, *shape[3:], causal, num_warps=key_tiles.warps, num_stages=key_tiles.stages,
     )  # fmt: skip
     acc = torch.zeros(q.shape if columns > 1 else (0,), dtype=torch.float32, device=q.device)
     num_tiles = index.tile_block.shape[2]
     for column in range(columns - 1):
         routed_query_gradient_kernel[(num_tiles, heads)](
-            q, k, v, grad_out, lse, delta, acc, *index, start, length, column, tokens, heads, heads // kv_heads,
+            q, k, v, grad_out, lse, delta, acc, *index, own.blocks, column, tokens, heads, heads // kv_heads,
             heads_per_row, layout.num_blocks, num_tiles, scale, *strides, *shape, **launch,
         )  # fmt: skip
-    own_query_gradient_kernel[(row_tiles, heads)](
-        q, k, v, grad_out, lse, delta, acc, dq, routes, own_first, own_last, tokens, heads, heads // kv_heads,
-        heads_per_row, columns, scale, *strides, *shape, **launch,
+    own_query_gradient_kernel[(len(own.tiles), heads)](
+        q, k, v, grad_out, lse, delta, acc, dq, routes, own.tiles, heads, heads // kv_heads, heads_per_row, columns,
+        scale, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return dq, dk, dv

@@ -8,7 +8,9 @@ Legend: BM rows (queries) and BN keys per tile, BD head_dim padded to a power of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -16,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from neomoba_dist.model.kernels.layout import BlockLayout
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -68,6 +73,19 @@ def last_contiguous(x: Tensor) -> Tensor:
 def with_own_column(routes: Tensor, layout: BlockLayout) -> Tensor:
     """Routes as the kernels take them, own block first: queries that attend to spans have none."""
     return routes.contiguous() if layout.spans is None else torch.nn.functional.pad(routes, (1, 0), value=-1)
+
+
+def on_its_device(
+    function: Callable[Concatenate[Tensor, Rest], Result],
+) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Run a function on the device of its first argument: Triton launches on whichever device is the current one."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Rest.args, **options: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **options)
+
+    return run
 
 
 @triton.jit

@@ -25,11 +25,13 @@ from neomoba_dist.model.kernels.triton_common import (
     last_contiguous,
     load_rows,
     merge,
+    on_its_device,
     padded,
     store_rows,
     with_own_column,
 )
 from neomoba_dist.model.kernels.triton_index import build_index
+from neomoba_dist.model.kernels.triton_layout import find_own_places
 
 
 @triton.jit
@@ -44,10 +46,27 @@ def list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointe
     return block, rows, valid
 
 
+@triton.jit
+def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSAL: tl.constexpr, BM: tl.constexpr):
+    """(query numbers [BM], which exist, first key of their own block, where each one's own keys end) of this program.
+
+    A query whose routing does not name its own block has no own keys.
+    """
+    tile = tiles_pointer + tl.program_id(0) * 5
+    rows = tl.load(tile) + tl.arange(0, BM)
+    valid = rows < tl.load(tile + 1)
+    route = routes_pointer + (rows.to(tl.int64) * list_rows + list_head) * columns
+    own = valid & (tl.load(route, mask=valid, other=-1) >= 0)
+    last = tl.zeros([BM], tl.int32) + tl.load(tile + 3)
+    if CAUSAL:
+        last = tl.minimum(last, rows + tl.load(tile + 4) + 1)
+    return rows, valid, tl.load(tile + 2), tl.where(own, last, 0)
+
+
 @kernel
 def routed_forward_kernel(
     q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, rows_pointer, first_pointer, tile_block_pointer,
-    first_tile_pointer, block_start, block_length, column, tokens, heads, group, heads_per_row, num_blocks, num_tiles,
+    first_tile_pointer, blocks_pointer, column, tokens, heads, group, heads_per_row, num_blocks, num_tiles,
     scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +76,8 @@ def routed_forward_kernel(
     block, rows, valid = list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointer, list_row, tile,
                                    tokens, num_blocks, num_tiles, BM)  # fmt: skip
     if block < num_blocks:
-        start = tl.load(block_start + block)
-        stop = start + tl.load(block_length + block)
+        start = tl.load(blocks_pointer + block * 5)
+        stop = start + tl.load(blocks_pointer + block * 5 + 1)
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
         first, last = tl.zeros([BM], tl.int32) + start, tl.zeros([BM], tl.int32) + stop
         out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, stop, first, last, scale * LOG2E,
@@ -74,31 +93,30 @@ def routed_forward_kernel(
 
 @kernel
 def own_forward_kernel(
-    q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, out_pointer, routes_pointer, own_first, own_last, tokens,
-    heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, out_pointer, routes_pointer, tiles_pointer, heads, group,
+    heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the own blocks, merge with the routed sums, write out [T, Hq, DIM] and the natural lse in place."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    rows = tile * BM + tl.arange(0, BM)
-    valid = rows < tokens
-    list_head = head // heads_per_row
-    route = routes_pointer + (rows.to(tl.int64) * (heads // heads_per_row) + list_head) * columns
-    own = valid & (tl.load(route, mask=valid, other=-1) >= 0)
-    first = tl.load(own_first + rows, mask=own, other=2147483647)
-    last = tl.load(own_last + rows, mask=own, other=0)
-    q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-    out, lse = attend_keys(q, k_pointer, v_pointer, head // group, tl.min(first, 0), tl.max(last, 0), first, last,
-                           scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
-                           PRECISION)  # fmt: skip
-    lse_rows = lse_pointer + rows.to(tl.int64) * heads + head
-    before = tl.load(lse_rows, mask=valid, other=float("-inf"))
-    acc = load_rows(acc_pointer, rows, valid & (before > float("-inf")), head, heads * DIM, DIM, DIM, BD)
-    out, lse = merge(acc, before, out, lse)
-    store_rows(out_pointer, out, rows, valid, head, heads * DIM, DIM, DIM, BD)
-    tl.store(lse_rows, lse / LOG2E, mask=valid)
+    head = tl.program_id(1)
+    rows, valid, start, last = own_tile(tiles_pointer, routes_pointer, heads // heads_per_row, head // heads_per_row,
+                                        columns, CAUSAL, BM)  # fmt: skip
+    if tl.max(valid.to(tl.int32), 0) > 0:
+        q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
+        first = tl.zeros([BM], tl.int32) + start
+        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, tl.max(last, 0), first, last,
+                               scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
+                               PRECISION)  # fmt: skip
+        lse_rows = lse_pointer + rows.to(tl.int64) * heads + head
+        before = tl.load(lse_rows, mask=valid, other=float("-inf"))
+        acc = load_rows(acc_pointer, rows, valid & (before > float("-inf")), head, heads * DIM, DIM, DIM, BD)
+        out, lse = merge(acc, before, out, lse)
+        store_rows(out_pointer, out, rows, valid, head, heads * DIM, DIM, DIM, BD)
+        tl.store(lse_rows, lse / LOG2E, mask=valid)
 
 
+@on_its_device
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: BlockLayout, causal: bool, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -116,18 +134,17 @@ def attend_triton(
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    own = find_own_places(layout, tiles.rows)
     if columns > 1:
-        index = build_index(routes, layout.num_blocks, 1, tiles.rows)
-        start, length = (x.int() for x in layout.block_spans())
+        index = build_index(routes, layout.num_blocks, tiles.rows)
         num_tiles = index.tile_block.shape[2]
         for column in range(columns - 1):
             routed_forward_kernel[(num_tiles, heads)](
-                q, k, v, acc, lse, *index, start, length, column, tokens, heads, group, heads_per_row,
+                q, k, v, acc, lse, *index, own.blocks, column, tokens, heads, group, heads_per_row,
                 layout.num_blocks, num_tiles, dim**-0.5, *strides, *shape, **launch,
             )  # fmt: skip
-    own_first, own_last = layout.own_keys(causal)
-    own_forward_kernel[(triton.cdiv(tokens, tiles.rows), heads)](
-        q, k, v, acc, lse, out, routes, own_first, own_last, tokens, heads, group, heads_per_row, columns, dim**-0.5,
-        *strides, *shape, **launch,
+    own_forward_kernel[(len(own.tiles), heads)](
+        q, k, v, acc, lse, out, routes, own.tiles, heads, group, heads_per_row, columns, dim**-0.5, *strides, causal,
+        dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return out, lse

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from neomoba_dist.model.kernels.layout import BlockLayout
 from neomoba_dist.model.kernels.routing import POOLINGS, empty_routes, pooled_width
-from neomoba_dist.model.kernels.triton_common import kernel, last_contiguous, load_rows, padded
+from neomoba_dist.model.kernels.triton_common import kernel, last_contiguous, load_rows, on_its_device, padded
+from neomoba_dist.model.kernels.triton_layout import block_span, describe_documents, document_of
 
 MEAN: tl.constexpr = tl.constexpr(0)
-MAX: tl.constexpr = tl.constexpr(1)
 MINMAX: tl.constexpr = tl.constexpr(2)
+REPRESENTATIVE: tl.constexpr = tl.constexpr(3)
 LOWEST: tl.constexpr = tl.constexpr(-(2**63))
 HIGHEST: tl.constexpr = tl.constexpr(2**63 - 1)
 
@@ -29,8 +30,9 @@ HIGHEST: tl.constexpr = tl.constexpr(2**63 - 1)
 def pool_kernel(
     k_pointer,
     means_pointer,
-    starts,
-    lengths,
+    table,
+    documents,
+    block_size,
     stride_t,
     stride_h,
     num_kv_heads,
@@ -40,9 +42,9 @@ def pool_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One block of one KV head -> one row of means [N, Hkv, WIDTH]."""
+    """One block of one KV head -> one row of means [N, Hkv, WIDTH], zero where the block does not exist."""
     block, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(starts + block), tl.load(lengths + block)
+    _, start, length = block_span(table, documents, block, block_size)
     total = tl.zeros([BD], tl.float32)
     high = tl.full([BD], float("-inf"), tl.float32)
     low = tl.full([BD], float("inf"), tl.float32)
@@ -59,30 +61,31 @@ def pool_kernel(
     low = tl.where(damaged > 0, float("nan"), low)
     d = tl.arange(0, BD)
     row = means_pointer + (block * num_kv_heads + head) * WIDTH + d
-    if length > 0:
-        if POOLING == MEAN:
-            tl.store(row, (total / length).to(means_pointer.dtype.element_ty), mask=d < DIM)
-        elif POOLING == MAX:
-            tl.store(row, high.to(means_pointer.dtype.element_ty), mask=d < DIM)
-        elif POOLING == MINMAX:
-            tl.store(row, high.to(means_pointer.dtype.element_ty), mask=d < DIM)
-            tl.store(row + DIM, low.to(means_pointer.dtype.element_ty), mask=d < DIM)
-        else:
-            last = k_pointer + (start + length - 1).to(tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h + d
-            tl.store(row, tl.load(last, mask=d < DIM, other=0.0), mask=d < DIM)
+    if POOLING == MEAN:
+        pooled = total / tl.maximum(length, 1)
+    elif POOLING == REPRESENTATIVE:
+        last = k_pointer + (start + length - 1).to(tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h + d
+        pooled = tl.load(last, mask=d < tl.where(length > 0, DIM, 0), other=0.0)
+    else:
+        pooled = tl.where(length > 0, high, 0.0)
+    tl.store(row, pooled.to(means_pointer.dtype.element_ty), mask=d < DIM)
+    if POOLING == MINMAX:
+        low = tl.where(length > 0, low, 0.0)
+        tl.store(row + DIM, low.to(means_pointer.dtype.element_ty), mask=d < DIM)
 
 
+@on_its_device
 def block_means_triton(k: Tensor, layout: BlockLayout, pooling: str) -> Tensor:
     """See moba.block_means."""
     k = last_contiguous(k)
     _, num_kv_heads, dim = k.shape
     width = pooled_width(dim, pooling)
-    means = k.new_zeros(layout.num_blocks, num_kv_heads, width)
-    starts, lengths = layout.block_spans()
-    pool_kernel[(layout.num_blocks, num_kv_heads)](
-        k, means, starts.int(), lengths.int(), k.stride(0), k.stride(1), num_kv_heads, POOLINGS.index(pooling), dim,
-        width, 64, padded(dim),
-    )  # fmt: skip
+    means = k.new_empty(layout.num_blocks, num_kv_heads, width)
+    if means.numel():
+        pool_kernel[(layout.num_blocks, num_kv_heads)](
+            k, means, *describe_documents(layout), k.stride(0), k.stride(1), num_kv_heads, POOLINGS.index(pooling), dim,
+            width, 64, padded(dim),
+        )  # fmt: skip
     return means
 
 
@@ -118,9 +121,9 @@ def gate_kernel(
     q_pointer,
     means_pointer,
     routes_pointer,
-    first_pointer,
-    limit_pointer,
-    own_pointer,
+    table,
+    documents,
+    block_size,
     tokens,
     heads,
     columns,
@@ -129,6 +132,7 @@ def gate_kernel(
     num_kv_heads,
     rows_per_kv_head,
     group,
+    CAUSAL: tl.constexpr,
     IS_MINMAX: tl.constexpr,
     EXACT: tl.constexpr,
     DIM: tl.constexpr,
@@ -138,13 +142,23 @@ def gate_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Columns 1.. of routes [T, R, columns] for BM queries; candidates are first..limit without own, each [T]."""
+    """routes [T, R, columns] of BM queries; candidates are the blocks first..limit without the own one."""
     row_head = tl.program_id(1)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = rows < tokens
-    first = tl.load(first_pointer + rows, mask=valid, other=2147483647)
-    limit = tl.load(limit_pointer + rows, mask=valid, other=0)
-    own = tl.load(own_pointer + rows, mask=valid, other=-1)
+    document = document_of(table, rows, documents)
+    blocks = table + 3 * (documents + 1) + document
+    first, last = tl.load(blocks), tl.load(blocks + 1)
+    position = rows - tl.load(table + document) + tl.load(table + 2 * (documents + 1) + document)
+    own = first + position // block_size
+    own = tl.where(own < last, own, -1)
+    limit = last
+    if CAUSAL:  # a query whose own block has no keys here comes after all of its document's blocks
+        limit = tl.where(own >= 0, own, last)
+    routes_row = routes_pointer + (rows.to(tl.int64) * heads + row_head) * columns
+    tl.store(routes_row, own, mask=valid)
+    first = tl.where(valid, first, 2147483647)
+    limit = tl.where(valid & (columns > 1), limit, 0)
     # A single half precision query is exact in its own dtype, a sum of them in float32 only.
     exact: tl.constexpr = tl.float32 if EXACT else means_pointer.dtype.element_ty
     SIGN: tl.constexpr = 1 if IS_MINMAX else 0
@@ -174,7 +188,6 @@ def gate_kernel(
             ranked = tl.where(ranked == best[:, None], LOWEST, ranked)
             best, worst = tl.max(ranked, 1), tl.min(top, 1)
     top = tl.where(slot[None, :] < columns - 1, top, LOWEST)
-    routes_row = routes_pointer + (rows.to(tl.int64) * heads + row_head) * columns
     for column in range(1, columns):
         best = tl.max(top, 1)
         chosen = tl.where(best < LOWEST + SLOTS, -1, (best & 0x7FFFFFFF).to(tl.int32))
@@ -182,6 +195,7 @@ def gate_kernel(
         top = tl.where(top == best[:, None], LOWEST, top)
 
 
+@on_its_device
 def route_triton(
     q: Tensor,
     means: Tensor,
@@ -197,20 +211,15 @@ def route_triton(
     """See moba.route; `rows` and `blocks` are the tile."""
     routes = empty_routes(q, means, top_k, gate)
     tokens, heads, columns = routes.shape
-    document, position = layout.query_places(0, tokens)
-    own = layout.own_blocks(document, position)
-    routes[:, :, 0] = own[:, None]
-    if columns == 1 or tokens == 0:
+    if tokens == 0:
         return routes
-    first, last = layout.first_block[document], layout.first_block[document + 1]
-    limit = torch.where(own >= 0, own, last) if causal else last
     q, means = last_contiguous(q), means.contiguous()
     num_kv_heads, width, dim = means.shape[1], means.shape[2], q.shape[2]
     group = q.shape[1] // num_kv_heads if gate == "kv_group" else 1
     exact = group > 1 or q.dtype == torch.float32
     gate_kernel[(triton.cdiv(tokens, rows), heads)](
-        q, means, routes, first.int(), limit.int(), own.int(), tokens, heads, columns, q.stride(0), q.stride(1),
-        num_kv_heads, heads // num_kv_heads, group, pooling == "minmax", exact, dim, width,
-        triton.next_power_of_2(columns - 1), rows, blocks, padded(dim),
+        q, means, routes, *describe_documents(layout), tokens, heads, columns, q.stride(0), q.stride(1), num_kv_heads,
+        heads // num_kv_heads, group, causal, pooling == "minmax", exact, dim, width,
+        triton.next_power_of_2(max(1, columns - 1)), rows, blocks, padded(dim),
     )  # fmt: skip
     return routes
