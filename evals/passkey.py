@@ -121,6 +121,7 @@ def make_batch(prompt: Prompt, rows: Sequence[Row]) -> Batch:
     import torch
 
     from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+    from neomoba_dist.parallel.documents import check_cu_seqlens
 
     length = rows[0].length
     tokens = np.stack([row.tokens for row in rows])
@@ -128,11 +129,13 @@ def make_batch(prompt: Prompt, rows: Sequence[Row]) -> Batch:
         for i, row in enumerate(rows):
             tokens[i, row.answer : row.answer + KEY_DIGITS] = prompt.mask
     input_ids = torch.from_numpy(tokens.reshape(-1))
+    cu_seqlens = torch.arange(0, len(input_ids) + 1, length, dtype=torch.int32)
+    check_cu_seqlens(cu_seqlens, len(input_ids))
     return Batch(
         input_ids=input_ids,
         labels=torch.full_like(input_ids, IGNORE_LABEL),
         position_ids=torch.arange(length).repeat(len(rows)),
-        cu_seqlens=torch.arange(0, len(input_ids) + 1, length, dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
         row_ids=torch.arange(len(rows)),
         num_valid=0,
     )

@@ -14,6 +14,7 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.masking import MaskedLanguageModel, TokenDropout, next_token_labels, padding_runs
 from neomoba_dist.data.rows import RowBlock
 from neomoba_dist.data.words import word_table
+from neomoba_dist.parallel.documents import check_cu_seqlens
 
 
 def max_documents(settings: DataConfig, rows: int) -> int:
@@ -82,6 +83,7 @@ class BatchBuilder:
         cu_seqlens = self._empty(max_documents(self._settings, rows) + 1, torch.int32)
         cu_seqlens[: len(borders)] = torch.from_numpy(borders)
         cu_seqlens[len(borders) :] = total
+        check_cu_seqlens(cu_seqlens, total)
         return Batch(
             input_ids=input_ids,
             labels=labels,

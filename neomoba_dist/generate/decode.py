@@ -18,6 +18,7 @@ from neomoba_dist.model.cache import KVCache
 from neomoba_dist.model.context_cache import ShardedKVCache
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
+from neomoba_dist.parallel.documents import check_cu_seqlens
 
 DECODES = ("full", "moba")
 
@@ -66,7 +67,9 @@ class Decoder:
         Returns the hidden states after the final norm, [T, H] in document order, on the last stage; None on others.
         """
         counts = [len(ids) for ids in tokens]
-        cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self.device)
+        borders = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        check_cu_seqlens(borders, sum(counts))
+        cu_seqlens = borders.to(self.device)
         position_ids = self.cache.begin(counts)
         stage, mesh, pp = self.stage, self.mesh, self.mesh["pp"]
         if stage.is_first:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.kernels.dense import attend_stretches
 from neomoba_dist.model.kernels.mask_chunks import Mask, masked_attention
 from neomoba_dist.model.key_conv import add_taps
 from neomoba_dist.model.masked import bias_weight, find_places, with_routes
@@ -34,7 +35,8 @@ class Step:
     counts: new tokens of each document, the same. places: document and position of every new token, int64 [2, T].
     target: row of every new token in the buffers, int64 [T]. near: rows of the keys that a sliding-window layer's new
     queries can see, int64 [K], empty where there is no such layer. numbers, block_keys: blocks that these tokens
-    complete, int64 [n], and the rows of their keys [n * block_size].
+    complete, int64 [n], and the rows of their keys [n * block_size]. stretches: for each document with new tokens the
+    rows of its new queries, and those of all its keys so far in the buffers.
     """
 
     first: bool
@@ -45,6 +47,7 @@ class Step:
     near: Tensor
     numbers: Tensor
     block_keys: Tensor
+    stretches: list[tuple[slice, slice]]
 
 
 class KVCache:
@@ -100,9 +103,14 @@ class KVCache:
             self.borders.long()[document] + position,
             self._near_rows(before, after),
             *self._completed_blocks(before, after),
+            self._stretches(counts, after),
         )
         self.lengths = after
         return position
+
+    def _stretches(self, counts: Sequence[int], after: Sequence[int]) -> list[tuple[slice, slice]]:
+        starts = zip(accumulate(counts, initial=0), accumulate(self.capacities, initial=0), counts, after, strict=False)
+        return [(slice(q, q + new), slice(k, k + length)) for q, k, new, length in starts if new]
 
     def _near_rows(self, before: Sequence[int], after: Sequence[int]) -> Tensor:
         """For every document with new tokens: its global tokens and all from the first new one's window on."""
@@ -201,6 +209,8 @@ class LayerCache:
             return masked_attention(q, self.k, self.v, mask, weight)
         if blocks is not None:
             return attend(q, self.k, self.v, blocks, **places)[0]
+        if q.device.type != "cpu":
+            return attend_stretches(q, self.k, self.v, step.stretches)
         # one block as long as the longest document is full attention
         places["block_size"] = max(self.cache.capacities)
         return moba_attention(q, self.k, self.v, top_k=1, **places)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from neomoba_dist.model.kernels import ops
 from neomoba_dist.model.kernels.dense import full_attention
-from neomoba_dist.model.kernels.layout import check_cu_seqlens, make_layout
+from neomoba_dist.model.kernels.layout import make_layout, max_blocks
 from neomoba_dist.model.kernels.reference import attend_reference
-from neomoba_dist.model.kernels.routing import GATES, POOLINGS
+from neomoba_dist.model.kernels.routing import GATES, POOLINGS, pooled_width
+from neomoba_dist.parallel.documents import check_cu_seqlens
 
 __all__ = ["attend", "block_means", "check_cu_seqlens", "full_attention", "moba_attention", "route"]
 
@@ -103,7 +104,8 @@ def moba_attention(
         cu_seqlens: int32 [documents + 1], borders of the documents among the queries; None: one document. Values are
             checked here on the CPU only; on other devices call `check_cu_seqlens` where the batch is built.
         cu_seqlens_k: the same for the keys; None: as the queries.
-        q_offset: position of each document's first query, an int or int tensor [documents].
+        q_offset: position of each document's first query, >= 0: an int or an integer tensor [documents], whose values
+            are checked on the CPU only.
         gate: "per_head" (each query head chooses) or "kv_group" (the heads of one KV head choose together).
         pooling: what stands for a block: "mean", "max", "minmax" (Quest bound) or "representative" (last token).
         impl: "reference" (dense mask), "torch" (CPU and any GPU), "triton" (GPU) or "auto".
@@ -122,7 +124,12 @@ def moba_attention(
         return full_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
     places = Places(block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset)
     cu_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling)
+    if top_k > 1:
+        means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling)
+    else:  # `route` looks at their shape alone
+        documents = 1 if cu_keys is None else cu_keys.shape[0] - 1
+        blocks = max_blocks(k.shape[0], block_size, documents)
+        means = k.new_empty(blocks, k.shape[1], pooled_width(k.shape[2], pooling))
     routes = route(q, means, top_k=top_k, causal=causal, gate=gate, pooling=pooling, num_keys=k.shape[0], **places)
     out, lse = attend(q, k, v, routes, causal=causal, impl=impl, **places)
     return (out, lse) if return_lse else out
@@ -158,7 +165,7 @@ def route(
 
     Args:
         q: [T, Hq, D].
-        means: [N, Hkv, D] from `block_means`, perhaps gathered from other ranks.
+        means: [N, Hkv, D] from `block_means`, perhaps gathered from other ranks; for top_k 1 only the shape counts.
         num_keys: S, needed where q_offset or the keys make it differ from T; None: T.
         others: as in `moba_attention`.
     """
@@ -206,10 +213,18 @@ def q_offset_is_zero(q_offset: Tensor | int) -> bool:
 
 
 def offset_tensor(q_offset: Tensor | int, q: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """`q_offset` as [documents] on the device of q, None for 0."""
-    if isinstance(q_offset, Tensor):
-        return q_offset
+    """`q_offset` as [documents] on the device of q, None for 0. Raises ValueError, see `moba_attention`."""
     documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if isinstance(q_offset, Tensor):
+        dtype = q_offset.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or q_offset.shape != (documents,):
+            raise ValueError(f"q_offset must be integers [{documents}], got {dtype} {list(q_offset.shape)}")
+        on_host = q_offset.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and documents and int(q_offset.min()) < 0:
+            raise ValueError(f"q_offset must not be negative, got {int(q_offset.min())}")
+        return q_offset
+    if not isinstance(q_offset, int) or q_offset < 0:
+        raise ValueError(f"q_offset must be an int of at least 0 or a tensor, got {q_offset!r}")
     return torch.full((documents,), q_offset, device=q.device) if q_offset else None
 
 

@@ -9,6 +9,7 @@ from neomoba_dist.generate.decode import Decoder, generate
 from neomoba_dist.generate.stage import Stage
 from neomoba_dist.model import cache as cache_module
 from neomoba_dist.model import moba
+from neomoba_dist.model.kernels.dense import attend_stretches
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from tests.decoding import greedy_by_recomputing, random_documents, whole_pass
@@ -92,6 +93,23 @@ def test_windows_read_the_window_only(name: str, chunk: int, monkeypatch: pytest
 def test_the_whole_grid(name: str, chunk: int, decode: str) -> None:
     if decode == "moba" or "window" not in name:
         check(VARIANTS[name], chunk, decode)
+
+
+def test_document_by_document_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = []
+
+    def compare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **places: Any) -> torch.Tensor:
+        expected = moba.moba_attention(q, k, v, **places)
+        found = attend_stretches(q, k, v, decoder.cache.step.stretches)
+        largest.append(float((found - expected).abs().max()))
+        return expected
+
+    monkeypatch.setattr(cache_module, "moba_attention", compare)
+    for chunk in (1, 8):
+        decoder = Decoder(Stage.of(make()), [n + 3 for n in LENGTHS], "full")
+        in_chunks(decoder, random_documents(LENGTHS), chunk)
+    assert len(largest) > 3 * 60
+    assert max(largest) <= 1e-12
 
 
 def test_moba_differs_from_full() -> None:

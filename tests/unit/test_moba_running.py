@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from neomoba_dist.model import moba
 from neomoba_dist.model.kernels import gathered
 from neomoba_dist.model.kernels.chunked import attend_chunked, attend_chunked_backward
 from neomoba_dist.model.moba import moba_attention
@@ -114,6 +115,14 @@ BAD = {
     "cu_seqlens must be int32": {"cu_seqlens": torch.tensor([0, 8])},
     "cu_seqlens_k is needed": {"k": torch.zeros(9, 2, 4), "v": torch.zeros(9, 2, 4), "cu_seqlens": cu([0, 8])},
     "cu_seqlens_k needs cu_seqlens": {"cu_seqlens_k": cu([0, 8])},
+    "q_offset must be an int of at least 0": {"q_offset": -3},
+    "q_offset must be an int of at least 0 or a tensor": {"q_offset": 1.5},
+    r"q_offset must be integers \[1\], got torch.float32": {"q_offset": torch.zeros(1)},
+    r"q_offset must be integers \[2\], got torch.int64 \[1\]": {
+        "cu_seqlens": cu([0, 3, 8]),
+        "q_offset": torch.zeros(1, dtype=torch.int64),
+    },
+    "q_offset must not be negative, got -1": {"cu_seqlens": cu([0, 3, 8]), "q_offset": torch.tensor([4, -1])},
 }
 
 
@@ -122,3 +131,12 @@ def test_bad_input_is_named(message: str) -> None:
     arguments = {"q": torch.zeros(8, 4, 4), "k": torch.zeros(8, 2, 4), "v": torch.zeros(8, 2, 4)}
     with pytest.raises(ValueError, match=message):
         moba_attention(**{**arguments, "block_size": 4, "top_k": 2, **BAD[message]})
+
+
+def test_the_own_block_alone_needs_no_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = tensors(40, (4, 2), 8, torch.float64)
+    expected = moba_attention(q, k, v, block_size=8, top_k=1, impl="reference")
+    monkeypatch.setattr(moba, "block_means", None)
+    for pooling in ("mean", "minmax"):
+        out = moba_attention(q, k, v, block_size=8, top_k=1, pooling=pooling)
+        assert (out - expected).abs().max() <= 1e-12

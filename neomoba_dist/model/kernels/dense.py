@@ -5,9 +5,12 @@ Legend: T tokens, Hq/Hkv query and KV heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from neomoba_dist.model.kernels import is_available, ops
 from neomoba_dist.model.kernels.flash_cpu import expand_keys, group_queries, ungroup_queries
@@ -40,6 +43,28 @@ def full_attention(
     if fits and (packed or is_available("flash_attn")):
         return _flash_varlen(q, k, v, causal, cu_seqlens, min(longest or q.shape[0], q.shape[0]))
     return _sdpa(q, k, v, causal, cu_seqlens if packed else None)
+
+
+def attend_stretches(q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[tuple[slice, slice]]) -> Tensor:
+    """Causal attention of a few new queries to all keys of their document so far, by SDPA, document by document.
+
+    For decoding on a GPU: SDPA spreads one query's keys over the device, a kernel with tiles of queries does not.
+
+    Args:
+        q: [T, Hq, D] of all documents; k, v: [S, Hkv, D], Hkv divides Hq.
+        stretches: rows of q and of k for each document, T in all; the last query stands at the last key.
+
+    Returns:
+        [T, Hq, D] in the dtype of q.
+    """
+    parts = []
+    for queries, keys in stretches:
+        part_q, part_k, part_v = (x[rows].transpose(0, 1)[None] for x, rows in ((q, queries), (k, keys), (v, keys)))
+        new, known = part_q.shape[2], part_k.shape[2]
+        mask = causal_lower_right(new, known) if new > 1 else None
+        out = F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, longest: int) -> Tensor:
