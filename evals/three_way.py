@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, dict[str, Any]] = {}
     for name, keys in variants(config.model).items():
         folder = args.output / name
-        train(args, folder, [f"neomoba.model.{key}={value}" for key, value in keys.items()])
+        words = [*args.set, *(f"neomoba.model.{key}={value}" for key, value in keys.items())]
+        require_same(folder, load_config(args.ds_config, words))
+        train(args, folder, words)
         found[name] = measure(read_run(folder), args)
     lines = table(found)
     print_table(lines)
@@ -106,14 +108,35 @@ def check(config: Config) -> None:
         raise EvalError(f"{config.source}: the models are compared by it; set neomoba.data.validation")
 
 
-def train(args: argparse.Namespace, folder: Path, keys: Sequence[str]) -> None:
-    """One run; a finished one is left alone. Raises EvalError when it fails."""
+def require_same(folder: Path, config: Config) -> None:
+    """Raises EvalError where the folder holds a run with other settings, which would pass for this one's."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    then, now = (flat(tree) for tree in (json.loads(file.read_text(encoding="utf-8")), config.to_dict()))
+    other = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    if other:
+        shown = ", ".join(f"{key} {json.dumps(then.get(key))}, not {json.dumps(now.get(key))}" for key in other[:3])
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise EvalError(f"{folder}: was trained with {shown}{more}; give another --output, or delete this folder")
+
+
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested dictionary by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def train(args: argparse.Namespace, folder: Path, words: Sequence[str]) -> None:
+    """One run; a finished one is left alone. words: keys of the JSON. Raises EvalError when it fails."""
     script = [str(ROOT / "launch" / "pretrain.py")]
     if args.ranks > 1:
         script = ["--num_gpus", str(args.ranks), *script]
     starter = sys.executable if args.ranks == 1 else str(Path(sys.executable).with_name("deepspeed"))
     command = [starter, *script, "--ds_config", str(args.ds_config), "--output_dir", str(folder), "--set"]
-    if subprocess.run([*command, *args.set, *keys], check=False).returncode:
+    if subprocess.run([*command, *words], check=False).returncode:
         raise EvalError(f"{folder}: the training failed; its message is above")
 
 

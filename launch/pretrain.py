@@ -68,6 +68,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     """Everything from the checks to the last checkpoint, in one process of the launch."""
     from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.checkpoint.load import CheckpointReader
+    from neomoba_dist.checkpoint.upcycle import UpcycledReader, difference
     from neomoba_dist.parallel.comm import all_gather_objects
     from neomoba_dist.parallel.mesh import Mesh, initialize_process_group
     from neomoba_dist.train.assemble import build_stream, build_validation, find_resume, open_corpora
@@ -79,8 +80,6 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     resumed = find_resume(output, arguments.resume)
     start = None
     if arguments.init_from and not resumed:
-        from neomoba_dist.checkpoint.upcycle import UpcycledReader
-
         path = arguments.init_from
         start = UpcycledReader(path, config) if arguments.upcycle else CheckpointReader(path)
     build_stream(config, plan, corpora.train, dp_rank=0)  # refuses too small a corpus before the ranks meet
@@ -110,6 +109,8 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
         trainer.start_from(start)
     if mesh.rank == 0:
         origin = resumed.folder if resumed else start.folder if start else None
+        if start and arguments.upcycle and (warning := difference(config.model)):
+            print(warning)
         print(f"{output}: from {origin or 'new weights'}, steps {trainer.step + 1} to {last_step}", flush=True)
     trainer.run(last_step, profile=arguments.profile)
 

@@ -1,9 +1,9 @@
 """Start a mixture of experts from a dense checkpoint: sparse upcycling (arXiv 2212.05055).
 
-Every expert begins as a copy of the layer's dense feed-forward part, the router with fresh weights. As the weights of a
-token's experts add up to one (`norm_topk_prob`), the mixture first computes what the dense model did; the tokens that
-each expert gets then drive them apart. No file is converted: each rank reads its part of the dense tensors, in any
-layout.
+Every expert begins as a copy of the layer's dense feed-forward part, the router with fresh weights. Where the weights
+of a token's experts add up to one, the mixture first computes what the dense model did (`difference` tells where not);
+the tokens that each expert gets then drive them apart. No file is converted: each rank reads its part of the dense
+tensors, in any layout.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader
-from neomoba_dist.config import Config
+from neomoba_dist.config import Config, ModelConfig
 from neomoba_dist.model.init import Initializer, Shard
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -54,3 +54,20 @@ class UpcycledReader(CheckpointReader):
         name = f"{layer}.mlp.{part.removeprefix('experts.')}"
         one = super().read(kind, Shard(name, shard.shape[1:], shard.start[1:], shard.extent[1:]))
         return one.expand(shard.extent)
+
+
+def difference(model: ModelConfig) -> str | None:
+    """One line on why the mixture does not first compute what the dense model did; None if it does."""
+    causes = []
+    if not model.norm_topk_prob:
+        causes.append("neomoba.model.norm_topk_prob is false")
+    if model.routed_scaling_factor != 1:
+        causes.append(f"neomoba.model.routed_scaling_factor is {model.routed_scaling_factor:g}")
+    if model.moe_capacity_factor is not None and model.moe_overflow != "reroute":
+        causes.append("neomoba.model.moe_capacity_factor leaves experts out")
+    if not causes:
+        return None
+    return (
+        f"warning: --upcycle: the mixture does not start with what the dense model computes, because the weights of a "
+        f"token's experts do not add up to one: {', '.join(causes)}"
+    )

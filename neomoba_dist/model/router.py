@@ -71,7 +71,11 @@ class Router(nn.Module):
         return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
 
     def fill(self, tokens: Tokens) -> int:
-        """Rows that this rank brings every expert to, with empty ones; 0: none are added."""
+        """Rows that this rank brings every expert to, with empty ones; 0: none are added.
+
+        No more than the tokens of a row that it holds: ranks that share a row together send up to their number times
+        the capacity.
+        """
         if self.config.moe_overflow != "pad" or not self.training:
             return 0
         return min(expert_capacity(self.config, tokens), tokens.here_of_row) * tokens.rows

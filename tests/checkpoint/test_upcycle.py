@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model, load_weights
-from neomoba_dist.checkpoint.upcycle import UpcycledReader
+from neomoba_dist.checkpoint.upcycle import UpcycledReader, difference
 from neomoba_dist.config import Config
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -44,6 +44,29 @@ def test_the_mixture_computes_what_the_dense_model_did(dense: Path) -> None:
     assert float(router.detach().std()) == pytest.approx(config.model.initializer_range, rel=0.2)
     fresh = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
     assert torch.equal(router, fresh.blocks[1].mlp.router.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "causes"),
+    [
+        ({}, ""),
+        ({"moe_capacity_factor": 1.25, "moe_overflow": "reroute"}, ""),
+        ({"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+        ({"moe_capacity_factor": 0.5}, "moe_capacity_factor leaves experts out"),
+    ],
+)
+def test_where_it_does_not_a_line_says_so(dense: Path, changes: dict[str, Any], causes: str) -> None:
+    # two sigmoids of small logits would add up to about one by themselves
+    config = run_config({}, model={**MOE, "router_scoring": "softmax", **changes})
+    line = difference(config.model)
+    assert line is None if not causes else line.startswith("warning: --upcycle") and line.endswith(causes)
+    model = NeoBERT(config.model, Mesh.single(), seed=7)
+    load_weights(UpcycledReader(dense, config), model)
+    original, _ = load_model(dense)
+    batch = tiny_batch(0, vocab_size=1200)
+    same = model(batch)[0].isclose(original(batch)[0], rtol=1e-5)
+    assert bool(same) == (not causes)
 
 
 def load_on_rank(config: Config, folder: Path) -> Pieces:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evals.__main__ import main
-from evals.three_way import active_parameters, variants
+from evals.three_way import active_parameters, require_same, variants
 from neomoba_dist.config import load_config, parse_config
 from tests.runs import shared_corpus
 
@@ -54,6 +54,16 @@ def test_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     assert "base + GQA + MoE" in out
     assert "validation loss" in out
+
+    assert main(["ablation", "three_way", *words, "neomoba.phase.learning_rate=0.002"]) == 1
+    error = capfd.readouterr().err
+    assert f"{tmp_path / 'base'}: was trained with neomoba.phase.learning_rate 0.001, not 0.002; give" in error
+    assert error.count("\n") == 1
+    keys = words[words.index("--set") + 1 :]
+    model = variants(load_config(FILES["tiny"], keys).model)["moe"]
+    require_same(
+        tmp_path / "moe", load_config(FILES["tiny"], [*keys, *(f"neomoba.model.{k}={v}" for k, v in model.items())])
+    )
 
 
 @pytest.mark.parametrize(

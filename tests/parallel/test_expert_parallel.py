@@ -1,5 +1,6 @@
 """Expert parallelism equals the single process in float64: loss, auxiliary loss, counts, every gradient, bytes sent."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from tests.equivalence import assemble, assert_same
 from tests.expert_parallel import Outcome, in_one_process, moe_model, on_this_rank, padded_batches
+from tests.models import LENGTH
 from tests.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -61,6 +63,11 @@ def compare(config: ModelConfig, name: str, batches: list[Batch], bias: list[flo
     world, layout = LAYOUTS[name]
     expected, gradients = in_one_process(config, batches, bias)
     outcomes = run_ranks(world, on_this_rank, config, ParallelConfig(**layout), batches, bias)
+    assert_equal_outcomes(outcomes, expected, gradients)
+    return outcomes
+
+
+def assert_equal_outcomes(outcomes: list[Outcome], expected: Outcome, gradients: dict[str, torch.Tensor]) -> None:
     for outcome in outcomes:
         assert outcome.loss == pytest.approx(expected.loss, rel=1e-12)
         assert outcome.aux_loss == pytest.approx(expected.aux_loss, rel=1e-12)
@@ -72,7 +79,6 @@ def compare(config: ModelConfig, name: str, batches: list[Batch], bias: list[flo
     # an expert without tokens has no gradient, but every tensor holds all experts of a layer
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     assert_same(merged, gradients, rtol=1e-10)
-    return outcomes
 
 
 FAST = (
@@ -121,6 +127,44 @@ def test_bytes_are_those_of_pairs_that_live_elsewhere(layout: str) -> None:
     if layout == "ep2_tp2_sp":  # each token once; without sequence parallelism, by every tp rank
         twice = run_ranks(world, on_this_rank, config, ParallelConfig(**LAYOUTS["ep2_tp2"][1]), batches)
         assert sum(outcome.away for outcome in twice) == 2 * sum(outcome.away for outcome in outcomes)
+
+
+def single_row(batch: Batch, row: int) -> Batch:
+    """One of the rows of tests.models.tiny_batch."""
+    part = slice(row * LENGTH, (row + 1) * LENGTH)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[part],
+        labels=batch.labels[part],
+        position_ids=batch.position_ids[part],
+        cu_seqlens=torch.tensor([0, 49, 59, LENGTH, LENGTH], dtype=torch.int32),
+        row_ids=batch.row_ids[row : row + 1],
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep2_cp2_tp2_sp",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("dp2", "ep2", "cp2", "tp2_sp", "ep2_tp2_sp", "ep4_cp2")
+        ),
+    ],
+)
+def test_the_global_balance_is_that_of_all_ranks(layout: str) -> None:
+    """At equal micro-batch x dp: two rows in one process, or one on each of two data-parallel ranks."""
+    config = moe_model(router_aux_loss_scope="global", router_scoring="sigmoid")
+    batch = padded_batches(2)[1]
+    batch = replace(batch, num_valid=batch.local_valid())
+    world, sizes = LAYOUTS[layout]
+    dp = world // sizes.get("tensor_model_parallel_size", 1) // sizes.get("context_parallel_size", 1)
+    expected, gradients = in_one_process(config, [batch])
+    batches = [batch] if dp == 1 else [single_row(batch, row) for row in range(2)]
+    outcomes = run_ranks(world, on_this_rank, config, ParallelConfig(**sizes), batches)
+    assert_equal_outcomes(outcomes, expected, gradients)
+    by_row, _ = in_one_process(replace(config, router_aux_loss_scope="row"), [batch])
+    assert abs(by_row.aux_loss - expected.aux_loss) > 1e-4, "the scope must matter"
 
 
 @pytest.mark.full

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.exact import exact_linear
 from neomoba_dist.model.experts import grouped_swiglu
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
@@ -186,6 +188,59 @@ def test_update_bias() -> None:
     bias = torch.zeros(4)
     update_bias(bias, torch.tensor([10.0, 20, 30, 20], dtype=torch.float64), 0.01)
     torch.testing.assert_close(bias, torch.tensor([0.01, 0, -0.01, 0]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe_capacity_factor": 1.0},
+        {"moe_capacity_factor": 1.0, "moe_overflow": "pad"},
+        {"moe_capacity_factor": 1.0, "moe_overflow": "reroute"},
+    ],
+    ids=["dropless", "drop", "pad", "reroute"],
+)
+def test_biases_balance_what_the_router_asks_for(changes: dict[str, Any]) -> None:
+    """A capacity would hide the imbalance from them: every expert is full, though all tokens ask for two."""
+    layer, _ = make_layer(router_scoring="sigmoid", router_bias_update_rate=0.02, **changes)
+    layer.router.bias += torch.tensor([0.6, 0.5, 0, 0, 0, 0, 0, -0.2])
+    x_TH = torch.randn(TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(ROW).repeat(2)
+    violations = []
+    for _ in range(60):
+        with torch.no_grad():
+            asked = layer(x_TH, positions)[2][4:]
+        assert asked.sum() == 2 * TOKENS
+        violations.append(float(asked.max() / asked.mean() - 1))
+        update_bias(layer.router.bias, asked, 0.02)
+    assert violations[0] > 2
+    assert max(violations[-10:]) < 0.6
+
+
+def test_router_products_stay_exact_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's switch is off during each, on again after; gradients are those of a linear layer."""
+    during = []
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        during.append(torch.backends.cuda.matmul.allow_tf32)
+        return torch.matmul(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((9, 5), (4, 5), (9, 4)))
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        out = exact_linear(*leaves)
+        gradients = torch.autograd.grad(out, leaves, grad)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert during == [False] * 3
+    torch.testing.assert_close(out, F.linear(x, weight))
+    for got, want in zip(gradients, torch.autograd.grad(F.linear(x, weight), leaves, grad), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_grouped_products_are_those_of_single_experts() -> None:
