@@ -1,8 +1,8 @@
 """Which queries meet which keys in one KV head of one document: the work list of MoBA's CPU path.
 
 MoBA is a list of small unmasked attentions: the queries that chose a block, gathered, against the keys of that block.
-The causal triangle of the own blocks is cut into a batch of small diagonal tiles and unmasked rectangles, because a
-masked 512 x 512 block costs twice what its triangle needs.
+The causal triangle of the own blocks is cut into small diagonal tiles and unmasked rectangles, because a masked
+512 x 512 block costs twice what its triangle needs; the same piece of all whole blocks is one batch.
 
 Legend: a row is one (query token, query head of the group) pair, row = token * G + head, and one more row of zeros
 stands at the end to pad lists; keys count from the start of the document.
@@ -17,30 +17,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Rows = slice | Tensor  # consecutive rows, or int64 row numbers
-
 TILE = 128  # edge of the causal diagonal's tiles
-ITEM_ELEMENTS = 1 << 18  # logits of one item: 1 MiB in float32, the second-level cache of one core
+ITEM_ELEMENTS = 1 << 19  # logits of one item; twice one core's second-level cache, but half as many operator calls
 MAX_KEYS = 512
 # Lists of rows are padded to a multiple of this: oneDNN compiles and keeps a kernel for every shape that it meets.
 ROW_STEP = 64
 
 
+class Tiles(NamedTuple):
+    """`count` ranges of rows, each `height` long, `step` apart."""
+
+    start: int
+    height: int
+    step: int
+    count: int
+
+    def view(self, x: Tensor) -> Tensor:
+        """Those rows of x [R, ...]: [count, height, ...] without a copy."""
+        stride = x.stride(0)
+        size = (self.count, self.height, *x.shape[1:])
+        return x.as_strided(size, (self.step * stride, *x.stride()), x.storage_offset() + self.start * stride)
+
+
+Rows = slice | Tensor | Tiles  # consecutive rows, int64 row numbers, or a batch of tiles
+
+
 class Item(NamedTuple):
     """Rows that attend to the keys key_start..key_stop, causally masked by position if `masked`."""
 
-    rows: Rows
+    rows: slice | Tensor
     key_start: int
     key_stop: int
     masked: bool = False
 
 
-class HeadPlan(NamedTuple):
-    """The diagonal as [tiles, tile, tile] (None: no diagonal) and everything else."""
+class TileItem(NamedTuple):
+    """Tiles of rows, each of which attends to its tile of keys, causally masked if `masked` (the tiles are square)."""
 
-    diagonal_start: int  # token of the first tile, also counted from this document's first planned query
-    diagonal_tiles: int
-    tile: int
+    rows: Tiles
+    keys: Tiles
+    masked: bool
+
+
+class HeadPlan(NamedTuple):
+    """The pieces of all whole own blocks, and everything else."""
+
+    tiles: list[TileItem]
     items: list[Item]
 
 
@@ -58,57 +80,75 @@ class Span(NamedTuple):
 
 def plan_head(span: Span, routes_TGC: Tensor, first_block: int) -> HeadPlan:
     """The work list of one KV head: `routes_TGC` int [tokens, G, columns] holds global block numbers, -1 for none."""
-    group = routes_TGC.shape[1]
     if not span.causal:
-        return HeadPlan(0, 0, 1, list(routed_items(span, routes_TGC, first_block)))
+        return HeadPlan([], list(routed_items(span, routes_TGC, first_block)))
     own = routes_TGC[:, :, 0] >= 0
     others = routed_items(span, routes_TGC[:, :, 1:], first_block)
     if not bool(own.all()) or span.position + span.stop - span.start > span.num_keys:
-        return HeadPlan(0, 0, 1, [*partial_own_items(span, own), *others])
-    tile = tile_edge(span.block_size)
-    diagonal, items = own_items(span, tile, group)
-    return HeadPlan(diagonal[0] - span.position, (diagonal[1] - diagonal[0]) // tile, tile, [*items, *others])
+        return HeadPlan([], [*partial_own_items(span, own), *others])
+    tiles, items = own_items(span, routes_TGC.shape[1])
+    return HeadPlan(tiles, [*items, *others])
 
 
 def tile_edge(block_size: int) -> int:
-    """Edge of the diagonal's tiles: a divisor of the block where there is a good one, so that tiles can be batched."""
+    """Edge of the diagonal's tiles: a divisor of the block where there is a good one, so that tiles are alike."""
     divisors = (edge for edge in range(min(TILE, block_size), TILE // 4, -1) if block_size % edge == 0)
     return next(divisors, min(TILE, block_size))
 
 
-def own_items(span: Span, tile: int, group: int) -> tuple[tuple[int, int], list[Item]]:
-    """Own blocks, all causal: positions first..last of the batched diagonal, and the items that are left."""
-    first, last = span.position, span.position + span.stop - span.start
-    items: list[Item] = []
-    batched = (first, first)
-    if span.block_size % tile == 0:
-        start = -(-first // tile) * tile
-        batched = (start, max(start, last // tile * tile))
-    for block in range(first // span.block_size * span.block_size, last, span.block_size):
-        stop = min(block + span.block_size, last)
-        borders = [*range(block, stop, tile), stop]
-        for low, high in pairwise(borders):
-            if high > first and not batched[0] <= max(low, first) < batched[1]:
-                items.append(Item(_rows(span, max(low, first), high, group), low, high, masked=True))
-        items.extend(_below_diagonal(span, borders, group))
-    return batched, [part for item in items for part in split_item(item)]
+def own_items(span: Span, group: int) -> tuple[list[TileItem], list[Item]]:
+    """Own blocks, all causal: batches of the pieces of whole blocks, and the pieces of a cut first or last block."""
+    block_size, first, last = span.block_size, span.position, span.position + span.stop - span.start
+    low = -(-first // block_size)
+    high = max(low, last // block_size)  # the blocks low..high are whole
+    tiles = []
+    for piece in triangle(block_size, block_size):
+        tiles.extend(_tile_items(piece, span, low, high, group))
+    items = []
+    for block in (low - 1, high):
+        start, stop = block * block_size, min((block + 1) * block_size, last)
+        for rows, keys, masked in triangle(stop - start, block_size) if max(start, first) < stop else ():
+            top, bottom = max(rows.start + start, first), rows.stop + start
+            if top < bottom:
+                part = slice((top - first) * group, (bottom - first) * group)
+                items.extend(split_item(Item(part, keys.start + start, keys.stop + start, masked)))
+    return tiles, items
 
 
-def _below_diagonal(span: Span, borders: list[int], group: int) -> Iterator[Item]:
-    """The unmasked part of one own block under its diagonal tiles, as few and as large rectangles as possible."""
+def triangle(edge: int, block_size: int) -> Iterator[tuple[slice, slice, bool]]:
+    """(rows, keys, masked): a causal square of `edge` tokens as diagonal tiles and rectangles under them."""
+    tile = tile_edge(block_size)
+    borders = [*range(0, edge, tile), edge]
+    for start, stop in pairwise(borders):
+        yield slice(start, stop), slice(start, stop), True
+    yield from _below_diagonal(borders)
+
+
+def _below_diagonal(borders: list[int]) -> Iterator[tuple[slice, slice, bool]]:
+    """As few and as large rectangles as possible."""
     if len(borders) <= 2:
         return
     middle = len(borders) // 2
-    start, stop = max(borders[middle], span.position), borders[-1]
-    if stop > start:
-        yield Item(_rows(span, start, stop, group), borders[0], borders[middle])
-    yield from _below_diagonal(span, borders[: middle + 1], group)
-    yield from _below_diagonal(span, borders[middle:], group)
+    yield slice(borders[middle], borders[-1]), slice(borders[0], borders[middle]), False
+    yield from _below_diagonal(borders[: middle + 1])
+    yield from _below_diagonal(borders[middle:])
 
 
-def _rows(span: Span, start: int, stop: int, group: int) -> slice:
-    """Rows of the queries at the positions start..stop."""
-    return slice((start - span.position) * group, (stop - span.position) * group)
+def _tile_items(
+    piece: tuple[slice, slice, bool], span: Span, low: int, high: int, group: int
+) -> Iterator[TileItem]:
+    """One piece of the blocks low..high as batches whose logits fit into the cache."""
+    rows, keys, masked = piece
+    height, width, step = rows.stop - rows.start, keys.stop - keys.start, span.block_size
+    batch = max(1, ITEM_ELEMENTS // (height * group * width))
+    for first in range(low, high, batch):
+        count, start = min(batch, high - first), first * step
+        query = start + rows.start - span.position
+        yield TileItem(
+            Tiles(query * group, height * group, step * group, count),
+            Tiles(start + keys.start, width, step, count),
+            masked,
+        )
 
 
 def partial_own_items(span: Span, own: Tensor) -> Iterator[Item]:

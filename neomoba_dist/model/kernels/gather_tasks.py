@@ -65,10 +65,13 @@ def head_pieces(problem: Problem, doc: Document) -> Iterator[tuple[int, slice]]:
 
 def forward_task(problem: Problem, doc: Document, head: int, rows: slice, out: Tensor, lse: Tensor) -> None:
     """Write the head's share of out [T, Hq, D] and lse [T, Hq]."""
-    values_RD, lse_R = forward_head(_load(problem, doc, head, rows), _plan(problem, doc, head, rows))
-    heads = slice(head * problem.group, (head + 1) * problem.group)
-    out[rows, heads] = values_RD[:-1].unflatten(0, (-1, problem.group)).to(out.dtype)
-    lse[rows, heads] = lse_R[:-1].unflatten(0, (-1, problem.group))
+    group = problem.group
+    q_RD = _head_rows(problem.q, head, group, rows)
+    q_RD *= query_scale(problem)
+    values_RD, lse_R = forward_head(_load(problem, doc, head, rows), _plan(problem, doc, head, rows), q_RD)
+    heads = slice(head * group, (head + 1) * group)
+    out[rows, heads] = values_RD[:-1].unflatten(0, (-1, group)).to(out.dtype)
+    lse[rows, heads] = lse_R[:-1].unflatten(0, (-1, group))
 
 
 def backward_task(
@@ -83,27 +86,33 @@ def backward_task(
     dq: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Write the head's share of dq [T, Hq, D]; return its dk and dv, [S, D] each."""
-    group = problem.group
-    grad_RD = _head_rows(grad_out, head, group, rows)
-    delta_R = (_head_rows(out, head, group, rows) * grad_RD).sum(-1)
+    group, dtype = problem.group, score_dtype(problem.q.dtype)
+    heads = slice(head * group, (head + 1) * group)
+    delta = (out[rows, heads].to(dtype) * grad_out[rows, heads]).sum(-1)
     if grad_lse is not None:
-        delta_R -= _head_rows(grad_lse, head, group, rows)
+        delta -= grad_lse[rows, heads]
+    q_RE = _head_rows(problem.q, head, group, rows, lse[rows, heads] * -math.log2(math.e))
+    q_RE[:, :-1] *= query_scale(problem)
+    grad_RE = _head_rows(grad_out, head, group, rows, -delta)
     plan = _plan(problem, doc, head, rows)
-    lse_R = _head_rows(lse, head, group, rows)
-    dq_RD, dk_SD, dv_SD = backward_head(_load(problem, doc, head, rows), plan, lse_R, delta_R, grad_RD)
-    dq[rows, head * group : (head + 1) * group] = dq_RD[:-1].unflatten(0, (-1, group)).to(dq.dtype)
+    dq_RD, dk_SD, dv_SD = backward_head(_load(problem, doc, head, rows), plan, q_RE, grad_RE)
+    dq[rows, heads] = dq_RD[:-1].unflatten(0, (-1, group)).to(dq.dtype)
     return dk_SD, dv_SD
 
 
+def query_scale(problem: Problem) -> float:
+    """What turns queries into logits of powers of two."""
+    return math.log2(math.e) * problem.q.shape[2] ** -0.5
+
+
 def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
-    """Contiguous copies of one KV head in the dtype of the scores, queries scaled for exp2."""
+    """Contiguous copies of one KV head in the dtype of the scores."""
     dtype = score_dtype(problem.q.dtype)
-    q_RD = _head_rows(problem.q, head, problem.group, rows).mul_(math.log2(math.e) * problem.q.shape[2] ** -0.5)
     k_SD, v_SD = (x[doc.keys, head].to(dtype).contiguous() for x in (problem.k, problem.v))
     if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
         damaged = ~v_SD.isfinite().all(-1)
         k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
-    return Head(q_RD, k_SD, v_SD, problem.group, doc.position + rows.start - doc.queries.start)
+    return Head(k_SD, v_SD, problem.group, doc.position + rows.start - doc.queries.start)
 
 
 def is_finite(x: Tensor) -> bool:
@@ -111,11 +120,17 @@ def is_finite(x: Tensor) -> bool:
     return bool(x.sum(dtype=score_dtype(x.dtype)).isfinite())
 
 
-def _head_rows(x: Tensor, head: int, group: int, rows: slice) -> Tensor:
-    """A contiguous copy [tokens * G + 1, ...] of one KV head's queries in the dtype of the scores; the last is 0."""
+def _head_rows(x: Tensor, head: int, group: int, rows: slice, column: Tensor | None = None) -> Tensor:
+    """A copy [tokens * G + 1, D] of one KV head's queries in the dtype of the scores; the last row is 0.
+
+    `column` [tokens, G] becomes one more column.
+    """
     part = x[rows, head * group : (head + 1) * group]
-    copy = torch.empty((part.shape[0] * group + 1, *part.shape[2:]), dtype=score_dtype(x.dtype))
-    copy[:-1].view(part.shape).copy_(part)
+    tokens, _, dim = part.shape
+    copy = torch.empty((tokens * group + 1, dim + (column is not None)), dtype=score_dtype(x.dtype))
+    copy[:-1, :dim].unflatten(0, (tokens, group)).copy_(part)
+    if column is not None:
+        copy[:-1, dim].unflatten(0, (tokens, group)).copy_(column)
     copy[-1] = 0
     return copy
 
