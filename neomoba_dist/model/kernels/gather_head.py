@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from neomoba_dist.model.kernels.gather_plan import HeadPlan, Item, Rows, TileItem, Tiles
 from neomoba_dist.model.kernels.gemm import linear
@@ -24,49 +25,48 @@ SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^12
 
 
 class Head(NamedTuple):
-    """Keys and values of one KV head of one document, contiguous, float32 or float64."""
+    """Keys and values of one KV head of one document, contiguous, float32 or float64.
+
+    The values have one more column of ones, so that one product gives weighted values and the total weight, or in the
+    backward pass "grad . v - delta".
+    """
 
     k_SD: Tensor
-    v_SD: Tensor
+    v_SE: Tensor
     group: int
     position: int  # of the first query
 
 
 class OnlineSoftmax:
-    """Sums over keys that arrive in pieces: weighted values, their total weight, and the peak they are relative to."""
+    """Sums over keys that arrive in pieces: weighted values and their total weight, and the peak they are relative to."""
 
     def __init__(self, head: Head, q_RD: Tensor) -> None:
-        self.values_RD = torch.zeros_like(q_RD)
-        self.total_R = q_RD.new_zeros(len(q_RD))
-        bound = q_RD.square().sum(-1).amax().sqrt() * head.k_SD.square().sum(-1).amax().sqrt()
+        bound = vector_norm(q_RD, dim=-1).amax() * vector_norm(head.k_SD, dim=-1).amax()
         bounded = bool(bound <= SAFE_EXPONENT)  # False for not-a-number
+        self.sums_RE = q_RD.new_zeros(len(q_RD), q_RD.shape[1] + 1)
         self.peak_R = None if bounded else q_RD.new_full((len(q_RD),), -torch.inf)
 
     def add(self, rows: Rows, logits: Tensor, v: Tensor) -> None:
-        """Add keys with `logits` [..., m, keys] (overwritten) and values `v` [..., keys, D] to the rows [..., m]."""
+        """Add keys with `logits` [..., m, keys] (overwritten) and values `v` [..., keys, E] to the rows [..., m]."""
         if self.peak_R is not None:
             self._raise_peak(rows, logits)
         weights = logits.exp2_()
-        values = torch.bmm(weights, v) if weights.dim() == 3 else linear(weights, v.t())
-        accumulate(self.total_R, rows, weights.sum(-1))
-        accumulate(self.values_RD, rows, values)
+        accumulate(self.sums_RE, rows, torch.bmm(weights, v) if weights.dim() == 3 else linear(weights, v.t()))
 
     def _raise_peak(self, rows: Rows, logits: Tensor) -> None:
         assert self.peak_R is not None
         old = take(self.peak_R, rows)
         new = torch.maximum(old, logits.amax(-1))
-        shrink = (old - new.masked_fill(new == -torch.inf, 0.0)).exp2()
+        base = new.masked_fill(new == -torch.inf, 0.0)
+        put(self.sums_RE, rows, take(self.sums_RE, rows) * (old - base).exp2()[..., None])
         put(self.peak_R, rows, new)
-        put(self.total_R, rows, take(self.total_R, rows) * shrink)
-        put(self.values_RD, rows, take(self.values_RD, rows) * shrink[..., None])
-        logits.sub_(new.masked_fill(new == -torch.inf, 0.0)[..., None])
+        logits.sub_(base[..., None])
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Attention output [R, D] and natural logsumexp [R]; 0 and -inf for rows without keys."""
-        self.values_RD /= self.total_R.masked_fill(self.total_R == 0, 1.0)[:, None]
-        lse = self.total_R.log2() if self.peak_R is None else self.total_R.log2() + self.peak_R
-        return self.values_RD, lse * math.log(2)
-
+        values_RD, total_R = self.sums_RE[:, :-1], self.sums_RE[:, -1]
+        lse = total_R.log2() if self.peak_R is None else total_R.log2() + self.peak_R
+        return values_RD.div_(total_R.masked_fill(total_R == 0, 1.0)[:, None]), lse * math.log(2)
 
 def forward_head(head: Head, plan: HeadPlan, q_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Output [R, D] and logsumexp [R] of one head; the last row means nothing.
@@ -79,19 +79,19 @@ def forward_head(head: Head, plan: HeadPlan, q_RD: Tensor) -> tuple[Tensor, Tens
         logits = torch.bmm(tiles.rows.view(q_RD), tiles.keys.view(head.k_SD).transpose(1, 2))
         if tiles.masked:
             logits.masked_fill_(later_keys(tiles, head.group), -torch.inf)
-        state.add(tiles.rows, logits, tiles.keys.view(head.v_SD))
+        state.add(tiles.rows, logits, tiles.keys.view(head.v_SE))
     for item in plan.items:
         keys = slice(item.key_start, item.key_stop)
         logits = linear(take(q_RD, item.rows), head.k_SD[keys])
         if item.masked:
             logits.masked_fill_(future(item, head), -torch.inf)
-        state.add(item.rows, logits, head.v_SD[keys])
+        state.add(item.rows, logits, head.v_SE[keys])
     return state.result()
 
 
 def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [R, D], dk [S, D], dv [S, D] of one head. One more column makes the products yield "logits - lse"
-    and "grad . v - delta" at no extra cost.
+    """Gradients dq [R, D], dk [S, D], dv [S, D] of one head. The products with one more column yield "logits - lse" and
+    "grad . v - delta" at no extra cost.
 
     Args:
         q_RE: queries times log2(e) / sqrt(D), and -log2(e) times the logsumexp of each row over all its keys.
@@ -99,9 +99,9 @@ def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> 
             gradient of the logsumexp. The last row of both is zero.
     """
     dim = head.k_SD.shape[1]
-    k_SE, v_SE = (torch.cat([x, x.new_ones(len(x), 1)], dim=1) for x in (head.k_SD, head.v_SD))
+    k_SE, v_SE = append_ones(head.k_SD), head.v_SE
     dq_RD = q_RE.new_zeros(len(q_RE), dim)
-    dk_DS, dv_DS = (x.new_zeros(dim, len(x)) for x in (head.k_SD, head.v_SD))
+    dk_DS, dv_DS = (head.k_SD.new_zeros(dim, len(head.k_SD)) for _ in range(2))
     for tiles in plan.tiles:
         q, grad = tiles.rows.view(q_RE), tiles.rows.view(grad_RE)
         weights = torch.bmm(q, tiles.keys.view(k_SE).transpose(1, 2))
@@ -125,6 +125,11 @@ def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> 
         dk_DS[:, keys].add_(linear(q_ME[:, :dim].t(), slope.t()))
         accumulate(dq_RD, item.rows, linear(slope, head.k_SD[keys].t()))
     return dq_RD.mul_(dim**-0.5), dk_DS.t().mul(math.log(2)), dv_DS.t()
+
+
+def append_ones(x: Tensor) -> Tensor:
+    """[S, D] -> [S, D + 1]."""
+    return torch.nn.functional.pad(x, (0, 1), value=1.0)
 
 
 def later_keys(tiles: TileItem, group: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels.gather_head import Head, backward_head, forward_head
+from neomoba_dist.model.kernels.gather_head import Head, append_ones, backward_head, forward_head
 from neomoba_dist.model.kernels.gather_plan import HeadPlan, Span, plan_head
 from neomoba_dist.model.kernels.layout import BlockLayout
 from neomoba_dist.model.kernels.routing import score_dtype
@@ -112,7 +112,7 @@ def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
     if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
         damaged = ~v_SD.isfinite().all(-1)
         k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
-    return Head(k_SD, v_SD, problem.group, doc.position + rows.start - doc.queries.start)
+    return Head(k_SD, append_ones(v_SD), problem.group, doc.position + rows.start - doc.queries.start)
 
 
 def is_finite(x: Tensor) -> bool:
