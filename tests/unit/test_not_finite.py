@@ -41,11 +41,11 @@ def seen_by(routes: Tensor, causal: bool) -> Tensor:
     return own | (routes[..., 1:] == 2).any(-1)
 
 
-@pytest.fixture(params=["gathered", "masked", "chosen", "chunked", "reference"])
+@pytest.fixture(params=["gathered", "cached", "masked", "chosen", "chunked", "reference"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way of computing; returns the `impl` of `attend`. Masks are left for gathering where keys are damaged."""
-    if request.param == "gathered":
-        force_method(monkeypatch, "gathered")
+    if request.param in ("gathered", "cached"):
+        force_method(monkeypatch, request.param)
     elif request.param == "masked":
         monkeypatch.setattr(gathered, "NS_PER_MASKED_PAIR", 0.0)
     elif request.param == "chunked":

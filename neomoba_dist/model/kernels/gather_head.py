@@ -20,12 +20,13 @@ from torch.linalg import vector_norm
 
 from neomoba_dist.model.kernels.gather_plan import HeadPlan, Item, Rows, TileItem, Tiles
 from neomoba_dist.model.kernels.gemm import linear
+from neomoba_dist.model.kernels.routing import score_dtype
 
 SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^127, 2^-60 from its smallest number
 
 
 class Head(NamedTuple):
-    """Keys and values of one KV head of one document, contiguous, float32 or float64.
+    """Keys and values of one KV head of one document, as `prepare` makes them.
 
     The values have one more column of ones, so that one product gives weighted values and the total weight, or in the
     backward pass "grad . v - delta".
@@ -36,13 +37,57 @@ class Head(NamedTuple):
     group: int
     position: int  # of the first query
 
+    def part(self, item: Item) -> tuple[Tensor, Tensor]:
+        """Keys and values of an item."""
+        return self.k_SD[item.key_start : item.key_stop], self.v_SE[item.key_start : item.key_stop]
+
+    def is_bounded(self, q_RD: Tensor) -> bool:
+        """Whether no logit can be too large for exp2, by the lengths of the longest query and key."""
+        bound = vector_norm(q_RD, dim=-1).amax() * vector_norm(self.k_SD, dim=-1).amax()
+        return bool(bound <= SAFE_EXPONENT)  # False for not-a-number
+
+
+class Cache(NamedTuple):
+    """The same for few queries, as in decoding: only the chosen blocks are prepared, and no other key is even read."""
+
+    k_SD: Tensor
+    v_SD: Tensor
+    group: int
+    position: int  # of the first query
+
+    def part(self, item: Item) -> tuple[Tensor, Tensor]:
+        """Keys and values of an item."""
+        keys = slice(item.key_start, item.key_stop)
+        return prepare(self.k_SD[keys], self.v_SD[keys])
+
+    def is_bounded(self, q_RD: Tensor) -> bool:
+        """Unknown without reading all keys."""
+        return False
+
+
+def prepare(k_SD: Tensor, v_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous copies [S, D] and [S, E] of keys and values in the dtype of the scores."""
+    k_SD, v_SD = (x.to(score_dtype(x.dtype)).contiguous() for x in (k_SD, v_SD))
+    if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
+        damaged = ~v_SD.isfinite().all(-1)
+        k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
+    return k_SD, append_ones(v_SD)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements are finite: at the cost of a sum, which also may refuse values near the largest number."""
+    return bool(x.sum(dtype=score_dtype(x.dtype)).isfinite())
+
+
+def append_ones(x: Tensor) -> Tensor:
+    """[S, D] -> [S, D + 1]."""
+    return torch.nn.functional.pad(x, (0, 1), value=1.0)
+
 
 class OnlineSoftmax:
-    """Sums over keys that arrive in pieces: weighted values and their total weight, and the peak they are relative to."""
+    """Sums over keys that arrive in pieces: weighted values, their total weight, and the peak they are relative to."""
 
-    def __init__(self, head: Head, q_RD: Tensor) -> None:
-        bound = vector_norm(q_RD, dim=-1).amax() * vector_norm(head.k_SD, dim=-1).amax()
-        bounded = bool(bound <= SAFE_EXPONENT)  # False for not-a-number
+    def __init__(self, q_RD: Tensor, bounded: bool) -> None:
         self.sums_RE = q_RD.new_zeros(len(q_RD), q_RD.shape[1] + 1)
         self.peak_R = None if bounded else q_RD.new_full((len(q_RD),), -torch.inf)
 
@@ -68,24 +113,26 @@ class OnlineSoftmax:
         lse = total_R.log2() if self.peak_R is None else total_R.log2() + self.peak_R
         return values_RD.div_(total_R.masked_fill(total_R == 0, 1.0)[:, None]), lse * math.log(2)
 
-def forward_head(head: Head, plan: HeadPlan, q_RD: Tensor) -> tuple[Tensor, Tensor]:
+
+def forward_head(head: Head | Cache, plan: HeadPlan, q_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Output [R, D] and logsumexp [R] of one head; the last row means nothing.
 
     Args:
         q_RD: queries times log2(e) / sqrt(D); the last row is zero.
     """
-    state = OnlineSoftmax(head, q_RD)
+    state = OnlineSoftmax(q_RD, head.is_bounded(q_RD))
     for tiles in plan.tiles:
+        assert isinstance(head, Head)
         logits = torch.bmm(tiles.rows.view(q_RD), tiles.keys.view(head.k_SD).transpose(1, 2))
         if tiles.masked:
             logits.masked_fill_(later_keys(tiles, head.group), -torch.inf)
         state.add(tiles.rows, logits, tiles.keys.view(head.v_SE))
     for item in plan.items:
-        keys = slice(item.key_start, item.key_stop)
-        logits = linear(take(q_RD, item.rows), head.k_SD[keys])
+        k, v = head.part(item)
+        logits = linear(take(q_RD, item.rows), k)
         if item.masked:
             logits.masked_fill_(future(item, head), -torch.inf)
-        state.add(item.rows, logits, head.v_SE[keys])
+        state.add(item.rows, logits, v)
     return state.result()
 
 
@@ -127,18 +174,13 @@ def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> 
     return dq_RD.mul_(dim**-0.5), dk_DS.t().mul(math.log(2)), dv_DS.t()
 
 
-def append_ones(x: Tensor) -> Tensor:
-    """[S, D] -> [S, D + 1]."""
-    return torch.nn.functional.pad(x, (0, 1), value=1.0)
-
-
 def later_keys(tiles: TileItem, group: int) -> Tensor:
     """bool [tile * G, tile]: the keys of a diagonal tile after each row's token."""
     edge = tiles.keys.height
     return torch.ones(edge, edge, dtype=torch.bool).triu_(1).repeat_interleave(group, dim=0)
 
 
-def future(item: Item, head: Head) -> Tensor:
+def future(item: Item, head: Head | Cache) -> Tensor:
     """bool [m, keys]: keys after the row's own position."""
     keys = torch.arange(item.key_start, item.key_stop)
     rows = item.rows if isinstance(item.rows, Tensor) else torch.arange(item.rows.start, item.rows.stop)

@@ -25,17 +25,17 @@ ROW_STEP = 64
 
 
 class Tiles(NamedTuple):
-    """`count` ranges of rows, each `height` long, `step` apart."""
+    """`number` ranges of rows, each `height` long, `step` apart."""
 
     start: int
     height: int
     step: int
-    count: int
+    number: int
 
     def view(self, x: Tensor) -> Tensor:
         """Those rows of x [R, ...]: [count, height, ...] without a copy."""
         stride = x.stride(0)
-        size = (self.count, self.height, *x.shape[1:])
+        size = (self.number, self.height, *x.shape[1:])
         return x.as_strided(size, (self.step * stride, *x.stride()), x.storage_offset() + self.start * stride)
 
 
@@ -78,13 +78,18 @@ class Span(NamedTuple):
     key_spans: list[tuple[int, int]] | None = None  # first and last key of every block, where they are not counted
 
 
-def plan_head(span: Span, routes_TGC: Tensor, first_block: int) -> HeadPlan:
-    """The work list of one KV head: `routes_TGC` int [tokens, G, columns] holds global block numbers, -1 for none."""
+def plan_head(span: Span, routes_TGC: Tensor, first_block: int, *, tiled: bool) -> HeadPlan:
+    """The work list of one KV head.
+
+    Args:
+        routes_TGC: int [tokens, G, columns], global block numbers, -1 for none.
+        tiled: whether own blocks may become tiles.
+    """
     if not span.causal:
         return HeadPlan([], list(routed_items(span, routes_TGC, first_block)))
     own = routes_TGC[:, :, 0] >= 0
     others = routed_items(span, routes_TGC[:, :, 1:], first_block)
-    if not bool(own.all()) or span.position + span.stop - span.start > span.num_keys:
+    if not tiled or not bool(own.all()) or span.position + span.stop - span.start > span.num_keys:
         return HeadPlan([], [*partial_own_items(span, own), *others])
     tiles, items = own_items(span, routes_TGC.shape[1])
     return HeadPlan(tiles, [*items, *others])
@@ -101,10 +106,10 @@ def own_items(span: Span, group: int) -> tuple[list[TileItem], list[Item]]:
     block_size, first, last = span.block_size, span.position, span.position + span.stop - span.start
     low = -(-first // block_size)
     high = max(low, last // block_size)  # the blocks low..high are whole
-    tiles = []
+    tiles: list[TileItem] = []
     for piece in triangle(block_size, block_size):
         tiles.extend(_tile_items(piece, span, low, high, group))
-    items = []
+    items: list[Item] = []
     for block in (low - 1, high):
         start, stop = block * block_size, min((block + 1) * block_size, last)
         for rows, keys, masked in triangle(stop - start, block_size) if max(start, first) < stop else ():
@@ -134,9 +139,7 @@ def _below_diagonal(borders: list[int]) -> Iterator[tuple[slice, slice, bool]]:
     yield from _below_diagonal(borders[middle:])
 
 
-def _tile_items(
-    piece: tuple[slice, slice, bool], span: Span, low: int, high: int, group: int
-) -> Iterator[TileItem]:
+def _tile_items(piece: tuple[slice, slice, bool], span: Span, low: int, high: int, group: int) -> Iterator[TileItem]:
     """One piece of the blocks low..high as batches whose logits fit into the cache."""
     rows, keys, masked = piece
     height, width, step = rows.stop - rows.start, keys.stop - keys.start, span.block_size

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels.gather_head import Head, append_ones, backward_head, forward_head
+from neomoba_dist.model.kernels.gather_head import Cache, Head, backward_head, forward_head, prepare
 from neomoba_dist.model.kernels.gather_plan import HeadPlan, Span, plan_head
 from neomoba_dist.model.kernels.layout import BlockLayout
 from neomoba_dist.model.kernels.routing import score_dtype
@@ -41,7 +41,7 @@ class Document(NamedTuple):
     keys: slice
     position: int  # of the first query
     first_block: int
-    method: str  # "full", "masked" or "gathered"
+    method: str  # "full", "masked", "gathered", or "cached" for few queries
 
     @property
     def num_queries(self) -> int:
@@ -68,7 +68,12 @@ def forward_task(problem: Problem, doc: Document, head: int, rows: slice, out: T
     group = problem.group
     q_RD = _head_rows(problem.q, head, group, rows)
     q_RD *= query_scale(problem)
-    values_RD, lse_R = forward_head(_load(problem, doc, head, rows), _plan(problem, doc, head, rows), q_RD)
+    keys: Head | Cache
+    if doc.method == "cached":
+        keys = Cache(problem.k[doc.keys, head], problem.v[doc.keys, head], *_place(problem, doc, rows))
+    else:
+        keys = _load(problem, doc, head, rows)
+    values_RD, lse_R = forward_head(keys, _plan(problem, doc, head, rows), q_RD)
     heads = slice(head * group, (head + 1) * group)
     out[rows, heads] = values_RD[:-1].unflatten(0, (-1, group)).to(out.dtype)
     lse[rows, heads] = lse_R[:-1].unflatten(0, (-1, group))
@@ -106,18 +111,13 @@ def query_scale(problem: Problem) -> float:
 
 
 def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
-    """Contiguous copies of one KV head in the dtype of the scores."""
-    dtype = score_dtype(problem.q.dtype)
-    k_SD, v_SD = (x[doc.keys, head].to(dtype).contiguous() for x in (problem.k, problem.v))
-    if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
-        damaged = ~v_SD.isfinite().all(-1)
-        k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
-    return Head(k_SD, append_ones(v_SD), problem.group, doc.position + rows.start - doc.queries.start)
+    """One KV head of the document."""
+    return Head(*prepare(problem.k[doc.keys, head], problem.v[doc.keys, head]), *_place(problem, doc, rows))
 
 
-def is_finite(x: Tensor) -> bool:
-    """Whether all elements are finite: at the cost of a sum, which also may refuse values near the largest number."""
-    return bool(x.sum(dtype=score_dtype(x.dtype)).isfinite())
+def _place(problem: Problem, doc: Document, rows: slice) -> tuple[int, int]:
+    """Queries per KV head, and position of the first query."""
+    return problem.group, doc.position + rows.start - doc.queries.start
 
 
 def _head_rows(x: Tensor, head: int, group: int, rows: slice, column: Tensor | None = None) -> Tensor:
@@ -145,4 +145,4 @@ def _plan(problem: Problem, doc: Document, head: int, rows: slice) -> HeadPlan:
     layout = problem.layout
     spans = None if layout.spans is None else [(start, start + length) for start, length in layout.spans.tolist()]
     span = Span(rows.start, rows.stop, position, doc.num_keys, layout.block_size, problem.causal, spans)
-    return plan_head(span, chosen_TGC, doc.first_block)
+    return plan_head(span, chosen_TGC, doc.first_block, tiled=doc.method != "cached")

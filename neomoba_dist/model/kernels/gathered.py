@@ -3,6 +3,7 @@
 - every block chosen: full attention by torch's flash kernel, the same bits as `full_attention`; so too the first
   queries of a causal document, which see all keys before them, where blocks are small;
 - small documents: the same kernel with an additive mask, because gathering costs tens of microseconds per block;
+- few queries and many keys, as in decoding: only the chosen blocks are read;
 - all others: queries gathered per block (gather_plan, gather_head).
 
 Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the routing,
@@ -19,20 +20,15 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.kernels.flash_cpu import flash_backward, flash_forward, group_queries
-from neomoba_dist.model.kernels.gather_tasks import (
-    Document,
-    Problem,
-    backward_task,
-    forward_task,
-    head_pieces,
-    is_finite,
-)
+from neomoba_dist.model.kernels.gather_head import is_finite
+from neomoba_dist.model.kernels.gather_tasks import Document, Problem, backward_task, forward_task, head_pieces
 from neomoba_dist.model.kernels.routing import score_dtype
 from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
 # Nanoseconds on one AVX-512 core, forward: they only decide which of two exact methods runs.
 NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 130_000.0
 FLASH_TILE = 512  # keys; the causal flash kernel skips whole tiles only
+FEW = 2  # queries are few if all blocks that they choose hold less than this part of the keys
 MASK_ELEMENTS = 1 << 24  # of one additive mask
 
 
@@ -46,7 +42,7 @@ def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
         docs = documents(problem, sparse_only=False)
     tasks = []
     for doc in docs:
-        if doc.method == "gathered":
+        if doc.method in ("gathered", "cached"):
             for head, rows in head_pieces(problem, doc):
                 tasks.append(partial(forward_task, problem, doc, head, rows, out, lse))
             continue
@@ -71,7 +67,7 @@ def attend_cpu_backward(
         docs = documents(problem, sparse_only=grad_lse is not None)
     tasks, targets = [], []
     for doc in docs:
-        if doc.method == "gathered":
+        if doc.method in ("gathered", "cached"):
             for head, rows in head_pieces(problem, doc):
                 tasks.append(partial(backward_task, problem, doc, head, rows, out, lse, grad_out, grad_lse, dq))
                 targets.append((doc.keys, head))
@@ -124,6 +120,8 @@ def _spell_out(problem: Problem) -> Problem:
 def _choose_methods(problem: Problem, doc: Document, routes: Tensor) -> list[Document]:
     """The document as one piece or two, each with the cheapest way to compute it."""
     block_size, causal = problem.layout.block_size, problem.causal
+    if doc.num_queries * problem.group * routes.shape[2] * block_size <= doc.num_keys // FEW:
+        return [doc._replace(method="cached")]
     values_finite = is_finite(problem.v[doc.keys])
     flash = values_finite or not causal  # the causal flash kernel lets a damaged value reach earlier queries
     square = doc.position == 0 and doc.num_queries == doc.num_keys
