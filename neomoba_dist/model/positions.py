@@ -5,6 +5,7 @@ Shape letters: T tokens, S tokens of this rank, H hidden size, N heads of this r
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -137,10 +138,18 @@ class ScoreBias(nn.Module):
         super().__init__()
         tp, heads = init.mesh["tp"], config.num_attention_heads
         self.table: nn.Parameter | None = None
+        # the slopes [N], or the bucket of every distance [2 T5_MAX_DISTANCE + 1]
+        self.constants = alibi_slopes(heads).tensor_split(tp.size)[tp.index]
         if config.position_embedding == "t5_relative":
             self.table = init.weight(f"{name}.table", (heads, T5_BUCKETS), shard_dim=0)
-        # no buffer: DeepSpeed would round it to the model's dtype
-        self.slopes = alibi_slopes(heads).tensor_split(tp.size)[tp.index]
+            distances = torch.arange(-T5_MAX_DISTANCE, T5_MAX_DISTANCE + 1)
+            self.constants = t5_buckets(distances, config.causal)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """The constants follow the module to its device, but keep their dtype, unlike the buffers of a half model."""
+        super()._apply(fn, recurse)
+        self.constants = self.constants.to(fn(self.constants).device)
+        return self
 
     @classmethod
     def of(cls, name: str, config: ModelConfig, init: Initializer) -> Self | None:
@@ -148,25 +157,29 @@ class ScoreBias(nn.Module):
         return cls(name, config, init) if config.position_embedding in ("alibi", "t5_relative") else None
 
     def weight(self, device: torch.device) -> torch.Tensor:
-        """What `bias_scores` computes from: the table [N, T5_BUCKETS], or the slopes [N]."""
-        return self.slopes.to(device) if self.table is None else self.table
+        """What `bias_scores` computes from: slopes [N], or biases of the distances [N, 2 T5_MAX_DISTANCE + 1]."""
+        constants = self.constants.to(device)  # there already, if the module was moved
+        if self.table is None:
+            return constants
+        # at least float32: here the gradients of all distances of a bucket are added up
+        return self.table.to(torch.promote_types(self.table.dtype, torch.float32))[:, constants]
 
 
-def bias_scores(weight: torch.Tensor, distance_QK: torch.Tensor, causal: bool) -> torch.Tensor:
+def bias_scores(weight: torch.Tensor, distance_QK: torch.Tensor) -> torch.Tensor:
     """[N, Q, K] from `ScoreBias.weight` and distances (query position - key position), in the dtype of the weight."""
     if weight.dim() == 1:
         return weight[:, None, None] * -distance_QK.abs().to(weight.dtype)
-    return weight[:, t5_buckets(distance_QK, causal)]
+    return weight[:, distance_QK.clamp(-T5_MAX_DISTANCE, T5_MAX_DISTANCE) + T5_MAX_DISTANCE]
 
 
 def t5_buckets(distance: torch.Tensor, causal: bool) -> torch.Tensor:
     """Bucket of every distance (query position - key position): int64 of the same shape, below T5_BUCKETS.
 
     Half of the buckets hold one distance each, the others ranges that grow geometrically up to T5_MAX_DISTANCE, and
-    the last one all beyond. A bidirectional model keeps half of all buckets for keys after the query.
+    the last one all beyond. A bidirectional model keeps half of all buckets for keys after the query. On the CPU.
     """
     number = T5_BUCKETS if causal else T5_BUCKETS // 2
-    buckets = torch.tensor(_t5_table(number), device=distance.device)
+    buckets = torch.tensor(_t5_table(number))
     if causal:
         return buckets[distance.clamp(0, T5_MAX_DISTANCE)]
     return buckets[distance.abs().clamp(max=T5_MAX_DISTANCE)] + number * (distance < 0)

@@ -19,6 +19,11 @@ LARGEST = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # float32 sums of a thous
 BORDERS = [0, 0, 700, 701, 1500, 1500]
 
 
+def make_bias(kind: str, causal: bool) -> ScoreBias:
+    config = tiny_model(position_embedding=kind, objective="clm" if causal else "mlm")
+    return ScoreBias("bias", config, Initializer(Mesh.single(), 0, 1.0, torch.float64))
+
+
 def attend(kind: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: ScoreBias) -> Tensor:
     borders = torch.tensor(BORDERS, dtype=torch.int32, device=q.device)
     if kind == "window":
@@ -33,8 +38,7 @@ def attend(kind: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Score
 def test_equals_float64(kind: str, dtype: torch.dtype, causal: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1500, heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
-    config = tiny_model(position_embedding="alibi", objective="clm" if causal else "mlm")
-    bias = ScoreBias("bias", config, Initializer(Mesh.single(), 0, 1.0, torch.float64))
+    bias = make_bias("alibi", causal)
     results = []
     for device, as_dtype in ((DEVICE, dtype), ("cpu", torch.float64)):
         q, k, v, grad = (x.to(device, as_dtype) for x in drawn)
@@ -46,10 +50,14 @@ def test_equals_float64(kind: str, dtype: torch.dtype, causal: bool) -> None:
     assert max(wrong) <= (1e-2 if kind == "moba" else 0.0), wrong
 
 
-def test_one_graph_without_synchronisation() -> None:
+@pytest.mark.parametrize("kind", ["window", "alibi", "t5_relative"])
+def test_one_graph_without_synchronisation(kind: str) -> None:
+    bias = None if kind == "window" else make_bias(kind, True).to(DEVICE)
     q, k, v = (torch.randn(1500, heads, 64, device=DEVICE).requires_grad_() for heads in (4, 2, 2))
 
     def layer(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
+        if bias is not None:
+            return biased_attention(q, k, v, bias, causal=True, cu_seqlens=borders, moba=(64, 3))
         return sliding_window_attention(q, k, v, window=100, global_tokens=3, causal=True, cu_seqlens=borders)
 
     compiled = torch.compile(layer, fullgraph=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 from neomoba_dist.model import moba
 from neomoba_dist.model.kernels import gathered
 from neomoba_dist.model.kernels.chunked import attend_chunked, attend_chunked_backward
+from neomoba_dist.model.kernels.gather_tasks import Problem
 from neomoba_dist.model.moba import moba_attention
 from tests.moba_cases import cu, tensors
 
@@ -81,19 +85,46 @@ def test_next_to_nothing(tokens: int) -> None:
         assert [g.shape for g in torch.autograd.grad(out, (q, k, v), grad)] == [q.shape, k.shape, v.shape]
 
 
+def run_in_chunks(patch: pytest.MonkeyPatch, logits: int) -> None:
+    patch.setattr("neomoba_dist.model.kernels.chunked.LOGITS_PER_CHUNK", logits)
+    patch.setattr(gathered, "attend_cpu", attend_chunked)
+
+    def backward(problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Any:
+        return attend_chunked_backward(problem, grad, grad_lse)
+
+    patch.setattr(gathered, "attend_cpu_backward", backward)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_results_lie_in_memory_as_compiled_graphs_expect(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the strides of the inputs."""
+    if chunked:
+        run_in_chunks(monkeypatch, 2 * 2 * 20)
+    q, k, v, grad = (
+        torch.randn(heads, 20, 4, generator=torch.Generator().manual_seed(heads)).transpose(0, 1)
+        for heads in (2, 1, 1, 2)
+    )
+    routes = moba.route(q, moba.block_means(k, block_size=4), block_size=4, top_k=2)
+    rest = (4, True, None, None, None, None, "torch")
+    inputs = (q, k, v, routes, *rest)
+    found = torch.ops.neomoba.attend(*inputs)
+    for operator, arguments in (
+        (torch.ops.neomoba.attend, inputs),
+        (torch.ops.neomoba.attend_backward, (grad, None, q, k, v, routes, *found, *rest)),
+    ):
+        with FakeTensorMode() as fake:
+            promised = operator(*(fake.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+        for one, other in zip(operator(*arguments), promised, strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
 def test_chunks_of_the_dense_mask_equal_the_gathered_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs in float64, here inside the operators of the CPU."""
     q, k, v, grad = tensors(80, (4, 2), 8, torch.float64)
     results = []
     for chunked in (False, True):
         if chunked:
-            monkeypatch.setattr("neomoba_dist.model.kernels.chunked.LOGITS_PER_CHUNK", 32 * 4 * 80)
-            monkeypatch.setattr(gathered, "attend_cpu", attend_chunked)
-            monkeypatch.setattr(
-                gathered,
-                "attend_cpu_backward",
-                lambda problem, out, lse, grad, grad_lse: attend_chunked_backward(problem, grad, grad_lse),
-            )
+            run_in_chunks(monkeypatch, 32 * 4 * 80)
         out, lse = moba_attention(q, k, v, block_size=8, top_k=3, return_lse=True, cu_seqlens=cu([0, 50, 80]))
         results.append((out, lse, *torch.autograd.grad((out * grad).sum() + lse.sin().sum(), (q, k, v))))
     for got, want in zip(*results, strict=True):

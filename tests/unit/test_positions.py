@@ -9,6 +9,7 @@ from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.neobert import NeoBERT, layer_list
 from neomoba_dist.model.positions import (
     PositionEmbedding,
+    ScoreBias,
     alibi_slopes,
     apply_rope,
     rope_cos_sin,
@@ -127,3 +128,14 @@ def test_added_positions(kind: str) -> None:
     layers = layer_list(config, Initializer(Mesh.single(), 0, 0.02))
     assert [layer.cls for layer in layers].index(PositionEmbedding) == 1
     assert len(list(model.embedding.parameters())) == 1
+
+
+@pytest.mark.parametrize("kind", ["alibi", "t5_relative"])
+def test_bias_follows_its_module_to_a_device_and_keeps_its_precision(kind: str) -> None:
+    """Without a copy from the host at every use: constants lie where the module lies."""
+    bias = ScoreBias("bias", tiny_model(position_embedding=kind), Initializer(Mesh.single(), 0, 1.0, torch.float32))
+    before = bias.constants.clone()
+    assert torch.equal(bias.bfloat16().constants, before)
+    assert bias.constants.dtype == before.dtype
+    assert bias.weight(torch.device("cpu")).dtype in (torch.float64, torch.float32)
+    assert bias.to("meta").constants.is_meta

@@ -34,7 +34,8 @@ def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> t
 def attend_chunked(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and logsumexp [T, Hq]; see moba.attend."""
     q = problem.q
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # as the operator promises, whatever q's strides
+    lse = q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
     for rows in _chunks(problem):
         out[rows], lse[rows] = _attend(problem, q[rows], problem.k, problem.v, rows)
     return out, lse
@@ -46,7 +47,7 @@ def attend_chunked_backward(
     """Gradients of q, k and v; sums over chunks run in the dtype of the scores."""
     dtype = score_dtype(problem.q.dtype)
     k, v = problem.k, problem.v
-    dq = torch.empty_like(problem.q)
+    dq = torch.empty_like(problem.q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     for rows in _chunks(problem):
         # torch.autograd is switched off inside a custom operator, torch.func is not

@@ -106,7 +106,7 @@ def attend_chunk(mask: Mask, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
         # a bias of thousands has no room in half precision, so biased scores are added up in float32
         exact = torch.promote_types(dtype, torch.float32)
         q, k, v, bias = (x.to(exact) for x in (q, k, v, bias))
-        additive = bias_scores(bias, distance, mask.causal).masked_fill(~seen, -torch.inf)
+        additive = bias_scores(bias, distance).masked_fill(~seen, -torch.inf)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive[None], enable_gqa=group > 1)
     out = out[0].transpose(0, 1).to(dtype)
