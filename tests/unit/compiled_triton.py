@@ -14,7 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from neomoba_dist.model.kernels import triton_backward, triton_forward, triton_gate, triton_index, triton_layout
-from neomoba_dist.model.kernels.triton_common import SIZES, Tiles, choose_key_tiles, choose_tiles, padded
+from neomoba_dist.model.kernels.triton_common import (
+    SIZES,
+    Tiles,
+    choose_gate_tiles,
+    choose_key_tiles,
+    choose_tiles,
+    padded,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
@@ -75,10 +82,21 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
         delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
+        chosen = choose_gate_tiles(dim, dtype == "fp32")
         for minmax in (False, True):
             width = dim * (1 + minmax)
             gate = {"CAUSAL": True, "IS_MINMAX": minmax, "EXACT": dtype == "fp32", "DIM": dim, "WIDTH": width}
-            compile_kernel(triton_gate.gate_kernel, dtype, **gate, SLOTS=2, BM=64, BN=64, BD=padded(dim))
+            compile_kernel(
+                triton_gate.gate_kernel,
+                dtype,
+                chosen.warps,
+                chosen.stages,
+                **gate,
+                SLOTS=2,
+                BM=chosen.rows,
+                BN=chosen.keys,
+                BD=padded(dim),
+            )
         for pooling in range(4):
             pool = {"POOLING": pooling, "DIM": dim, "WIDTH": dim * (1 + (pooling == 2)), "BN": 64, "BD": padded(dim)}
             compile_kernel(triton_gate.pool_kernel, dtype, **pool)

@@ -86,6 +86,22 @@ def test_parts_of_the_routes_and_queries_without_keys() -> None:
     assert lse.isinf().any()
 
 
+def test_damage_stays_in_its_document() -> None:
+    """Both documents fit one tile of queries; what is not finite in one leaves results and gradients of the other."""
+    q, k, v, grad = draw(24, 24, (1, 1), 16, torch.float32)
+    runs = []
+    for name, value in (("k", 0.0), ("k", torch.nan), ("v", torch.inf)):
+        leaves = {"q": q, "k": k, "v": v}
+        if value:
+            leaves[name] = leaves[name].detach().clone().index_fill_(0, torch.tensor([15]), value).requires_grad_()
+        out = moba_attention(**leaves, block_size=8, top_k=2, cu_seqlens=cu([0, 12, 24]), impl="triton")
+        runs.append([out, *torch.autograd.grad(out, tuple(leaves.values()), grad)])
+    for run in runs[1:]:
+        assert not run[0][15:].isfinite().any()
+        for got, want in zip(run, runs[0], strict=True):
+            assert torch.equal(got[:12], want[:12])
+
+
 def layouts() -> list[tuple[int, int, BlockLayout]]:
     """(queries, keys, layout) with one document, with several, and with an offset, for blocks of 8."""
     found = []
@@ -107,7 +123,7 @@ def test_pooling_and_gate(pooling: str) -> None:
         means = block_means_cpu(k, layout, pooling)
         assert (block_means_triton(k, layout, pooling) - means).abs().max() <= 1e-6
         options = {"top_k": 4, "causal": causal, "gate": gate, "pooling": pooling}
-        got = route_triton(q, means, layout, rows=32, blocks=16, **options)
+        got = route_triton(q, means, layout, tiles=Tiles(32, 16, 4, 1), **options)
         assert torch.equal(got, route_cpu(q, means, layout, **options))
 
 
@@ -119,7 +135,7 @@ def test_gate_ties_and_not_a_number() -> None:
     means[5] = -0.0
     means[6] = 0.0
     options = {"top_k": 4, "causal": True, "gate": "per_head", "pooling": "mean"}
-    got = route_triton(q, means, layout, rows=16, blocks=16, **options)
+    got = route_triton(q, means, layout, tiles=Tiles(16, 16, 4, 1), **options)
     assert got[39, 0].tolist() == [9, 2, 8, 7]
     scores = torch.einsum("thd,nhd->thn", q, means)[:, 0]
     past = torch.arange(10) < torch.arange(40)[:, None] // 4

@@ -48,6 +48,6 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", ["bf16:64", "bf16:96", "fp16:128", "bf16:256", "fp32:64", "fp32:128"])
+@pytest.mark.parametrize("case", ["bf16:64", "bf16:96", "fp16:128", "bf16:256", "fp32:64", "fp32:128", "fp32:256"])
 def test_kernels_compile_for_hopper_in_all_sizes(case: str, tmp_path: Path) -> None:
     compile_for_hopper([case], tmp_path)

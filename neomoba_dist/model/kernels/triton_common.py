@@ -45,6 +45,8 @@ class Tiles(NamedTuple):
 def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
     """Tiles that fit the registers and shared memory of one SM; keys never exceed the block (padded to 16)."""
     keys = min(64, max(16, triton.next_power_of_2(block_size)))
+    if dtype == torch.float32 and head_dim > 128:
+        return Tiles(16, 16, 4, 1)
     if dtype == torch.float32:
         return Tiles(64, min(keys, 32), 4, 1) if head_dim > 64 else Tiles(64, min(keys, 32), 4, 2)
     if head_dim > 128:
@@ -56,8 +58,15 @@ def choose_key_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tile
     """The same for the gradients of keys and values, which keep two sums of [keys, BD] in registers."""
     edge = max(16, triton.next_power_of_2(block_size))
     if dtype == torch.float32:
-        return Tiles(32, min(edge, 32), 4, 1)
+        return Tiles(16, min(edge, 32), 8, 1) if head_dim > 128 else Tiles(32, min(edge, 32), 4, 1)
     return Tiles(32, min(edge, 64), 8, 1) if head_dim > 128 else Tiles(64, min(edge, 128), 8, 2)
+
+
+def choose_gate_tiles(head_dim: int, exact: bool) -> Tiles:
+    """The same for the gate, where `keys` are blocks; exact float32 products keep their operands in registers."""
+    if not exact:
+        return Tiles(64, 64, 4, 3)
+    return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 8, 1)
 
 
 def padded(head_dim: int) -> int:

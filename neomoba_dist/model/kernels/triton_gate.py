@@ -16,7 +16,15 @@ from torch import Tensor
 
 from neomoba_dist.model.kernels.layout import BlockLayout
 from neomoba_dist.model.kernels.routing import POOLINGS, empty_routes, pooled_width
-from neomoba_dist.model.kernels.triton_common import kernel, last_contiguous, load_rows, on_its_device, padded
+from neomoba_dist.model.kernels.triton_common import (
+    Tiles,
+    choose_gate_tiles,
+    kernel,
+    last_contiguous,
+    load_rows,
+    on_its_device,
+    padded,
+)
 from neomoba_dist.model.kernels.triton_layout import block_span, describe_documents, document_of
 
 MEAN: tl.constexpr = tl.constexpr(0)
@@ -205,10 +213,9 @@ def route_triton(
     causal: bool,
     gate: str,
     pooling: str,
-    rows: int = 64,
-    blocks: int = 64,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """See moba.route; `rows` and `blocks` are the tile."""
+    """See moba.route."""
     routes = empty_routes(q, means, top_k, gate)
     tokens, heads, columns = routes.shape
     if tokens == 0:
@@ -217,9 +224,11 @@ def route_triton(
     num_kv_heads, width, dim = means.shape[1], means.shape[2], q.shape[2]
     group = q.shape[1] // num_kv_heads if gate == "kv_group" else 1
     exact = group > 1 or q.dtype == torch.float32
-    gate_kernel[(triton.cdiv(tokens, rows), heads)](
+    tiles = choose_gate_tiles(dim, exact) if tiles is None else tiles
+    gate_kernel[(triton.cdiv(tokens, tiles.rows), heads)](
         q, means, routes, *describe_documents(layout), tokens, heads, columns, q.stride(0), q.stride(1), num_kv_heads,
         heads // num_kv_heads, group, causal, pooling == "minmax", exact, dim, width,
-        triton.next_power_of_2(max(1, columns - 1)), rows, blocks, padded(dim),
+        triton.next_power_of_2(max(1, columns - 1)), tiles.rows, tiles.keys, padded(dim),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return routes

@@ -1,0 +1,96 @@
+"""What the Triton path asks of the host: few operators per call, and no new variant of a kernel for a new length.
+
+Launches are counted and not made, so that the count is that of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from neomoba_dist.model.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.kernels.triton_backward import attend_triton_backward
+from neomoba_dist.model.kernels.triton_forward import attend_triton
+from neomoba_dist.model.kernels.triton_gate import block_means_triton, route_triton
+
+FREE = ("aten.empty", "aten.new_empty", "aten.view", "aten.slice", "aten.select", "aten.detach", "aten.alias")
+Variant = tuple[str, ...]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that launch something; views and allocations do not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not str(func).startswith(FREE)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """The compiled variant of each launch, by Triton's rules: dtypes, constants, and integers that are specialised."""
+    made: list[Variant] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        variant = [self.fn.__name__, str(sorted(options.items()))]
+        for parameter, value in zip(self.params, args, strict=True):
+            if isinstance(value, Tensor):
+                variant.append(str(value.dtype))
+            elif isinstance(value, int) and not parameter.is_constexpr:
+                variant.append("any" if parameter.do_not_specialize else f"{value == 1} {value % 16 == 0}")
+            else:
+                variant.append(str(value))
+        made.append(tuple(variant))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return made
+
+
+def steps(tokens: int, cu_seqlens: Tensor | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The Triton path of one call of moba_attention: forward and backward."""
+    q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+    k = q[:, :2]
+
+    def layout(queries: int) -> BlockLayout:
+        return make_layout(queries, tokens, 512, cu_seqlens, None, None, q.device)
+
+    def forward() -> tuple[Tensor, ...]:
+        means = block_means_triton(k, layout(0), "mean")
+        options = {"top_k": 3, "causal": True, "gate": "per_head", "pooling": "mean"}
+        routes = route_triton(q, means, layout(tokens), **options)
+        return routes, *attend_triton(q, k, k, routes, layout(tokens), True)
+
+    def backward() -> None:
+        routes = torch.empty(tokens, 4, 3, dtype=torch.int32)
+        lse = torch.empty(tokens, 4)
+        attend_triton_backward(q, k, k, routes, q, lse, q, None, layout(tokens), True)
+
+    return forward, backward
+
+
+@pytest.mark.parametrize("borders", [None, [0, 700, 2048]])
+def test_a_call_takes_few_operators(launches: list[Variant], borders: list[int] | None) -> None:
+    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    for step, most in zip(steps(2048, cu_seqlens), (16, 16), strict=True):
+        launches.clear()
+        with Operators() as operators:
+            step()
+        assert launches
+        assert operators.count + len(launches) <= most
+
+
+def test_lengths_do_not_make_variants(launches: list[Variant]) -> None:
+    variants = []
+    for tokens, borders in ((2048, [0, 2048]), (1999, [0, 5, 1999]), (4097, [0, 1, 2, 4097])):
+        launches.clear()
+        for step in steps(tokens, torch.tensor(borders, dtype=torch.int32)):
+            step()
+        variants.append(set(launches))
+    assert variants[0] == variants[1] == variants[2]
