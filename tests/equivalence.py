@@ -8,10 +8,10 @@ from torch import nn
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.context_attention import local_share
 from neomoba_dist.model.init import Shard
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
-from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import Mesh
 
 Pieces = list[tuple[Shard, torch.Tensor]]
@@ -73,10 +73,7 @@ def parallel_rank(
     num_valid = sum(batch.local_valid() for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        tp, cp, block_size = mesh["tp"], mesh["cp"], config.moba_block_size
-        multiple = tp.size if mesh.sequence_parallel else 1
-        split = ContextSplit.of_tokens(len(batch.input_ids), cp.size, mesh.context_split, block_size, multiple)
-        loss = model(batch if cp.size == 1 else split_batch(batch, split, cp.index))[0] / num_valid
+        loss = model(local_share(batch, mesh, config))[0] / num_valid
         loss.backward()
         total += loss.detach()
     for parameter in model.parameters():

@@ -6,11 +6,10 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model.context_attention import padded_split
+from neomoba_dist.model.context_attention import local_share
 from neomoba_dist.model.moe import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
-from neomoba_dist.parallel.context_split import split_batch
 from neomoba_dist.parallel.mesh import Mesh
 from tests.equivalence import Pieces, assemble, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
@@ -58,12 +57,6 @@ def set_bias(model: NeoBERT, bias: list[float] | None) -> None:
             layer.router.bias.copy_(torch.tensor(bias))
 
 
-def share(batch: Batch, config: ModelConfig, mesh: Mesh) -> Batch:
-    """This rank's tokens of a micro-batch."""
-    cp = mesh["cp"]
-    return batch if cp.size == 1 else split_batch(batch, padded_split(len(batch.input_ids), mesh, config), cp.index)
-
-
 def on_this_rank(
     config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], bias: list[float] | None = None
 ) -> Outcome:
@@ -74,7 +67,7 @@ def on_this_rank(
     mine = batches[mesh["dp"].index :: mesh["dp"].size]
     loss, aux_loss = torch.zeros(2, dtype=torch.float64)
     for batch in mine:
-        token_loss, added = model(share(batch, config, mesh))
+        token_loss, added = model(local_share(batch, mesh, config))
         # what DeepSpeed's averages over micro-batches and dp x cp leave of both
         (token_loss / batch.num_valid + added / len(batches) / mesh["cp"].size).backward()
         loss += token_loss.detach() / batch.num_valid

@@ -15,9 +15,9 @@ import torch
 from evals.bench._attention_timing import resident_bytes
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.context_attention import local_share
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import barrier
-from neomoba_dist.parallel.context_split import ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment
 
 # one MoBA and one full layer, as the project's 128k test has them
@@ -51,10 +51,7 @@ def long_batch(tokens: int) -> Batch:
 
 def step(mesh: Mesh, model: NeoBERT, tokens: int) -> None:
     """Forward and backward over this rank's share of `tokens` tokens."""
-    batch, cp = long_batch(tokens), mesh["cp"]
-    if cp.size > 1:
-        split = ContextSplit.of_tokens(tokens, cp.size, mesh.context_split, MODEL.moba_block_size)
-        batch = split_batch(batch, split, cp.index)
+    batch = local_share(long_batch(tokens), mesh, MODEL)
     (model(batch)[0] / batch.num_valid).backward()
 
 

@@ -30,7 +30,7 @@ from neomoba_dist.model.kernels import log_choice
 from neomoba_dist.model.masked import sliding_window_attention
 from neomoba_dist.parallel.context import group_order, heads_for_tokens, tokens_for_heads, with_halo
 from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_bytes
-from neomoba_dist.parallel.context_split import ContextSplit
+from neomoba_dist.parallel.context_split import AnyBatch, ContextSplit, split_batch
 from neomoba_dist.parallel.mesh import Mesh
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -46,6 +46,13 @@ def padded_split(tokens: int, mesh: Mesh, config: ModelConfig) -> ContextSplit:
     """How a micro-batch of `tokens` tokens is padded and dealt out."""
     multiple = mesh["tp"].size if mesh.sequence_parallel else 1
     return ContextSplit.of_tokens(tokens, mesh["cp"].size, mesh.context_split, config.moba_block_size, multiple)
+
+
+def local_share(batch: AnyBatch, mesh: Mesh, config: ModelConfig) -> AnyBatch:
+    """This rank's share of a micro-batch, which all its context-parallel ranks hold."""
+    if mesh["cp"].size == 1:
+        return batch
+    return split_batch(batch, padded_split(len(batch.input_ids), mesh, config), mesh["cp"].index)
 
 
 def context_attention(

@@ -26,12 +26,11 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention import set_full_attention
-from neomoba_dist.model.context_attention import padded_split
+from neomoba_dist.model.context_attention import local_share
 from neomoba_dist.model.init import Initializer, Shard, shard_of
 from neomoba_dist.model.moe import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
-from neomoba_dist.parallel.context_split import split_batch
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, take_records
@@ -233,13 +232,6 @@ class Engine(ABC):
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""
         return micro_batches * self.mesh["dp_cp"].size / num_valid
 
-    def _local(self, batch: Batch) -> Batch:
-        """This rank's share of a micro-batch, which all its context-parallel ranks hold."""
-        if self.mesh["cp"].size == 1:
-            return batch
-        split = padded_split(len(batch.input_ids), self.mesh, self.config.model)
-        return split_batch(batch, split, self.mesh["cp"].index)
-
     def _global_sum(self, value: torch.Tensor) -> float:
         # only last pipeline stages have a loss; the other stages add zeros
         return float(all_reduce(all_reduce(value, self.mesh, "dp_cp"), self.mesh, "pp"))
@@ -301,7 +293,7 @@ class FlatEngine(Engine):
 
     def _on_device(self, batch: Batch) -> Batch:
         """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
-        local = self._local(batch.trimmed()).to(self.mesh.device)
+        local = local_share(batch.trimmed(), self.mesh, self.config.model).to(self.mesh.device)
         if self.config.phase.compile:
             torch._dynamo.maybe_mark_dynamic(local.cu_seqlens, 0)
         return local
@@ -340,7 +332,8 @@ class PipelineParallelEngine(Engine):
         return loss_sum * scale + aux_loss
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
-        for batch in map(self._local, batches):
+        for whole in batches:
+            batch = local_share(whole, self.mesh, self.config.model)
             scale = torch.tensor(self.scale(batch.num_valid, len(batches)))
             yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, scale)
 
