@@ -148,15 +148,15 @@ def experts_section(runs: Sequence[Run]) -> list[str]:
         return []
     last, together = mixed[-1].steps[-1], float(expert_loads(mixed[-1]).max()) - 1
     text = (
-        f"At the last step of {mixed[-1].config.phase.name} the max violation, load of the busiest expert over the "
-        f"mean minus 1, of the least even layer is {max(last['max_violation']):.2f}; over the last "
+        f"At the last step of {mixed[-1].config.phase.name} the max violation, choices of the busiest expert over "
+        f"the mean minus 1, of the least even layer is {max(last['max_violation']):.2f}; over the last "
         f"{HEATMAP_STEPS} steps together it is {together:.2f}. The largest divergence from an even distribution is "
-        f"{max(last['kl_to_uniform']):.4f} nats. {last['dropped_tokens']:,} choices were dropped, "
-        f"{last['rerouted_tokens']:,} went to another expert than the router's first ones."
+        f"{max(last['kl_to_uniform']):.4f} nats. {last['dropped_choices']:,} choices were dropped, "
+        f"{last['rerouted_choices']:,} went to another expert than the router's first ones."
     )
-    heat = f"Load of every expert over the last {HEATMAP_STEPS} steps; 1 is a fair share."
-    kl_text = "Divergence of the experts' loads from an even distribution, layer by layer; 0 is perfect balance."
-    violation_text = "Load of the busiest expert of each layer over the mean, minus 1."
+    heat = f"Router's choices of every expert over the last {HEATMAP_STEPS} steps; 1 is a fair share."
+    kl_text = "Divergence of the router's choices from an even distribution, layer by layer; 0 is perfect balance."
+    violation_text = "Choices of the busiest expert of each layer over the mean, minus 1."
     return [
         page.heading("Experts"),
         page.paragraph(text),

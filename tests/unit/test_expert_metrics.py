@@ -24,7 +24,7 @@ def test_routing_entry() -> None:
     assert entry["kl_to_uniform"] == pytest.approx([0.0, math.log(4)])
     assert entry["max_violation"] == pytest.approx([0.0, 3.0])
     assert entry["router_entropy"] == pytest.approx([1.2, 2.0])
-    assert (entry["dropped_tokens"], entry["rerouted_tokens"]) == (4, 2)
+    assert (entry["dropped_choices"], entry["rerouted_choices"]) == (4, 2)
     nothing = routing_entry(torch.zeros(2, 8, dtype=torch.float64), config)
     assert nothing["kl_to_uniform"] == [0.0, 0.0]
 
