@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes that mean nothing, and a stage that fails costs no other."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -147,3 +148,35 @@ def test_the_whole_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
     assert {name: entry["status"] for name, entry in stages.items()} == dict.fromkeys(stages, "ok")
     assert list(stages) == list(gpu.NAMES)
     assert all(entry["results"] for name, entry in stages.items() if name != "tests")
+
+
+# what a machine with torch, numpy, triton and pytest alone lacks
+ABSENT = (
+    "deepspeed megatron webdataset hjson pydantic matplotlib tqdm safetensors tokenizers sentencepiece pyarrow "
+    "datasets tensorboard pytest_timeout fsspec einops yaml psutil"
+)
+HIDE = f"""
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {ABSENT.split()!r} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.mark.full
+def test_kernels_are_tested_and_timed_where_the_engine_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    words = [sys.executable, "-m", "evals", "bench", "gpu", "--toy", "--output", str(tmp_path)]
+    stages = ["tests", "million", "moe", "attention", "recall"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*words, "--only", ",".join(stages)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no plot: No module named 'matplotlib'" in (tmp_path / "attention.log").read_text()
+    assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == stages
