@@ -82,9 +82,9 @@ def stages(output: Path, toy: bool) -> list[Stage]:
         moe += ["--dtype", "bfloat16"]
         recall += ["--seconds", "170"]
     return [
-        Stage("tests", pytest, 300, []),
-        Stage("million", million, 90, ["million/attention.json"]),
-        Stage("moe", moe, 90, ["moe.json"]),
+        Stage("tests", pytest, 360, []),
+        Stage("million", million, 80, ["million/attention.json"]),
+        Stage("moe", moe, 70, ["moe.json"]),
         Stage("attention", attention, 420, ["attention.json"]),
         *(_steps_stage(phase, output, toy) for phase in STEPS),
         Stage("recall", recall, 240, ["recall.json"]),
