@@ -82,10 +82,10 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
         delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
-        chosen = choose_gate_tiles(dim, dtype == "fp32")
-        for minmax in (False, True):
+        for minmax, exact in ((False, dtype == "fp32"), (True, dtype == "fp32"), (False, True)):  # last: "kv_group"
+            chosen = choose_gate_tiles(dim, exact)
             width = dim * (1 + minmax)
-            gate = {"CAUSAL": True, "IS_MINMAX": minmax, "EXACT": dtype == "fp32", "DIM": dim, "WIDTH": width}
+            gate = {"CAUSAL": True, "IS_MINMAX": minmax, "EXACT": exact, "DIM": dim, "WIDTH": width}
             compile_kernel(
                 triton_gate.gate_kernel,
                 dtype,

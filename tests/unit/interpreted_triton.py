@@ -179,11 +179,11 @@ def test_tiles_do_not_matter_and_bits_repeat() -> None:
     assert (lse - other_lse).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_spans_of_keys(rows: int) -> None:
     """Queries to given, disjoint spans of keys: one of one key, one empty, one longer than a tile, keys in none."""
     spans = torch.tensor([(0, 7), (7, 1), (8, 0), (10, 20), (30, 33)])
-    q, k, v, grad = draw(37, 64, (4, 2), 16, torch.float32)
+    q, k, v, grad = draw(37, 64, (2, 1), 16, torch.float32)
     generator = torch.Generator().manual_seed(1)
     routes = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(37 * rows)])
     routes = routes.view(37, rows, 3).int()
