@@ -26,7 +26,7 @@ from neomoba_dist.model.kernels.routing import score_dtype
 from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
 # Nanoseconds on one AVX-512 core, forward: they only decide which of two exact methods runs.
-NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 130_000.0
+NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 80_000.0
 FLASH_TILE = 512  # keys; the causal flash kernel skips whole tiles only
 FEW = 2  # queries are few if all blocks that they choose hold less than this part of the keys
 MASK_ELEMENTS = 1 << 24  # of one additive mask
