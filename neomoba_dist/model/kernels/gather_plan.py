@@ -10,6 +10,7 @@ stands at the end to pad lists; keys count from the start of the document.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -106,9 +107,7 @@ def own_items(span: Span, group: int) -> tuple[list[TileItem], list[Item]]:
     block_size, first, last = span.block_size, span.position, span.position + span.stop - span.start
     low = -(-first // block_size)
     high = max(low, last // block_size)  # the blocks low..high are whole
-    tiles: list[TileItem] = []
-    for piece in triangle(block_size, block_size):
-        tiles.extend(_tile_items(piece, span, low, high, group))
+    tiles = list(_whole_blocks(span, low, high, group))
     items: list[Item] = []
     for block in (low - 1, high):
         start, stop = block * block_size, min((block + 1) * block_size, last)
@@ -139,19 +138,20 @@ def _below_diagonal(borders: list[int]) -> Iterator[tuple[slice, slice, bool]]:
     yield from _below_diagonal(borders[middle:])
 
 
-def _tile_items(piece: tuple[slice, slice, bool], span: Span, low: int, high: int, group: int) -> Iterator[TileItem]:
-    """One piece of the blocks low..high as batches whose logits fit into the cache."""
-    rows, keys, masked = piece
-    height, width, step = rows.stop - rows.start, keys.stop - keys.start, span.block_size
-    batch = max(1, ITEM_ELEMENTS // (height * group * width))
-    for first in range(low, high, batch):
-        count, start = min(batch, high - first), first * step
-        query = start + rows.start - span.position
-        yield TileItem(
-            Tiles(query * group, height * group, step * group, count),
-            Tiles(start + keys.start, width, step, count),
-            masked,
-        )
+def _whole_blocks(span: Span, low: int, high: int, group: int) -> Iterator[TileItem]:
+    """The blocks low..high: pieces that are alike and evenly spaced, in batches whose logits fit into the cache."""
+    alike: dict[tuple[int, int, int, bool], list[int]] = defaultdict(list)
+    for rows, keys, masked in triangle(span.block_size, span.block_size):
+        alike[rows.stop - rows.start, keys.stop - keys.start, rows.start - keys.start, masked].append(keys.start)
+    for (height, width, below, masked), starts in alike.items():
+        step = span.block_size // len(starts)
+        even = starts == list(range(starts[0], starts[0] + span.block_size, step))
+        for start, spacing in [(starts[0], step)] if even else [(start, span.block_size) for start in starts]:
+            total, most = (high - low) * (span.block_size // spacing), max(1, ITEM_ELEMENTS // (height * group * width))
+            for first in range(0, total, most):
+                number, key = min(most, total - first), low * span.block_size + start + first * spacing
+                rows = Tiles((key + below - span.position) * group, height * group, spacing * group, number)
+                yield TileItem(rows, Tiles(key, width, spacing, number), masked)
 
 
 def partial_own_items(span: Span, own: Tensor) -> Iterator[Item]:

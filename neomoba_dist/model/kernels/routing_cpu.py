@@ -26,6 +26,7 @@ from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
 TILE_QUERIES = 512
 TILE_ELEMENTS = 1 << 20  # scores of one tile
+SMALL_ROUTING = 1 << 15  # rows up to which threads only wait for each other
 POOLED_ELEMENTS = 1 << 22  # keys pooled by one task
 
 
@@ -72,7 +73,7 @@ def route_cpu(
             tasks.append(
                 partial(_route_tile, q, keys_HDN, routes, tile, at, first, last, block_size, causal, gate, pooling)
             )
-    run_side_by_side(tasks)
+    run_side_by_side(tasks, alone=q.shape[0] * heads <= SMALL_ROUTING)
     return routes
 
 

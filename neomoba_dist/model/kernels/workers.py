@@ -29,8 +29,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Results of the tasks in their order; as many at a time as torch may use threads. No task may need autograd."""
+def run_side_by_side(tasks: Sequence[Callable[[], Result]], *, alone: bool = False) -> list[Result]:
+    """Results of the tasks in their order; as many at a time as torch may use threads. No task may need autograd.
+
+    alone: one after the other, for tasks too small to be worth a thread.
+    """
     threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()  # a thread's own setting: tensors made here may be inference tensors
 
@@ -38,7 +41,7 @@ def run_side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
         with torch.inference_mode(inference), torch.no_grad():
             return task()
 
-    if threads == 1 or len(tasks) <= 1:
+    if alone or threads == 1 or len(tasks) <= 1:
         with one_thread():
             return [call(task) for task in tasks]
     try:
