@@ -37,9 +37,9 @@ def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     with one_thread():
         problem = _spell_out(problem)
         q = problem.q
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
         docs = documents(problem, sparse_only=False)
+        out = _rows_to_write(q, docs)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
     tasks = []
     for doc in docs:
         if doc.method in ("gathered", "cached"):
@@ -63,8 +63,9 @@ def attend_cpu_backward(
     with one_thread():
         problem = _spell_out(problem)
         q, causal = problem.q, problem.causal
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, problem.k, problem.v))
         docs = documents(problem, sparse_only=grad_lse is not None)
+        dq = _rows_to_write(q, docs)
+        dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (problem.k, problem.v))
     tasks, targets = [], []
     for doc in docs:
         if doc.method in ("gathered", "cached"):
@@ -87,6 +88,12 @@ def attend_cpu_backward(
             dk[keys, head] += part_dk
             dv[keys, head] += part_dv
     return dq, dk, dv
+
+
+def _rows_to_write(q: Tensor, docs: list[Document]) -> Tensor:
+    """A result of the shape of q: zeros only where some queries have no keys, as clearing costs as much as writing."""
+    make = torch.empty_like if sum(doc.num_queries for doc in docs) == len(q) else torch.zeros_like
+    return make(q, memory_format=torch.contiguous_format)
 
 
 def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
@@ -128,8 +135,6 @@ def _choose_methods(problem: Problem, doc: Document, routes: Tensor) -> list[Doc
     blocks = -(-doc.num_keys // block_size)
     if flash and (square or not causal) and _all_chosen(routes[doc.queries], blocks, block_size, causal):
         return [doc]
-    # An additive mask does not hide a key that is not a number.
-    maskable = values_finite and is_finite(problem.q[doc.queries]) and is_finite(problem.k[doc.keys])
     early = routes.shape[2] * block_size  # causal queries before it see all keys before them
     exact = problem.q.dtype == score_dtype(problem.q.dtype)  # half precision would round the gradients of two pieces
     if exact and causal and square and values_finite and early < doc.num_queries and _prefers_flash(problem, early):
@@ -137,8 +142,8 @@ def _choose_methods(problem: Problem, doc: Document, routes: Tensor) -> list[Doc
         head = doc._replace(queries=slice(doc.queries.start, split), keys=slice(doc.keys.start, doc.keys.start + early))
         if _all_chosen(routes[head.queries], routes.shape[2], block_size, causal):
             tail = doc._replace(queries=slice(split, doc.queries.stop), position=early)
-            return [head, tail._replace(method=_cheapest_method(problem, tail, maskable))]
-    return [doc._replace(method=_cheapest_method(problem, doc, maskable))]
+            return [head, tail._replace(method=_cheapest_method(problem, tail, values_finite))]
+    return [doc._replace(method=_cheapest_method(problem, doc, values_finite))]
 
 
 def _prefers_flash(problem: Problem, tokens: int) -> bool:
@@ -148,14 +153,18 @@ def _prefers_flash(problem: Problem, tokens: int) -> bool:
     return flash < rows * tokens / 2 * NS_PER_GATHERED_PAIR + blocks * NS_PER_BLOCK
 
 
-def _cheapest_method(problem: Problem, doc: Document, maskable: bool) -> str:
+def _cheapest_method(problem: Problem, doc: Document, values_finite: bool) -> str:
     assert problem.routes is not None
     block_size, num_heads = problem.layout.block_size, problem.q.shape[1]
     pairs = num_heads * doc.num_queries * doc.num_keys
     sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, problem.routes.shape[2] * block_size)
     blocks = -(-doc.num_keys // block_size) * problem.k.shape[1]
     gathered = sparse_pairs * NS_PER_GATHERED_PAIR + blocks * NS_PER_BLOCK
-    return "masked" if maskable and pairs * NS_PER_MASKED_PAIR <= gathered else "gathered"
+    if pairs * NS_PER_MASKED_PAIR > gathered:
+        return "gathered"
+    # An additive mask does not hide a key that is not a number.
+    maskable = values_finite and is_finite(problem.q[doc.queries]) and is_finite(problem.k[doc.keys])
+    return "masked" if maskable else "gathered"
 
 
 def _all_chosen(routes_TRC: Tensor, blocks: int, block_size: int, causal: bool) -> bool:
