@@ -20,6 +20,7 @@ from torch import Tensor
 
 TILE = 128  # edge of the causal diagonal's tiles
 ITEM_ELEMENTS = 1 << 19  # logits of one item; twice one core's second-level cache, but half as many operator calls
+LARGE_TILE = 1 << 16  # logits from which oneDNN's single product is faster than torch.bmm's
 MAX_KEYS = 512
 # Lists of rows are padded to a multiple of this: oneDNN compiles and keeps a kernel for every shape that it meets.
 ROW_STEP = 64
@@ -58,6 +59,12 @@ class TileItem(NamedTuple):
     rows: Tiles
     keys: Tiles
     masked: bool
+
+    def split(self) -> Iterator[Item]:
+        """The tiles one by one, for those that nothing masks."""
+        for index in range(self.rows.number):
+            row, key = (part.start + index * part.step for part in (self.rows, self.keys))
+            yield Item(slice(row, row + self.rows.height), key, key + self.keys.height)
 
 
 class HeadPlan(NamedTuple):
@@ -107,8 +114,13 @@ def own_items(span: Span, group: int) -> tuple[list[TileItem], list[Item]]:
     block_size, first, last = span.block_size, span.position, span.position + span.stop - span.start
     low = -(-first // block_size)
     high = max(low, last // block_size)  # the blocks low..high are whole
-    tiles = list(_whole_blocks(span, low, high, group))
+    tiles: list[TileItem] = []
     items: list[Item] = []
+    for tile in _whole_blocks(span, low, high, group):
+        if tile.masked or tile.rows.height * tile.keys.height < LARGE_TILE:
+            tiles.append(tile)
+        else:
+            items.extend(part for item in tile.split() for part in split_item(item))
     for block in (low - 1, high):
         start, stop = block * block_size, min((block + 1) * block_size, last)
         for rows, keys, masked in triangle(stop - start, block_size) if max(start, first) < stop else ():
@@ -150,8 +162,8 @@ def _whole_blocks(span: Span, low: int, high: int, group: int) -> Iterator[TileI
             total, most = (high - low) * (span.block_size // spacing), max(1, ITEM_ELEMENTS // (height * group * width))
             for first in range(0, total, most):
                 number, key = min(most, total - first), low * span.block_size + start + first * spacing
-                rows = Tiles((key + below - span.position) * group, height * group, spacing * group, number)
-                yield TileItem(rows, Tiles(key, width, spacing, number), masked)
+                queries = Tiles((key + below - span.position) * group, height * group, spacing * group, number)
+                yield TileItem(queries, Tiles(key, width, spacing, number), masked)
 
 
 def partial_own_items(span: Span, own: Tensor) -> Iterator[Item]:

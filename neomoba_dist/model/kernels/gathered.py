@@ -12,7 +12,7 @@ N blocks of one document.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
         docs = documents(problem, sparse_only=False)
         out = _rows_to_write(q, docs)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
-    tasks = []
+    tasks: list[Callable[[], None]] = []
     for doc in docs:
         if doc.method in ("gathered", "cached"):
             for head, rows in head_pieces(problem, doc):
