@@ -212,13 +212,14 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     lengths = [row["length"] for row in rows]
     with style():
         drawn = Figure(figsize=(9.6, 3.2), layout="constrained")
-        time_axes, ratio_axes, memory_axes = drawn.subplots(1, 3)
+        with_memory = any("moba_peak_tensors" in row for row in rows)
+        time_axes, ratio_axes, *memory_axes = drawn.subplots(1, 3 if with_memory else 2)
         for kind in ("full", "moba"):
             per_head = [row[kind]["both"] / row["heads"] for row in rows]
             time_axes.plot(lengths, per_head, marker="o", markersize=3, color=COLOURS[kind], label=kind)
             peaks = {row["length"]: row[f"{kind}_peak_tensors"] for row in rows if f"{kind}_peak_tensors" in row}
-            memory_axes.plot(list(peaks), list(peaks.values()), marker="o", markersize=3, color=COLOURS[kind])
-            memory_axes.set_visible(bool(peaks))
+            for axes in memory_axes:
+                axes.plot(list(peaks), list(peaks.values()), marker="o", markersize=3, color=COLOURS[kind])
         for key, name, marker in (("forward_ratio", "forward", "o"), ("both_ratio", "forward + backward", "s")):
             ratios = [row[key] for row in rows]
             ratio_axes.plot(lengths, ratios, marker=marker, markersize=3, color=COLOURS["moba"], label=name)
@@ -226,7 +227,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         titles = {
             time_axes: "Forward + backward, seconds per head",
             ratio_axes: "Speed-up over full attention",
-            memory_axes: "Peak memory, tensors of the size of q",
+            **dict.fromkeys(memory_axes, "Peak memory, tensors of the size of q"),
         }
         for axes, title in titles.items():
             axes.set_xscale("log", base=2)
@@ -234,7 +235,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             axes.set_title(title)
         time_axes.set_yscale("log")
         ratio_axes.set_yscale("log", base=2)
-        memory_axes.set_ylim(bottom=0)
+        for axes in memory_axes:
+            axes.set_ylim(bottom=0)
         time_axes.legend()
         ratio_axes.legend()
     return drawn
