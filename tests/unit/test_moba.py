@@ -203,3 +203,20 @@ def test_any_shape_equals_the_dense_mask(
             results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     for got, want in zip(*results, strict=True):
         assert torch.allclose(got, want, atol=1e-11, rtol=1e-11)
+
+
+def test_few_queries_read_their_chosen_blocks_only() -> None:
+    """As in decoding: keys of other blocks may hold anything, and nothing changes by a bit."""
+    q, k, v, _ = (x.detach() for x in tensors(1024, HEADS["GQA"], 8, torch.float32))
+    q = q[-1:]
+    places = {"block_size": 16, "cu_seqlens": cu([0, 1]), "cu_seqlens_k": cu([0, 1024]), "q_offset": 1023}
+    routes = route(q, block_means(k, block_size=16), top_k=3, num_keys=1024, **places)
+    out, lse = attend(q, k, v, routes, **places)
+    expected, expected_lse = attend(q, k, v, routes, impl="reference", **places)
+    assert (out - expected).abs().max() <= 2e-6
+    assert (lse - expected_lse).abs().max() <= 2e-6
+    unread = torch.ones(64, dtype=torch.bool)
+    unread[routes.flatten().long()] = False
+    assert unread.any()
+    k, v = (x.masked_fill(unread.repeat_interleave(16)[:, None, None], torch.nan) for x in (k, v))
+    assert torch.equal(attend(q, k, v, routes, **places)[0], out)
