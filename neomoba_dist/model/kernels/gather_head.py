@@ -67,11 +67,11 @@ class Cache(NamedTuple):
 
 def prepare(k_SD: Tensor, v_SD: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous copies [S, D] and [S, E] of keys and values in the dtype of the scores."""
-    k_SD, v_SD = (x.to(score_dtype(x.dtype)).contiguous() for x in (k_SD, v_SD))
+    k_SD, v_SD = (x.to(score_dtype(x.dtype)) for x in (k_SD, v_SD))
     if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
         damaged = ~v_SD.isfinite().all(-1)
         k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
-    return k_SD, append_ones(v_SD)
+    return k_SD.contiguous(), append_ones(v_SD)
 
 
 def is_finite(x: Tensor) -> bool:

@@ -52,56 +52,62 @@ class Document(NamedTuple):
         return self.keys.stop - self.keys.start
 
 
-def head_pieces(problem: Problem, doc: Document) -> Iterator[tuple[int, slice]]:
-    """(KV head, queries): whole heads, or parts of their queries where there are fewer heads than threads."""
+class Task(NamedTuple):
+    """Queries `rows` of one KV head of a document."""
+
+    problem: Problem
+    doc: Document
+    head: int
+    rows: slice
+
+    @property
+    def query_heads(self) -> slice:
+        return slice(self.head * self.problem.group, (self.head + 1) * self.problem.group)
+
+    @property
+    def position(self) -> int:
+        """Position of the first query."""
+        return self.doc.position + self.rows.start - self.doc.queries.start
+
+    def write(self, x: Tensor, rows_R: Tensor) -> None:
+        """Put rows [tokens * G + 1, ...] into their places of x [T, Hq, ...]; the last one means nothing."""
+        x[self.rows, self.query_heads] = rows_R[:-1].unflatten(0, (-1, self.problem.group)).to(x.dtype)
+
+
+def split_document(problem: Problem, doc: Document) -> Iterator[Task]:
+    """Whole heads, or parts of their queries where there are fewer heads than threads."""
     block_size, num_kv_heads = problem.layout.block_size, problem.k.shape[1]
     blocks = -(-doc.num_queries // block_size)
     pieces = min(-(-torch.get_num_threads() // num_kv_heads), max(1, blocks // 4))
     height = -(-blocks // pieces) * block_size
     for head in range(num_kv_heads):
         for start in range(doc.queries.start, doc.queries.stop, height):
-            yield head, slice(start, min(start + height, doc.queries.stop))
+            yield Task(problem, doc, head, slice(start, min(start + height, doc.queries.stop)))
 
 
-def forward_task(problem: Problem, doc: Document, head: int, rows: slice, out: Tensor, lse: Tensor) -> None:
-    """Write the head's share of out [T, Hq, D] and lse [T, Hq]."""
-    group = problem.group
-    q_RD = _head_rows(problem.q, head, group, rows)
-    q_RD *= query_scale(problem)
-    keys: Head | Cache
-    if doc.method == "cached":
-        keys = Cache(problem.k[doc.keys, head], problem.v[doc.keys, head], *_place(problem, doc, rows))
-    else:
-        keys = _load(problem, doc, head, rows)
-    values_RD, lse_R = forward_head(keys, _plan(problem, doc, head, rows), q_RD)
-    heads = slice(head * group, (head + 1) * group)
-    out[rows, heads] = values_RD[:-1].unflatten(0, (-1, group)).to(out.dtype)
-    lse[rows, heads] = lse_R[:-1].unflatten(0, (-1, group))
+def forward_task(task: Task, out: Tensor, lse: Tensor) -> None:
+    """Write the task's share of out [T, Hq, D] and lse [T, Hq]."""
+    q_RD = _query_rows(task, task.problem.q)
+    q_RD *= query_scale(task.problem)
+    head = Cache(*_keys(task)) if task.doc.method == "cached" else _load(task)
+    values_RD, lse_R = forward_head(head, _plan(task), q_RD)
+    task.write(out, values_RD)
+    task.write(lse, lse_R)
 
 
 def backward_task(
-    problem: Problem,
-    doc: Document,
-    head: int,
-    rows: slice,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    dq: Tensor,
+    task: Task, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, dq: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write the head's share of dq [T, Hq, D]; return its dk and dv, [S, D] each."""
-    group, dtype = problem.group, score_dtype(problem.q.dtype)
-    heads = slice(head * group, (head + 1) * group)
-    delta = (out[rows, heads].to(dtype) * grad_out[rows, heads]).sum(-1)
+    """Write the task's share of dq [T, Hq, D]; return its dk and dv, [S, D] each."""
+    problem, rows, heads = task.problem, task.rows, task.query_heads
+    delta = (out[rows, heads].to(score_dtype(out.dtype)) * grad_out[rows, heads]).sum(-1)
     if grad_lse is not None:
         delta -= grad_lse[rows, heads]
-    q_RE = _head_rows(problem.q, head, group, rows, lse[rows, heads] * -math.log2(math.e))
+    q_RE = _query_rows(task, problem.q, lse[rows, heads] * -math.log2(math.e))
     q_RE[:, :-1] *= query_scale(problem)
-    grad_RE = _head_rows(grad_out, head, group, rows, -delta)
-    plan = _plan(problem, doc, head, rows)
-    dq_RD, dk_SD, dv_SD = backward_head(_load(problem, doc, head, rows), plan, q_RE, grad_RE)
-    dq[rows, heads] = dq_RD[:-1].unflatten(0, (-1, group)).to(dq.dtype)
+    grad_RE = _query_rows(task, grad_out, -delta)
+    dq_RD, dk_SD, dv_SD = backward_head(_load(task), _plan(task), q_RE, grad_RE)
+    task.write(dq, dq_RD)
     return dk_SD, dv_SD
 
 
@@ -110,23 +116,24 @@ def query_scale(problem: Problem) -> float:
     return math.log2(math.e) * problem.q.shape[2] ** -0.5
 
 
-def _load(problem: Problem, doc: Document, head: int, rows: slice) -> Head:
-    """One KV head of the document."""
-    return Head(*prepare(problem.k[doc.keys, head], problem.v[doc.keys, head]), *_place(problem, doc, rows))
+def _keys(task: Task) -> tuple[Tensor, Tensor, int, int]:
+    """Keys and values [S, D] as they are, queries per KV head, and position of the first query."""
+    problem, keys = task.problem, task.doc.keys
+    return problem.k[keys, task.head], problem.v[keys, task.head], problem.group, task.position
 
 
-def _place(problem: Problem, doc: Document, rows: slice) -> tuple[int, int]:
-    """Queries per KV head, and position of the first query."""
-    return problem.group, doc.position + rows.start - doc.queries.start
+def _load(task: Task) -> Head:
+    k_SD, v_SD, *place = _keys(task)
+    return Head(*prepare(k_SD, v_SD), *place)
 
 
-def _head_rows(x: Tensor, head: int, group: int, rows: slice, column: Tensor | None = None) -> Tensor:
-    """A copy [tokens * G + 1, D] of one KV head's queries in the dtype of the scores; the last row is 0.
+def _query_rows(task: Task, x: Tensor, column: Tensor | None = None) -> Tensor:
+    """A copy [tokens * G + 1, D] of the task's rows of x [T, Hq, D] in the dtype of the scores; the last row is 0.
 
     `column` [tokens, G] becomes one more column.
     """
-    part = x[rows, head * group : (head + 1) * group]
-    tokens, _, dim = part.shape
+    part = x[task.rows, task.query_heads]
+    tokens, group, dim = part.shape
     copy = torch.empty((tokens * group + 1, dim + (column is not None)), dtype=score_dtype(x.dtype))
     copy[:-1, :dim].unflatten(0, (tokens, group)).copy_(part)
     if column is not None:
@@ -135,14 +142,13 @@ def _head_rows(x: Tensor, head: int, group: int, rows: slice, column: Tensor | N
     return copy
 
 
-def _plan(problem: Problem, doc: Document, head: int, rows: slice) -> HeadPlan:
+def _plan(task: Task) -> HeadPlan:
     """The work list of one task."""
-    group, routes = problem.group, problem.routes
+    problem, doc, rows, routes = task.problem, task.doc, task.rows, task.problem.routes
     assert routes is not None
-    first_head, heads = (head * group, group) if routes.shape[1] == problem.q.shape[1] else (head, 1)
-    chosen_TGC = routes[rows, first_head : first_head + heads].expand(-1, group, -1)
-    position = doc.position + rows.start - doc.queries.start
-    layout = problem.layout
+    layout, per_head = problem.layout, routes.shape[1] == problem.q.shape[1]
+    heads = task.query_heads if per_head else slice(task.head, task.head + 1)
+    chosen_TGC = routes[rows, heads].expand(-1, problem.group, -1)
     spans = None if layout.spans is None else [(start, start + length) for start, length in layout.spans.tolist()]
-    span = Span(rows.start, rows.stop, position, doc.num_keys, layout.block_size, problem.causal, spans)
+    span = Span(rows.start, rows.stop, task.position, doc.num_keys, layout.block_size, problem.causal, spans)
     return plan_head(span, chosen_TGC, doc.first_block, tiled=doc.method != "cached")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neomoba_dist.model.kernels.flash_cpu import flash_backward, flash_forward, group_queries
 from neomoba_dist.model.kernels.gather_head import is_finite
-from neomoba_dist.model.kernels.gather_tasks import Document, Problem, backward_task, forward_task, head_pieces
+from neomoba_dist.model.kernels.gather_tasks import Document, Problem, backward_task, forward_task, split_document
 from neomoba_dist.model.kernels.routing import score_dtype
 from neomoba_dist.model.kernels.workers import one_thread, run_side_by_side
 
@@ -43,8 +43,7 @@ def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     tasks: list[Callable[[], None]] = []
     for doc in docs:
         if doc.method in ("gathered", "cached"):
-            for head, rows in head_pieces(problem, doc):
-                tasks.append(partial(forward_task, problem, doc, head, rows, out, lse))
+            tasks.extend(partial(forward_task, task, out, lse) for task in split_document(problem, doc))
             continue
         k, v = problem.k[doc.keys], problem.v[doc.keys]
         for rows, mask_THS in flash_pieces(problem, doc):
@@ -69,9 +68,9 @@ def attend_cpu_backward(
     tasks, targets = [], []
     for doc in docs:
         if doc.method in ("gathered", "cached"):
-            for head, rows in head_pieces(problem, doc):
-                tasks.append(partial(backward_task, problem, doc, head, rows, out, lse, grad_out, grad_lse, dq))
-                targets.append((doc.keys, head))
+            for task in split_document(problem, doc):
+                tasks.append(partial(backward_task, task, out, lse, grad_out, grad_lse, dq))
+                targets.append((doc.keys, task.head))
             continue
         k, v = problem.k[doc.keys], problem.v[doc.keys]
         for rows, mask_THS in flash_pieces(problem, doc):
