@@ -15,7 +15,7 @@ from neomoba_dist.config import Config
 from neomoba_dist.data.corpus import Corpus, open_corpus
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.data.tokenizer import Tokenizer
-from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.neobert import NeoBERT
 
 

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.neobert import NeoBERT
 
 

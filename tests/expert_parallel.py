@@ -6,10 +6,10 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model.context_attention import local_share
-from neomoba_dist.model.moe import moe_layers
+from neomoba_dist.model.moe.layer import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
 from tests.equivalence import Pieces, assemble, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels import gathered
-from neomoba_dist.model.kernels.gather_tasks import Document, Problem
+from neomoba_dist.model.attention.kernels.cpu import attend as gathered
+from neomoba_dist.model.attention.kernels.cpu.tasks import Document, Problem
 
 HEADS = {"MHA": (3, 3), "GQA": (4, 2), "MQA": (3, 1)}
 DOCUMENTS = {

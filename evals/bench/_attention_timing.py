@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from evals.bench._timing import least
-from neomoba_dist.model.moba import moba_attention
+from neomoba_dist.model.attention.moba import moba_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONGEST_FLEX = 131072  # each length is compiled anew; beyond, flash and cuDNN are rivals enough

@@ -15,9 +15,9 @@ import torch
 from evals.bench._attention_timing import resident_bytes
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model.context_attention import local_share
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import barrier
+from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment
 
 # one MoBA and one full layer, as the project's 128k test has them

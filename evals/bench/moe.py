@@ -45,7 +45,7 @@ def layers(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[st
     from neomoba_dist.config import ModelConfig
     from neomoba_dist.model.init import Initializer
     from neomoba_dist.model.mlp import SwiGLU
-    from neomoba_dist.model.moe import MoE
+    from neomoba_dist.model.moe.layer import MoE
     from neomoba_dist.parallel.mesh import Mesh
 
     config = ModelConfig(

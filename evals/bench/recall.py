@@ -174,7 +174,7 @@ def test(model: NeoBERT, setting: Setting, attention: str) -> list[dict[str, Any
     """Accuracy by length and distance: buckets of a factor of 4, the first of at most one block."""
     import torch
 
-    from neomoba_dist.model.attention import set_full_attention
+    from neomoba_dist.model.attention.layer import set_full_attention
     from neomoba_dist.model.neobert import NeoBERT
 
     if attention == "own block":

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from neomoba_dist.checkpoint.layout import CheckpointError, find_checkpoint, logical_name, read_index, read_json
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import Shard, shard_of
-from neomoba_dist.model.moe import saved_buffers
+from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 

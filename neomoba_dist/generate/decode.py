@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from neomoba_dist.generate.stage import Stage
-from neomoba_dist.model.cache import KVCache
-from neomoba_dist.model.context_cache import ShardedKVCache
+from neomoba_dist.model.attention.cache import KVCache
+from neomoba_dist.model.attention.context.cache import ShardedKVCache
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
 from neomoba_dist.parallel.documents import check_cu_seqlens

@@ -5,11 +5,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.attention import Attention
-from neomoba_dist.model.cache import LayerCache
+from neomoba_dist.model.attention.cache import LayerCache
+from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
-from neomoba_dist.model.moe import MoE
+from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.model.norm import RMSNorm
 
 # hidden [S, H], aux_loss [] (at least float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1].

@@ -6,7 +6,7 @@ from torch import nn
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.parallel.megatron import column_linear, row_linear
+from neomoba_dist.parallel.tensor import column_linear, row_linear
 
 
 class SwiGLU(nn.Module):

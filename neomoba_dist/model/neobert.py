@@ -21,8 +21,8 @@ from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import RMSNorm
 from neomoba_dist.model.positions import PositionEmbedding
-from neomoba_dist.parallel.megatron import enter_tensor_parallel, sum_over_tensor_parallel
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
 
 IGNORE_INDEX = -100
 VOCAB_MULTIPLE = 128  # rows per tp rank: whole tensor-core tiles

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.kernels import is_available
+from neomoba_dist.model.optional import apex_rms_norm, is_available
 from neomoba_dist.parallel.comm import sum_gradient
 
 
@@ -26,7 +26,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.partial else self.weight
         if x.is_cuda and is_available("apex_norm"):
-            from neomoba_dist.model.kernels.apex import fused_rms_norm_affine
-
-            return fused_rms_norm_affine(x, weight, weight.shape, self.eps)
+            return apex_rms_norm(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)

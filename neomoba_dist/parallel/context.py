@@ -1,6 +1,6 @@
 """Context parallelism: what moves between ranks that hold different tokens of the same documents.
 
-Three movements, which model/context_attention.py combines into strategies: tokens for heads (Ulysses, arXiv
+Three movements, which model/attention/context/strategy.py combines into strategies: tokens for heads (Ulysses, arXiv
 2309.14509), keys and values whole (all-gather, or around a ring, arXiv 2310.01889), and single tokens that a rank needs
 beside its own (the halo of a convolution or a window). Sending queries to the keys instead is MoBA's own.
 

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.parallel.mesh import Mesh
+
 SPLITS = ("block_cyclic", "zigzag", "contiguous")
 
 
@@ -209,3 +212,21 @@ def split_batch(batch: AnyBatch, split: ContextSplit, rank: int) -> AnyBatch:
         cu_seqlens=torch.cat((batch.cu_seqlens, end)),
         token_type_ids=None if batch.token_type_ids is None else share(batch.token_type_ids, 0),
     )
+
+
+def context_split(local_tokens: int, mesh: Mesh, config: ModelConfig) -> ContextSplit:
+    """How the tokens lie of which this rank holds `local_tokens`."""
+    return ContextSplit.of_local(local_tokens, mesh["cp"].size, mesh.context_split, config.moba_block_size)
+
+
+def padded_split(tokens: int, mesh: Mesh, config: ModelConfig) -> ContextSplit:
+    """How a micro-batch of `tokens` tokens is padded and dealt out."""
+    multiple = mesh["tp"].size if mesh.sequence_parallel else 1
+    return ContextSplit.of_tokens(tokens, mesh["cp"].size, mesh.context_split, config.moba_block_size, multiple)
+
+
+def local_share(batch: AnyBatch, mesh: Mesh, config: ModelConfig) -> AnyBatch:
+    """This rank's share of a micro-batch, which all its context-parallel ranks hold."""
+    if mesh["cp"].size == 1:
+        return batch
+    return split_batch(batch, padded_split(len(batch.input_ids), mesh, config), mesh["cp"].index)

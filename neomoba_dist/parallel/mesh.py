@@ -68,7 +68,7 @@ class Mesh:
         """
         if dist.get_world_size() == 1:
             return cls.single(device)
-        from neomoba_dist.parallel.megatron import initialize_groups
+        from neomoba_dist.parallel.tensor import initialize_groups
 
         groups = {**initialize_groups(parallel), "world": dist.group.WORLD}
         axes = {}

@@ -25,12 +25,12 @@ from neomoba_dist.checkpoint.layout import KINDS
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model.attention import set_full_attention
-from neomoba_dist.model.context_attention import local_share
+from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.init import Initializer, Shard, shard_of
-from neomoba_dist.model.moe import moe_layers, saved_buffers
+from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, take_records

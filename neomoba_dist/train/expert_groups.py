@@ -15,9 +15,9 @@ from torch import nn
 
 from neomoba_dist.config import Config, ConfigError, ModelConfig
 from neomoba_dist.model.block import Block
-from neomoba_dist.model.context_attention import padded_split
-from neomoba_dist.model.moe import MoE, moe_layers
-from neomoba_dist.model.router import RECORD, update_bias
+from neomoba_dist.model.moe.layer import MoE, moe_layers
+from neomoba_dist.model.moe.router import RECORD, update_bias
+from neomoba_dist.parallel.context_split import padded_split
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.layer_stats import over_all_ranks
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.router import RECORD
+from neomoba_dist.model.moe.router import RECORD
 
 STARVED_SHARE, STARVED_STEPS = 0.05, 50
 

@@ -13,7 +13,7 @@ from torch import nn
 from neomoba_dist.checkpoint.save import save_checkpoint
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import Shard
-from neomoba_dist.model.moe import saved_buffers
+from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.expert_metrics import routing_entry

@@ -15,7 +15,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.masking import MaskedLanguageModel
 from neomoba_dist.data.pack import Packing
 from neomoba_dist.data.rows import Rows, Source
-from neomoba_dist.model.attention import set_full_attention
+from neomoba_dist.model.attention.layer import set_full_attention
 
 LENGTH, BORDER, BUCKETS, ROWS = 512, 300, 8, 16
 

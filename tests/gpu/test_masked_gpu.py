@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.sliding_window import biased_attention, sliding_window_attention
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.masked import biased_attention, sliding_window_attention
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_model

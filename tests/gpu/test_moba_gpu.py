@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels.layout import make_layout
-from neomoba_dist.model.kernels.ops import implementation
-from neomoba_dist.model.kernels.routing import route_any
-from neomoba_dist.model.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.kernels.layout import make_layout
+from neomoba_dist.model.attention.kernels.ops import implementation
+from neomoba_dist.model.attention.kernels.select import route_any
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
 
 pytestmark = pytest.mark.gpu
 

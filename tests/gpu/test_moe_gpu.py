@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.exact import exact_linear
-from neomoba_dist.model.experts import Experts, SwiGLUByExpert, has_grouped_mm
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.moe import MoE
+from neomoba_dist.model.moe.experts import Experts, SwiGLUByExpert, has_grouped_mm
+from neomoba_dist.model.moe.fp32_linear import exact_linear
+from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_model
 

@@ -10,13 +10,13 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible
-from neomoba_dist.model.attention import Attention
-from neomoba_dist.model.context_attention import context_attention
-from neomoba_dist.model.context_exchange import route_local
-from neomoba_dist.model.context_parts import Exchange
-from neomoba_dist.model.context_routing import chosen_pieces, gather_means, plan_trips
+from neomoba_dist.model.attention.context.allgather import route_local
+from neomoba_dist.model.attention.context.dispatch import chosen_pieces, gather_means, plan_trips
+from neomoba_dist.model.attention.context.merge import Exchange
+from neomoba_dist.model.attention.context.strategy import context_attention
+from neomoba_dist.model.attention.layer import Attention
+from neomoba_dist.model.attention.moba import block_means, route
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.moba import block_means, route
 from neomoba_dist.parallel.comm import Ledger
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.mesh import Mesh

@@ -13,8 +13,8 @@ import torch
 
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model.attention import set_full_attention
-from neomoba_dist.model.moe import saved_buffers
+from neomoba_dist.model.attention.layer import set_full_attention
+from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine

@@ -13,8 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from neomoba_dist.model.kernels import triton_backward, triton_forward, triton_gate, triton_index, triton_layout
-from neomoba_dist.model.kernels.triton_common import (
+from neomoba_dist.model.attention.kernels.triton import backward as triton_backward
+from neomoba_dist.model.attention.kernels.triton import forward as triton_forward
+from neomoba_dist.model.attention.kernels.triton import index as triton_index
+from neomoba_dist.model.attention.kernels.triton import layout as triton_layout
+from neomoba_dist.model.attention.kernels.triton import select as triton_gate
+from neomoba_dist.model.attention.kernels.triton.common import (
     SIZES,
     Tiles,
     choose_gate_tiles,

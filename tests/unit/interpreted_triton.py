@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels import ops
-from neomoba_dist.model.kernels.layout import BlockLayout, make_layout
-from neomoba_dist.model.kernels.routing import best_blocks
-from neomoba_dist.model.kernels.routing_cpu import block_means_cpu, route_cpu
-from neomoba_dist.model.kernels.triton_common import Tiles
-from neomoba_dist.model.kernels.triton_forward import attend_triton
-from neomoba_dist.model.kernels.triton_gate import block_means_triton, route_triton
-from neomoba_dist.model.kernels.triton_index import build_index
-from neomoba_dist.model.moba import attend, block_means, moba_attention, route
+from neomoba_dist.model.attention.kernels import ops
+from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, route_cpu
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.attention.kernels.select import best_blocks
+from neomoba_dist.model.attention.kernels.triton.common import Tiles
+from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
+from neomoba_dist.model.attention.kernels.triton.index import build_index
+from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, route_triton
+from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, route
 
 PACKED = [0, 0, 20, 21, 64]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.model import attention
-from neomoba_dist.model.attention import Attention, set_full_attention
+from neomoba_dist.model.attention import layer as attention
+from neomoba_dist.model.attention.kernels import masks as mask_chunks
+from neomoba_dist.model.attention.key_conv import convolve_keys
+from neomoba_dist.model.attention.layer import Attention, set_full_attention
+from neomoba_dist.model.attention.sliding_window import biased_attention, sliding_window_attention
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.kernels import mask_chunks
-from neomoba_dist.model.key_conv import convolve_keys
-from neomoba_dist.model.masked import biased_attention, sliding_window_attention
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.mesh import Mesh

@@ -7,9 +7,9 @@ import torch
 
 from neomoba_dist.generate.decode import Decoder, generate
 from neomoba_dist.generate.stage import Stage
-from neomoba_dist.model import cache as cache_module
-from neomoba_dist.model import moba
-from neomoba_dist.model.kernels.dense import attend_stretches
+from neomoba_dist.model.attention import cache as cache_module
+from neomoba_dist.model.attention import moba
+from neomoba_dist.model.attention.kernels.full import attend_stretches
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from tests.decoding import greedy_by_recomputing, random_documents, whole_pass

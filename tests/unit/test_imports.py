@@ -18,9 +18,9 @@ DOORS = {
     "deepspeed": ("neomoba_dist/train/engine.py", "neomoba_dist/parallel/pipeline.py"),
     "megatron": ("neomoba_dist/parallel/",),
     "webdataset": ("neomoba_dist/data/", "data_tools/"),
-    "triton": ("neomoba_dist/model/kernels/",),
-    "flash_attn": ("neomoba_dist/model/kernels/",),
-    "apex": ("neomoba_dist/model/kernels/",),
+    "triton": ("neomoba_dist/model/attention/kernels/", "neomoba_dist/model/moe/"),
+    "flash_attn": ("neomoba_dist/model/attention/kernels/",),
+    "apex": ("neomoba_dist/model/optional.py",),
     "torch.distributed": ("neomoba_dist/parallel/",),
 }
 FREE = ("tests/", "evals/bench/")
@@ -74,7 +74,7 @@ def test_arrows() -> None:
         ("neomoba_dist/data/batch.py", "neomoba_dist.model.init"),
         ("neomoba_dist/model/block.py", "torch.distributed"),
         ("neomoba_dist/train/trainer.py", "deepspeed"),
-        ("neomoba_dist/model/moba.py", "triton.language"),
+        ("neomoba_dist/model/attention/moba.py", "triton.language"),
         ("neomoba_dist/config/load.py", "launch.pretrain"),
         ("evals/load.py", "megatron.core"),
     ],

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neomoba_dist.model.kernels import gathered
-from neomoba_dist.model.moba import attend, block_means, moba_attention, route
+from neomoba_dist.model.attention.kernels.cpu import attend as gathered
+from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, route
 from tests.moba_cases import DOCUMENTS, HEADS, cu, force_method, tensors
 from tests.reference import moba_loops
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from neomoba_dist.model.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
 from tests.moba_cases import cu, tensors
 
 

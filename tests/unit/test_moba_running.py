@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from neomoba_dist.model import moba
-from neomoba_dist.model.kernels import gathered
-from neomoba_dist.model.kernels.chunked import attend_chunked, attend_chunked_backward
-from neomoba_dist.model.kernels.gather_tasks import Problem
-from neomoba_dist.model.moba import moba_attention
+from neomoba_dist.model.attention import moba
+from neomoba_dist.model.attention.kernels.chunked import attend_chunked, attend_chunked_backward
+from neomoba_dist.model.attention.kernels.cpu import attend as gathered
+from neomoba_dist.model.attention.kernels.cpu.tasks import Problem
+from neomoba_dist.model.attention.moba import moba_attention
 from tests.moba_cases import cu, tensors
 
 
@@ -86,7 +86,7 @@ def test_next_to_nothing(tokens: int) -> None:
 
 
 def run_in_chunks(patch: pytest.MonkeyPatch, logits: int) -> None:
-    patch.setattr("neomoba_dist.model.kernels.chunked.LOGITS_PER_CHUNK", logits)
+    patch.setattr("neomoba_dist.model.attention.kernels.chunked.LOGITS_PER_CHUNK", logits)
     patch.setattr(gathered, "attend_cpu", attend_chunked)
 
     def backward(problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Any:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from neomoba_dist.model.kernels import ops
+from neomoba_dist.model.attention.kernels import ops
 
 SPANS = [(0, 7), (7, 1), (8, 0), (8, 9), (20, 13), (33, 7)]  # of one key, empty, long, with a gap before 20
 

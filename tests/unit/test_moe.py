@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
-from neomoba_dist.model.exact import exact_linear
-from neomoba_dist.model.experts import grouped_swiglu
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
-from neomoba_dist.model.moe import MoE
+from neomoba_dist.model.moe.experts import grouped_swiglu
+from neomoba_dist.model.moe.fp32_linear import exact_linear
+from neomoba_dist.model.moe.layer import MoE
+from neomoba_dist.model.moe.router import update_bias
+from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.model.neobert import NeoBERT
-from neomoba_dist.model.router import update_bias
-from neomoba_dist.model.tokens import Tokens
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_batch, tiny_model
 from tests.reference_moe import mixture

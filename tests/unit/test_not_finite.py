@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.kernels import gathered
-from neomoba_dist.model.kernels.chunked import attend_chunked
-from neomoba_dist.model.masked import sliding_window_attention
-from neomoba_dist.model.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.kernels.chunked import attend_chunked
+from neomoba_dist.model.attention.kernels.cpu import attend as gathered
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.sliding_window import sliding_window_attention
 from tests.moba_cases import cu, force_method, tensors
 
 BORDERS = [0, 70, 96]

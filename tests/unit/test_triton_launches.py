@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from neomoba_dist.model.kernels.layout import BlockLayout, make_layout
-from neomoba_dist.model.kernels.triton_backward import attend_triton_backward
-from neomoba_dist.model.kernels.triton_forward import attend_triton
-from neomoba_dist.model.kernels.triton_gate import block_means_triton, route_triton
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
+from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
+from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, route_triton
 
 FREE = ("aten.empty", "aten.new_empty", "aten.view", "aten.slice", "aten.select", "aten.detach", "aten.alias")
 Variant = tuple[str, ...]

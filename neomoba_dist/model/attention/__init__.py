@@ -1,0 +1,1 @@
+"""Attention: projections, MoBA and its kernels, windows, caches, context parallelism."""

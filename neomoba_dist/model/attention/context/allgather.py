@@ -1,0 +1,249 @@
+"""Context parallelism that moves keys and values: gathered whole, some heads at a time, or passed around a ring.
+
+Legend: S tokens of this rank, T of all ranks, Hq/Hkv query and KV heads, h KV heads at a time, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.attention.context.merge import (
+    Exchange,
+    Merged,
+    Rectangle,
+    Routes,
+    Squares,
+    add_rectangle_gradients,
+    add_rectangles,
+    zeros_like_all,
+)
+from neomoba_dist.model.attention.kernels.layout import make_layout
+from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.moba import block_means, route
+from neomoba_dist.parallel.comm import pass_on
+from neomoba_dist.parallel.context import gather_tokens, scatter_gradients
+
+
+def local_rows(exchange: Exchange, start: int, stop: int) -> slice:
+    """Local indices of consecutive tokens of one unit."""
+    first = exchange.split.tokens_before(exchange.rank, start)
+    return slice(first, first + stop - start)
+
+
+def stretches(exchange: Exchange) -> list[tuple[int, int, int, int]]:
+    """Consecutive queries and the keys, of all ranks, that they see beside their own square: global indices
+    (start, stop, first key, last key), some with none.
+
+    Causal MoBA: what stands of the own block before the unit. Full attention: what stands of the document before, and
+    for a bidirectional model what stands after it.
+    """
+    found = []
+    for segment in exchange.segments():
+        if exchange.moba is None:
+            found.append((segment.start, segment.stop, segment.document_start, segment.start))
+            if not exchange.causal:
+                found.append((segment.start, segment.stop, segment.stop, segment.document_stop))
+            continue
+        size = exchange.moba[0]
+        skipped = (segment.start - segment.document_start) // size * size
+        first = range(segment.document_start + skipped, segment.stop, size)
+        for block in first:
+            start, stop = max(block, segment.start), min(block + size, segment.stop)
+            found.append((start, stop, block, start))
+    return found
+
+
+def squares(exchange: Exchange, device: torch.device) -> Squares:
+    """This rank's own squares: segments for full attention, their parts in one block for MoBA."""
+    starts = sorted({start for start, *_ in stretches(exchange)})
+    places = [local_rows(exchange, start, start).start for start in starts]
+    lengths = [b - a for a, b in zip(places, [*places[1:], exchange.split.local_tokens], strict=True)]
+    return Squares(lengths, exchange.causal, device)
+
+
+class GatheredAttention(torch.autograd.Function):
+    """q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D], with all-gathered keys and values.
+
+    As many KV heads at a time as make a gathered chunk no larger than this rank's own keys, but at least one: with more
+    ranks than KV heads a chunk is one head of all T tokens. The backward pass gathers again, so nothing of length T is
+    kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
+        outs, statistics, chosen = [], [], []
+        own, rectangles = _own_parts(exchange, q.device)
+        for heads, keys in _chunks(q, k, exchange):
+            queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
+            merged = Merged(queries)
+            all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
+            if own is not None:
+                merged.add(slice(None), *own.forward(queries, own_k, own_v))
+            add_rectangles(merged, rectangles, queries, all_k, all_v)
+            routes = _moba_routes(queries, all_k, exchange)
+            if routes is not None:
+                merged.add(slice(None), *routes.forward(queries, all_k, all_v))
+            chosen.append(routes)
+            outs.append(merged.out.to(q.dtype))
+            statistics.append(merged.lse)
+        out, lse = torch.cat(outs, dim=1), torch.cat(statistics, dim=1)
+        ctx.exchange, ctx.longest = exchange, [None if routes is None else routes.longest for routes in chosen]
+        # saved, not kept on ctx: activation checkpointing must see whatever grows with the tokens
+        tensors = (x for routes in chosen if routes is not None for x in (routes.routes, routes.spans))
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (q, k, v, out, lse, *saved), exchange = ctx.saved_tensors, ctx.exchange
+        parts, tensors = [], iter(saved)
+        own, rectangles = _own_parts(exchange, q.device)
+        for (heads, keys), longest in zip(_chunks(q, k, exchange), ctx.longest, strict=True):
+            routes = None if longest is None else Routes(next(tensors), next(tensors), longest)
+            queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
+            results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
+            all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
+            totals = zeros_like_all(queries, all_k, all_v)
+            add_rectangle_gradients(totals, rectangles, queries, all_k, all_v, *results)
+            if routes is not None:
+                for total, part in zip(totals, routes.backward(queries, all_k, all_v, *results), strict=True):
+                    total += part
+            chunk = [totals[0], *(_scatter(x.to(q.dtype), exchange) for x in totals[1:])]
+            if own is not None:
+                own_grads = own.backward(queries, own_k, own_v, *results)
+                chunk = [a + b for a, b in zip(chunk, own_grads, strict=True)]
+            parts.append([x.to(q.dtype) for x in chunk])
+        dq, dk, dv = (torch.cat(chunks, dim=1) for chunks in zip(*parts, strict=True))
+        return dq, dk, dv, None
+
+
+def _chunks(q: Tensor, k: Tensor, exchange: Exchange) -> Iterator[tuple[slice, slice]]:
+    """(query heads, KV heads) that are gathered at a time."""
+    total, group = k.shape[1], q.shape[1] // k.shape[1]
+    width = -(-total // exchange.split.ranks)
+    for first in range(0, total, width):
+        stop = min(first + width, total)
+        yield slice(first * group, stop * group), slice(first, stop)
+
+
+def _gather(x: Tensor, exchange: Exchange) -> Tensor:
+    return gather_tokens(x.contiguous(), exchange.mesh, exchange.axis, exchange.split)
+
+
+def _scatter(grad: Tensor, exchange: Exchange) -> Tensor:
+    return scatter_gradients(grad, exchange.mesh, exchange.axis, exchange.split)
+
+
+def _own_parts(exchange: Exchange, device: torch.device) -> tuple[Squares | None, list[Rectangle]]:
+    """Squares, and rectangles against the gathered keys. A bidirectional MoBA query routes to its own block like to
+    any other, and has neither."""
+    if exchange.moba is not None and not exchange.causal:
+        return None, []
+    rectangles = [
+        (local_rows(exchange, start, stop), slice(first, last))
+        for start, stop, first, last in stretches(exchange)
+        if last > first
+    ]
+    return squares(exchange, device), rectangles
+
+
+def _moba_routes(q: Tensor, all_k: Tensor, exchange: Exchange) -> Routes | None:
+    """Which whole blocks of the gathered keys every query of this rank chose; its own one where nothing is masked."""
+    if exchange.moba is None:
+        return None
+    size, _ = exchange.moba
+    cu = exchange.cu_seqlens
+    routes = route_local(q, block_means(all_k, block_size=size, cu_seqlens=cu), exchange)
+    routes = routes[:, :, 1:] if exchange.causal else routes
+    if routes.shape[2] == 0:
+        return None
+    layout = make_layout(len(q), len(all_k), size, cu, cu, None, q.device)
+    return Routes(routes.contiguous(), torch.stack(layout.block_spans(), dim=1), size)
+
+
+def route_local(q: Tensor, means: Tensor, exchange: Exchange) -> Tensor:
+    """moba.route for this rank's queries, unit by unit: int32 [S, Hq, columns]. means: of all blocks."""
+    assert exchange.moba is not None
+    (size, top_k), split, cu = exchange.moba, exchange.split, exchange.cu_seqlens
+    parts = []
+    for number, start in enumerate(split.unit_starts(exchange.rank)):
+        parts.append(
+            route(
+                q[number * split.unit : (number + 1) * split.unit],
+                means,
+                block_size=size,
+                top_k=top_k,
+                causal=exchange.causal,
+                cu_seqlens=(cu - start).clamp(0, split.unit).int(),
+                cu_seqlens_k=cu,
+                q_offset=(start - cu[:-1]).clamp(min=0),
+                num_keys=split.num_tokens,
+            )
+        )
+    return torch.cat(parts)
+
+
+class RingAttention(torch.autograd.Function):
+    """Full attention: q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D], keys passed from rank to rank.
+
+    While a rank computes with one rank's keys, the next one's are on their way. Gradients of keys follow their keys
+    one step behind, as sums in the dtype of the scores, and end at their owner.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
+        merged = Merged(q)
+        merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
+        for rectangles, (keys, values) in _around(k, v, exchange):
+            add_rectangles(merged, rectangles, q, keys, values)
+        out = merged.out.to(q.dtype)
+        ctx.exchange = exchange
+        ctx.save_for_backward(q, k, v, out, merged.lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
+        grad, dtype, travelling = grads[0].contiguous(), score_dtype(q.dtype), None
+        dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
+        for rectangles, (keys, values) in _around(k, v, exchange):
+            here = keys is k
+            totals = (dq, dk, dv) if here else (dq, *zeros_like_all(keys, values))
+            add_rectangle_gradients(totals, rectangles, q, keys, values, out, lse, grad)
+            if here:
+                continue
+            part = list(totals[1:])
+            if travelling is not None:
+                part = [a + b for a, b in zip(travelling.wait(), part, strict=True)]
+            travelling = pass_on(part, exchange.mesh, exchange.axis)
+        if travelling is not None:
+            dk, dv = (a + b for a, b in zip((dk, dv), travelling.wait(), strict=True))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _around(k: Tensor, v: Tensor, exchange: Exchange) -> Iterator[tuple[list[Rectangle], tuple[Tensor, Tensor]]]:
+    """(rectangles against its keys, its keys and values) for every rank of the axis, this one's first."""
+    ranks, seen = exchange.split.ranks, stretches(exchange)
+    for step in range(ranks):
+        transfer = pass_on((k, v), exchange.mesh, exchange.axis) if step < ranks - 1 else None
+        yield _ring_rectangles(exchange, seen, (exchange.rank - step) % ranks), (k, v)
+        if transfer is not None:
+            k, v = transfer.wait()
+
+
+def _ring_rectangles(exchange: Exchange, seen: list[tuple[int, int, int, int]], owner: int) -> list[Rectangle]:
+    """Of `stretches`, the queries of this rank and the keys of the owner that they see, local indices on either side.
+
+    A square's own keys are left out: they lie between the keys before and the keys after it.
+    """
+    split = exchange.split
+    found = []
+    for start, stop, first, last in seen:
+        keys = slice(*(split.tokens_before(owner, index) for index in (first, last)))
+        if keys.stop > keys.start:
+            found.append((local_rows(exchange, start, stop), keys))
+    return found

@@ -1,0 +1,150 @@
+"""The cache of decoding when keys are spread over context-parallel ranks: every rank keeps its blocks of each document.
+
+All ranks compute the new tokens; a key lies on the rank that its block falls to in turn, so that a block's mean is one
+rank's affair. Queries attend to the keys that are here, and the ranks' outputs are merged by their logsumexp.
+
+Shape letters: T new tokens, S tokens that this rank has room for, C ranks, N KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.attention.cache import KVCache, LayerCache
+from neomoba_dist.model.attention.kernels.layout import max_blocks
+from neomoba_dist.model.attention.kernels.masks import Mask
+from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.moba import route
+from neomoba_dist.model.attention.sliding_window import find_places, with_routes
+from neomoba_dist.model.positions import ScoreBias
+from neomoba_dist.parallel.comm import all_gather, all_reduce
+from neomoba_dist.parallel.mesh import Mesh
+
+
+class ShardedKVCache(KVCache):
+    """A KVCache whose layers hold this rank's share. Blocks of `moba_block_size` tokens go to the ranks in turn.
+
+    key_places: document and position of every local row, int64 [2, S]. Of the tokens on their way: which of them stay
+    here and where, `kept` and `rows`; which of the blocks that they complete, `own_blocks` and `block_rows`.
+    """
+
+    kept: Tensor
+    rows: Tensor
+    own_blocks: Tensor
+    block_rows: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kinds: Sequence[str],
+        num_kv_heads: int,
+        capacities: Sequence[int],
+        dtype: torch.dtype,
+        mesh: Mesh,
+    ) -> None:
+        self.mesh, self.turn = mesh, config.moba_block_size * mesh["cp"].size
+        room = [-(-capacity // self.turn) * config.moba_block_size for capacity in capacities]
+        self.local_borders = torch.tensor([0, *accumulate(room)], dtype=torch.int32, device=mesh.device)
+        document, place = find_places(sum(room), self.local_borders)
+        size, rank = config.moba_block_size, mesh["cp"].index
+        self.key_places = torch.stack((document, place // size * self.turn + rank * size + place % size))
+        super().__init__(config, kinds, num_kv_heads, capacities, dtype, mesh.device)
+
+    def make_layer(self, kind: str, num_kv_heads: int, dtype: torch.dtype) -> LayerCache:
+        """The cache of one layer."""
+        return ShardedLayerCache(self, kind, num_kv_heads, dtype)
+
+    def begin(self, counts: Sequence[int]) -> Tensor:
+        """See KVCache.begin; the same counts on all ranks."""
+        position_ids = super().begin(counts)
+        self.kept, self.rows = self._local(*self.step.places)
+        size, borders = self.config.moba_block_size, self.borders.long()
+        first = self.step.block_keys[::size]
+        document = torch.searchsorted(borders[1:], first, right=True)
+        self.own_blocks, starts = self._local(document, first - borders[document])
+        self.block_rows = (starts[:, None] + torch.arange(size, device=self.device)).flatten()
+        return position_ids
+
+    def _local(self, document: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the tokens lie on this rank, and in which rows."""
+        size = self.config.moba_block_size
+        kept = (position % self.turn // size == self.mesh["cp"].index).nonzero()[:, 0]
+        document, position = document[kept], position[kept]
+        return kept, self.local_borders.long()[document] + position // self.turn * size + position % size
+
+
+class ShardedLayerCache(LayerCache):
+    """What one attention layer keeps on this rank: k, v [S, N, D]; the means of all blocks, on every rank."""
+
+    cache: ShardedKVCache
+
+    def _make_buffers(self, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        cache = self.cache
+        keys = torch.zeros(int(cache.local_borders[-1]), *heads, dtype=dtype, device=cache.device)
+        blocks = max_blocks(sum(cache.capacities), cache.config.moba_block_size, len(cache.capacities))
+        return keys, keys.new_zeros(blocks, *heads) if self.kind == "moba" else None
+
+    def extend(self, k_TND: Tensor, v_TND: Tensor) -> bool:
+        """See LayerCache.extend."""
+        cache = self.cache
+        step, size = cache.step, cache.config.moba_block_size
+        self.k[cache.rows], self.v[cache.rows] = k_TND[cache.kept], v_TND[cache.kept]
+        if self.means is not None and len(step.numbers):
+            known = self.means.new_zeros(len(step.numbers), *self.means.shape[1:])
+            known[cache.own_blocks] = self._means_of(cache.block_rows, size)
+            self.means[step.numbers] = all_reduce(known, cache.mesh, "cp")  # one rank's and zeros: the same bits
+        return not step.first
+
+    def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
+        """See LayerCache.attend. bias: None, score biases and context parallelism exclude each other."""
+        cache, config, step = self.cache, self.cache.config, self.cache.step
+        mask = Mask(step.places, cache.key_places, True, aligned=False)
+        if self.kind == "sliding_window":
+            mask = mask._replace(window=config.sliding_window, global_tokens=config.global_tokens)
+        if self.means is not None:
+            size, borders, total = config.moba_block_size, cache.borders, sum(cache.capacities)
+            blocks = route(
+                q,
+                self.means,
+                block_size=size,
+                top_k=config.moba_top_k,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_k=borders,
+                q_offset=step.offset,
+                num_keys=total,
+            )
+            mask = with_routes(mask, blocks, borders, size, len(self.means))
+            assert mask.key_block is not None
+            # rows past a document's capacity are in the future of every query, whatever block they are given
+            mask = mask._replace(key_block=mask.key_block.clamp(max=len(self.means) - 1))
+        out, lse = attend_here(q, self.k, self.v, mask)
+        total_lse = all_gather(lse, cache.mesh, "cp").logsumexp(0)
+        return all_reduce(out * (lse - total_lse).exp()[..., None], cache.mesh, "cp").to(q.dtype)
+
+
+def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Attention to the keys that are on this rank, without gradient: out [T, Hq, D], lse [T, Hq], 0 and -inf where a
+    query sees none of them; both in the dtype of the scores."""
+    dtype, heads = score_dtype(q.dtype), k.shape[1]
+    out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+    broken = ~v.isfinite().all(-1)  # 0 times not-a-number would spread to queries that do not see the key
+    k, v = k.to(dtype), v.to(dtype).masked_fill(broken[..., None], 0)
+    for rows, keys in mask.chunks(q.shape[1], biased=True):
+        seen, _ = mask.seen(rows, keys)
+        spoilt = (seen & broken[keys].t().repeat_interleave(q.shape[1] // heads, dim=0)[:, None]).any(-1).t()
+        queries = q[rows].to(dtype).unflatten(1, (heads, -1))
+        logits = torch.einsum("thgd,shd->hgts", queries, k[keys]).flatten(0, 1) * q.shape[2] ** -0.5
+        logits = logits.masked_fill(~seen, -torch.inf)
+        peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        weights = (logits - peak).exp()
+        total = weights.sum(-1, keepdim=True)
+        values = torch.einsum("hgts,shd->thgd", weights.unflatten(0, (heads, -1)), v[keys]).flatten(1, 2)
+        values = values / total.clamp(min=torch.finfo(dtype).tiny)[..., 0].t()[..., None]
+        out[rows] = values.masked_fill(spoilt[..., None], torch.nan)
+        lse[rows] = (total.log() + peak)[..., 0].t()
+    return out, lse

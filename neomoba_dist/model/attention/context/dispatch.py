@@ -1,0 +1,227 @@
+"""Context parallelism that moves queries: each goes to the ranks that hold the blocks it chose, MoBA's cheapest way
+when ranks outnumber KV heads. Keys and values, and their gradients, never leave their rank.
+
+A block that lies on two ranks is two pieces, each attended where it lies. A query head visits a rank once, whatever
+number of its blocks lie there. What travels forth is the query and the numbers of its pieces, and back the output over
+them with its logsumexp; in the backward pass the gradient with two statistics, and back the query's gradient.
+
+Legend: S queries of this rank, Hq/Hkv query and KV heads, D head size, P pieces, C ranks; a row is a query head on its
+way: M rows that are sent, N rows that are received.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.attention.context.allgather import route_local, squares
+from neomoba_dist.model.attention.context.merge import Exchange, Merged, Routes
+from neomoba_dist.model.attention.kernels.layout import max_blocks
+from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.moba import block_means
+from neomoba_dist.parallel.comm import all_gather, all_to_all
+from neomoba_dist.parallel.context_split import Pieces
+
+
+class RoutedQueries(torch.autograd.Function):
+    """MoBA: q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D].
+
+    Everything of a token's size that the backward pass needs is a saved tensor, so that activation checkpointing sees
+    it. Visitors are kept if they came in one trip, else they travel again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
+        everything = exchange.pieces()
+        routes = route_local(q, gather_means(k, everything, exchange), exchange)
+        chosen, spans = chosen_pieces(routes, everything, exchange), local_spans(everything, k, exchange)
+        longest = int(everything.length.max())
+        trips = plan_trips(chosen, everything, k.shape[1], exchange)
+        merged = Merged(q)
+        merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
+        visitors = q
+        for trip in trips:
+            visitors = trip.send(q, exchange)
+            here = Routes(trip.routes, spans, longest)
+            out, lse = here.forward(visitors, _heads_as_tokens(k), _heads_as_tokens(v))
+            for rows, *part in zip(trip.rows(), trip.back(out, exchange), trip.back(lse, exchange), strict=True):
+                merged.add(rows, part[0][:, 0], part[1][:, 0])
+        result = merged.out.to(q.dtype)
+        ctx.exchange, ctx.longest = exchange, longest
+        kept = visitors if len(trips) == 1 else q
+        ctx.save_for_backward(q, k, v, result, merged.lse, kept, spans, *(x for trip in trips for x in trip))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (q, k, v, out, lse, kept, spans, *parts), exchange = ctx.saved_tensors, ctx.exchange
+        trips = [Trip(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
+        grad, dtype = grads[0].contiguous(), score_dtype(q.dtype)
+        dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
+        delta = (out.to(dtype) * grad.to(dtype)).sum(-1)
+        for trip in trips:
+            visitors = kept if len(trips) == 1 else trip.send(q, exchange)
+            there = trip.send(grad, exchange)
+            statistics = trip.send(torch.stack((lse, delta), dim=2), exchange)[:, 0]
+            # delta stands for the output, which stays at home: the kernels take out . grad - grad_lse, so 0 + delta
+            part_q, *part_kv = Routes(trip.routes, spans, ctx.longest).backward(
+                visitors,
+                _heads_as_tokens(k),
+                _heads_as_tokens(v),
+                torch.zeros_like(visitors),
+                statistics[:, :1].contiguous(),
+                there,
+                grad_lse=-statistics[:, 1:].contiguous(),
+            )
+            for rows, part in zip(trip.rows(), trip.back(part_q, exchange), strict=True):
+                dq[rows] += part[:, 0]
+            for total, part in zip((dk, dv), part_kv, strict=True):
+                total += part.view(k.shape[1], len(k), -1).transpose(0, 1)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _heads_as_tokens(x: Tensor) -> Tensor:
+    """[S, Hkv, D] -> [Hkv * S, 1, D]: rows of different heads attend to different tokens of one head."""
+    return x.transpose(0, 1).flatten(0, 1)[:, None]
+
+
+def gather_means(k: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
+    """The means of all blocks [N, Hkv, D] in the key dtype, from the means of everybody's pieces.
+
+    A block on one rank has the same bits as in a single process. Those of several add up in their order, weighted by
+    their lengths, in float32 (float64 for float64), and are rounded once.
+    """
+    assert exchange.moba is not None
+    rank, dtype = exchange.rank, score_dtype(k.dtype)
+    lengths = torch.nn.functional.pad(everything.length[everything.of(rank)].cumsum(0), (1, 0)).int()
+    own = block_means(k.to(dtype), block_size=int(everything.length.max()), cu_seqlens=lengths.to(k.device))
+    most = max(int((everything.owner == other).sum()) for other in range(exchange.split.ranks))
+    sent = own.new_zeros(most, *own.shape[1:])
+    sent[: len(lengths) - 1] = own[: len(lengths) - 1]
+    gathered = all_gather(sent, exchange.mesh, exchange.axis)
+    pooled = gathered[everything.owner.to(k.device), everything.number.to(k.device)]
+    weight = torch.bincount(everything.block, everything.length.to(dtype), everything.num_blocks).to(dtype)
+    share = (everything.length / weight[everything.block]).to(k.device)
+    size = max_blocks(exchange.split.num_tokens, exchange.moba[0], len(exchange.borders) - 1)
+    means = own.new_zeros(size, *own.shape[1:])
+    first, count = everything.first[:-1], everything.first.diff()
+    for place in range(int(count.max())):  # a block has few pieces; one after the other, the sum has one order
+        there = (count > place).nonzero()[:, 0]
+        piece = (first[there] + place).to(k.device)
+        means[there.to(k.device)] += pooled[piece] * share[piece, None, None]
+    return means.to(k.dtype)
+
+
+def chosen_pieces(routes: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
+    """The pieces that every query head attends to beside its own one: int64 [S, Hq, columns], -1 for none.
+
+    Of its own block a causal query sees the pieces before its own, of the others all.
+    """
+    device = routes.device
+    first, start = everything.first.to(device), everything.start.to(device)
+    own_piece = torch.searchsorted(start, exchange.split.global_index(exchange.rank, device), right=True) - 1
+    block = routes.long().clamp(min=0)
+    count = torch.where(routes >= 0, first[block + 1] - first[block], 0)
+    most = int(everything.first.diff().max())
+    piece = first[block][..., None] + torch.arange(most, device=device)
+    seen = torch.arange(most, device=device) < count[..., None]
+    own = own_piece[:, None, None]
+    seen[:, :, 0] &= piece[:, :, 0] < own if exchange.causal else piece[:, :, 0] != own
+    return piece.masked_fill(~seen, -1).flatten(2)
+
+
+class Trip(NamedTuple):
+    """Some query heads on their way to the ranks of their pieces. M of this rank leave, N of all ranks arrive.
+
+    token, head: int64 [M], by destination. counts: int64 [2, C] on the CPU, rows that leave for and arrive from every
+    rank. routes: int32 [N, 1, columns], pieces of this rank that each arrived row attends to (local_spans).
+    """
+
+    token: Tensor
+    head: Tensor
+    counts: Tensor
+    routes: Tensor
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """What leaves for every rank: (token, head)."""
+        sizes = self.counts[0].tolist()
+        return list(zip(self.token.split(sizes), self.head.split(sizes), strict=True))
+
+    def send(self, x: Tensor, exchange: Exchange) -> Tensor:
+        """The travelling rows of x [S, Hq, ...] at their destinations: [N, 1, ...]."""
+        leave, arrive = self.counts.tolist()
+        return all_to_all(x[self.token, self.head], exchange.mesh, exchange.axis, leave, arrive)[:, None]
+
+    def back(self, x: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
+        """What the arrived rows [N, ...] became, at home again, by the rank they had visited: [M, ...] each."""
+        leave, arrive = self.counts.tolist()
+        return all_to_all(x, exchange.mesh, exchange.axis, arrive, leave).split(leave)
+
+
+def plan_trips(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> list[Trip]:
+    """Who travels where, in as many trips as keep a rank's visitors within 1.5 times what even choices would send it.
+
+    chosen: int64 [S, Hq, columns] from `chosen_pieces`. Where many queries choose the same blocks, their owner would
+    otherwise hold queries of all T tokens.
+    """
+    device, ranks, axis = chosen.device, exchange.split.ranks, exchange.axis
+    assert exchange.moba is not None
+    owner = everything.owner.to(device)[chosen.clamp(min=0)].masked_fill(chosen < 0, -1)
+    counts = torch.bincount(everything.owner, minlength=ranks).to(device)
+    kv_head = torch.arange(chosen.shape[1], device=device) // (chosen.shape[1] // num_kv_heads)
+    # the number of a piece among all heads' pieces of its owner
+    number = everything.number.to(device)[chosen.clamp(min=0)] + kv_head[:, None] * counts[owner.clamp(min=0)]
+    visits, numbers, firsts = [], [], []
+    for rank in range(ranks):
+        there = owner == rank
+        visits.append(there.any(-1).nonzero(as_tuple=True))
+        wanted = there[visits[-1]]
+        numbers.append(number[visits[-1]][wanted])
+        firsts.append(torch.nn.functional.pad(wanted.sum(-1).cumsum(0), (1, 0)))
+    leaving = torch.tensor([len(token) for token, _ in visits], device=device)
+    table = all_gather(leaving, exchange.mesh, axis).tolist()
+    limit = 1.5 * chosen.shape[0] * chosen.shape[1] * max(1, exchange.moba[1] - 1)
+    total = max(1, math.ceil(max(sum(column) for column in zip(*table, strict=True)) / limit))
+    trips = []
+    for trip in range(total):
+        arrive = [row[exchange.rank] * (trip + 1) // total - row[exchange.rank] * trip // total for row in table]
+        rows, streams = [], []
+        for (token, head), listed, first in zip(visits, numbers, firsts, strict=True):
+            low, high = (len(token) * step // total for step in (trip, trip + 1))
+            rows.append((token[low:high], head[low:high]))
+            stream = listed[first[low] : first[high]] + 1
+            last = first[low + 1 : high + 1] - first[low] - 1
+            stream[last] = -stream[last]  # a row's last piece is marked by its sign: lists need no lengths of their own
+            streams.append(stream)
+        sizes = torch.tensor([len(stream) for stream in streams], device=device)[:, None]
+        ones = [1] * ranks
+        received = all_to_all(sizes, exchange.mesh, axis, ones, ones)[:, 0].tolist()
+        sent = [len(stream) for stream in streams]
+        arrived = all_to_all(torch.cat(streams).int(), exchange.mesh, axis, sent, received)
+        token, head = (torch.cat(part) for part in zip(*rows, strict=True))
+        trips.append(Trip(token, head, torch.tensor([[len(t) for t, _ in rows], arrive]), _unpack(arrived)))
+    return trips
+
+
+def local_spans(everything: Pieces, k: Tensor, exchange: Exchange) -> Tensor:
+    """Start and length of this rank's pieces, all KV heads laid end to end: int64 [Hkv * pieces, 2]."""
+    mine = everything.of(exchange.rank)
+    spans = torch.stack((everything.local[mine], everything.length[mine]), dim=1)
+    heads = torch.arange(k.shape[1])[:, None, None] * torch.tensor([len(k), 0])
+    return (spans + heads).flatten(0, 1).to(k.device)
+
+
+def _unpack(stream: Tensor) -> Tensor:
+    """Lists of piece numbers, 1-based, the last of each negative -> int32 [N, 1, columns] 0-based, -1 for none."""
+    is_last = stream < 0
+    row = is_last.cumsum(0) - is_last.long()
+    lengths = torch.bincount(row) if len(row) else row
+    first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    column = torch.arange(len(stream), device=stream.device) - first[row]
+    width = max(1, int(lengths.max())) if len(lengths) else 1
+    routes = torch.full((len(lengths), width), -1, dtype=torch.int32, device=stream.device)
+    routes[row, column] = stream.abs() - 1
+    return routes[:, None]

@@ -1,0 +1,1 @@
+"""The kernels of attention: operators, layouts, the reference, and one folder per device."""

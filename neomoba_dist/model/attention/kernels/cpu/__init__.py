@@ -1,0 +1,1 @@
+"""MoBA on a CPU."""

@@ -1,0 +1,110 @@
+"""Block representatives and the gate on the CPU, where reading `cu_seqlens` is free: no work on impossible blocks.
+
+The same results as routing.py, tile by tile of queries against just the blocks of their document that they may choose.
+
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks, R rows of the routing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from neomoba_dist.model.attention.kernels.cpu.threads import one_thread, run_side_by_side
+from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.select import (
+    best_blocks,
+    empty_routes,
+    gate_queries,
+    pool_keys,
+    pooled_width,
+    score_dtype,
+)
+
+TILE_QUERIES = 512
+TILE_ELEMENTS = 1 << 20  # scores of one tile
+SMALL_ROUTING = 1 << 15  # rows up to which threads only wait for each other
+POOLED_ELEMENTS = 1 << 22  # keys pooled by one task
+
+
+def block_means_cpu(k: Tensor, layout: BlockLayout, pooling: str) -> Tensor:
+    """Block summaries [N, Hkv, D or 2 D] in the key dtype; rows of blocks that do not exist are zero."""
+    means = k.new_zeros(layout.num_blocks, k.shape[1], pooled_width(k.shape[2], pooling))
+    block_size = layout.block_size
+    step = max(1, POOLED_ELEMENTS // max(1, block_size * k.shape[1] * k.shape[2]))
+    tasks = []
+    for (start, stop), first in zip(pairwise(layout.cu_k.tolist()), layout.first_block[:-1].tolist(), strict=True):
+        whole = (stop - start) // block_size
+        for low in range(0, whole, step):
+            high = min(low + step, whole)
+            keys = k[start + low * block_size : start + high * block_size].unflatten(0, (-1, block_size))
+            tasks.append(partial(_pool_into, means[first + low : first + high], keys, pooling))
+        if start + whole * block_size < stop:
+            tasks.append(partial(_pool_into, means[first + whole], k[start + whole * block_size : stop], pooling))
+    run_side_by_side(tasks)
+    return means
+
+
+def _pool_into(means: Tensor, keys: Tensor, pooling: str) -> None:
+    means.copy_(pool_keys(keys, pooling))
+
+
+def route_cpu(
+    q: Tensor, means: Tensor, layout: BlockLayout, *, top_k: int, causal: bool, gate: str, pooling: str
+) -> Tensor:
+    """Chosen blocks int32 [T, R, columns]; see moba.route."""
+    with one_thread():
+        routes = empty_routes(q, means, top_k, gate)
+        keys_HDN = means.to(score_dtype(q.dtype)).permute(1, 2, 0).contiguous()
+    block_size, heads = layout.block_size, routes.shape[1]
+    tasks = []
+    places = zip(
+        pairwise(layout.cu_q.tolist()), layout.q_offset.tolist(), pairwise(layout.first_block.tolist()), strict=True
+    )
+    for (start, stop), position, (first, last) in places:
+        rows = max(1, min(TILE_QUERIES, TILE_ELEMENTS // max(1, heads * (last - first))))
+        height = max(1, rows // block_size) * block_size if block_size <= rows else rows
+        for low in range(start, stop, height):
+            tile = slice(low, min(low + height, stop))
+            at = position + low - start
+            tasks.append(
+                partial(_route_tile, q, keys_HDN, routes, tile, at, first, last, block_size, causal, gate, pooling)
+            )
+    run_side_by_side(tasks, alone=q.shape[0] * heads <= SMALL_ROUTING)
+    return routes
+
+
+def _route_tile(
+    q: Tensor,
+    keys_HDN: Tensor,
+    routes: Tensor,
+    tile: slice,
+    position: int,
+    first: int,
+    last: int,
+    block_size: int,
+    causal: bool,
+    gate: str,
+    pooling: str,
+) -> None:
+    """Route consecutive queries of one document, whose blocks are first..last; the first query is at `position`."""
+    tokens = tile.stop - tile.start
+    own = first + torch.arange(position, position + tokens) // block_size
+    lowest, highest = first + position // block_size, first + (position + tokens - 1) // block_size
+    routes[tile, :, 0] = own.masked_fill(own >= last, -1)[:, None].int()
+    stop = min(highest, last) if causal else last
+    if stop <= first or routes.shape[2] == 1:
+        return
+    queries = gate_queries(q[tile], keys_HDN.shape[0], gate, pooling).permute(1, 0, 2, 3)  # [Hkv, tokens, G, D']
+    scores = torch.bmm(queries.flatten(1, 2), keys_HDN[:, :, first:stop])
+    candidate = None  # a tile within one block of a causal document may choose any block before it
+    if not causal or lowest != highest:
+        block = torch.arange(first, stop)
+        allowed = block < own[:, None] if causal else block != own[:, None]
+        candidate = allowed.repeat_interleave(queries.shape[2], dim=0)
+    chosen = best_blocks(scores, candidate, routes.shape[2] - 1)
+    chosen = torch.where(chosen >= 0, chosen + first, -1).unflatten(1, (tokens, -1))
+    routes[tile, :, 1:] = chosen.transpose(0, 1).flatten(1, 2)

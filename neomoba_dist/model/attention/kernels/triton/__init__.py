@@ -1,0 +1,1 @@
+"""MoBA's Triton kernels."""

@@ -1,0 +1,207 @@
+# ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
+"""What the Triton kernels of MoBA share: tile sizes, gathered loads, the inner loops over keys.
+
+Nothing here runs before the first GPU call; importing this module needs triton.
+
+Legend: BM rows (queries) and BN keys per tile, BD head_dim padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neomoba_dist.model.attention.kernels.layout import BlockLayout
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# A kernel that is launched. By default Triton compiles one more variant wherever an integer becomes 1 or changes its
+# divisibility by 16; sizes vary from step to step and gain nothing from it, unlike strides, which tell alignment.
+SIZES = (
+    "block_size", "column", "columns", "documents", "group", "heads", "heads_per_row", "keys", "kv_heads", "num_blocks",
+    "num_kv_heads", "num_tiles", "parts", "queries", "rows_per_kv_head", "section", "sections", "tokens",
+)  # fmt: skip
+kernel = triton.jit(do_not_specialize=SIZES)
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
+    """Tiles that fit the registers and shared memory of one SM; keys never exceed the block (padded to 16)."""
+    keys = min(64, max(16, triton.next_power_of_2(block_size)))
+    if dtype == torch.float32 and head_dim > 128:
+        return Tiles(16, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(64, min(keys, 32), 4, 1) if head_dim > 64 else Tiles(64, min(keys, 32), 4, 2)
+    if head_dim > 128:
+        return Tiles(64, min(keys, 32), 8, 2)
+    return Tiles(128, keys, 8 if head_dim > 64 else 4, 3)
+
+
+def choose_key_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
+    """The same for the gradients of keys and values, which keep two sums of [keys, BD] in registers."""
+    edge = max(16, triton.next_power_of_2(block_size))
+    if dtype == torch.float32:
+        return Tiles(16, min(edge, 32), 8, 1) if head_dim > 128 else Tiles(32, min(edge, 32), 4, 1)
+    return Tiles(32, min(edge, 64), 8, 1) if head_dim > 128 else Tiles(64, min(edge, 128), 8, 2)
+
+
+def choose_gate_tiles(head_dim: int, exact: bool) -> Tiles:
+    """The same for the gate, where `keys` are blocks; exact float32 products keep their operands in registers."""
+    if not exact:
+        return Tiles(64, 64, 4, 3)
+    return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 8, 1)
+
+
+def padded(head_dim: int) -> int:
+    """BD: the power of two, at least 16, that tl.dot needs."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x itself where its last axis is contiguous, as the kernels ask, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def with_own_column(routes: Tensor, layout: BlockLayout) -> Tensor:
+    """Routes as the kernels take them, own block first: queries that attend to spans have none."""
+    return routes.contiguous() if layout.spans is None else torch.nn.functional.pad(routes, (1, 0), value=-1)
+
+
+def on_its_device(
+    function: Callable[Concatenate[Tensor, Rest], Result],
+) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Run a function on the device of its first argument: Triton launches on whichever device is the current one."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Rest.args, **options: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **options)
+
+    return run
+
+
+@triton.jit
+def load_rows(x, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: tl.constexpr):
+    """[rows, BD] of one head of x [tokens, heads, DIM], zero where not valid; 64 bit offsets for a million tokens."""
+    d = tl.arange(0, BD)
+    pointers = x + rows.to(tl.int64)[:, None] * stride_t + tl.cast(head, tl.int64) * stride_h + d[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, values, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: tl.constexpr):
+    """The reverse of load_rows, in the dtype of x."""
+    d = tl.arange(0, BD)
+    pointers = x + rows.to(tl.int64)[:, None] * stride_t + tl.cast(head, tl.int64) * stride_h + d[None, :]
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=valid[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def attend_keys(
+    q,
+    k_pointer,
+    v_pointer,
+    head,
+    first,
+    last,
+    row_first,
+    row_last,
+    scale,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax of the rows q [BM, BD] over the keys first..last, each row seeing row_first..row_last only.
+
+    Returns the normalised output [BM, BD] and the logsumexp [BM] in powers of two, both float32.
+    """
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for start in range(first, last, BN):
+        n = start + tl.arange(0, BN)
+        k = load_rows(k_pointer, n, n < last, head, k_stride_t, k_stride_h, DIM, BD)
+        v = load_rows(v_pointer, n, n < last, head, v_stride_t, v_stride_h, DIM, BD)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        seen = (n[None, :] >= row_first[:, None]) & (n[None, :] < row_last[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        raised = tl.maximum(peak, tl.max(logits, 1))
+        base = tl.where(raised == float("-inf"), 0.0, raised)
+        shrink = tl.exp2(peak - base)
+        weights = tl.exp2(logits - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        peak = raised
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None], peak + tl.log2(total)
+
+
+@triton.jit
+def merge(out_a, lse_a, out_b, lse_b):
+    """One attention over the union of two disjoint sets of keys; -inf marks an empty set."""
+    base = tl.maximum(lse_a, lse_b)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    weight_a, weight_b = tl.exp2(lse_a - base), tl.exp2(lse_b - base)
+    total = weight_a + weight_b
+    out = (out_a * weight_a[:, None] + out_b * weight_b[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
+    return out, base + tl.log2(total)
+
+
+@triton.jit
+def query_gradient(
+    q,
+    grad,
+    lse,
+    delta,
+    k_pointer,
+    v_pointer,
+    head,
+    first,
+    last,
+    row_first,
+    row_last,
+    scale,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum over keys of p (grad . v - delta) k [BM, BD]: the gradient of the queries, still without 1 / sqrt(D)."""
+    dq = tl.zeros([BM, BD], tl.float32)
+    for start in range(first, last, BN):
+        n = start + tl.arange(0, BN)
+        k = load_rows(k_pointer, n, n < last, head, k_stride_t, k_stride_h, DIM, BD)
+        v = load_rows(v_pointer, n, n < last, head, v_stride_t, v_stride_h, DIM, BD)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        seen = (n[None, :] >= row_first[:, None]) & (n[None, :] < row_last[:, None])
+        weights = tl.where(seen, tl.exp2(logits - lse[:, None]), 0.0)
+        slope = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq += tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
+    return dq

@@ -1,0 +1,161 @@
+"""Grouped-query self-attention (arXiv 2305.13245) whose core is MoBA (arXiv 2502.13189), full or
+sliding-window attention.
+
+Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, N heads of this
+rank, D head size. Query heads are split over tp. KV heads are too where they suffice; with fewer KV heads than ranks
+every rank holds all KV weights, uses the one head its query heads belong to, and the weights' gradients are summed.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.attention.cache import LayerCache
+from neomoba_dist.model.attention.context.strategy import context_attention
+from neomoba_dist.model.attention.kernels.full import full_attention
+from neomoba_dist.model.attention.key_conv import convolve_keys
+from neomoba_dist.model.attention.moba import moba_attention
+from neomoba_dist.model.attention.sliding_window import unusual_attention
+from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.norm import RMSNorm
+from neomoba_dist.model.positions import ScoreBias, apply_rope, rope_cos_sin, rope_frequencies, rope_temperature
+from neomoba_dist.parallel.comm import sum_gradient
+from neomoba_dist.parallel.context_split import context_split
+from neomoba_dist.parallel.tensor import column_linear, row_linear
+
+
+class Attention(nn.Module):
+    """x [S, H] -> [S, H]. kind: "moba", "full" or "sliding_window". `full` says whether the core is full now.
+
+    row_length: tokens of a training row, which no document exceeds; None: a document may fill the micro-batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        init: Initializer,
+        *,
+        kind: str = "moba",
+        recompute_core: bool = False,
+        row_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh, self.row_length = config, init.mesh, row_length
+        self.kind, self.full = kind, kind == "full"
+        self.recompute_core = recompute_core
+        assert config.head_dim is not None  # resolved by ModelConfig; the rules refuse what does not divide
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        tp = self.mesh["tp"]
+        self.replicate_kv = config.num_key_value_heads < tp.size
+        self.num_query_heads = config.num_attention_heads // tp.size
+        self.num_kv_heads = 1 if self.replicate_kv else config.num_key_value_heads // tp.size
+        queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        kv_dim = None if self.replicate_kv else 0
+        self.q_proj = init.weight(f"{name}.q_proj", (queries, hidden), shard_dim=0)
+        self.k_proj = init.weight(f"{name}.k_proj", (keys, hidden), shard_dim=kv_dim)
+        self.v_proj = init.weight(f"{name}.v_proj", (keys, hidden), shard_dim=kv_dim)
+        scale = (2 * config.num_hidden_layers) ** -0.5  # as for the MLP's output
+        self.o_proj = init.weight(f"{name}.o_proj", (hidden, queries), shard_dim=1, scale=scale)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, config.rms_norm_eps, init, partial=True)
+            self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, init, partial=True)
+        if config.key_conv_width:
+            self.key_conv = init.weight(f"{name}.key_conv", (keys, config.key_conv_width), shard_dim=kv_dim)
+        self.score_bias = ScoreBias.of(f"{name}.score_bias", config, init)
+
+    def forward(
+        self,
+        x_SH: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """position_ids int64 [T], cu_seqlens int32 [max_documents + 1]: those of all T tokens.
+
+        cache: the keys and values of earlier tokens of the same documents; takes those of these tokens too.
+        """
+        weight = torch.cat((self.q_proj, self._kv_weight(self.k_proj), self._kv_weight(self.v_proj)))
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in column_linear(x_SH, weight, self.mesh).split(
+                [n * self.head_dim for n in (self.num_query_heads, self.num_kv_heads, self.num_kv_heads)], dim=-1
+            )
+        )
+        if self.config.key_conv_width:
+            taps = self._kv_weight(self.key_conv)
+            k = cache.convolve(k, taps) if cache else self._convolve(k, taps, cu_seqlens)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.position_embedding == "rope":
+            frequencies = rope_frequencies(self.config, self.head_dim, x_SH.device)
+            cos, sin = rope_cos_sin(position_ids, frequencies, rope_temperature(self.config))
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            out_TND = self.core(q, k, v, cu_seqlens, cache)
+        else:
+            core = self.spread_core if self.mesh["cp"].size > 1 else self.core
+            if self.recompute_core and torch.is_grad_enabled():
+                out_TND = checkpoint(core, q, k, v, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out_TND = core(q, k, v, cu_seqlens)
+        return row_linear(out_TND.flatten(1), self.o_proj, self.mesh)
+
+    def core(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """Attention within documents: q [T, N, D], k and v [T, N_kv, D] -> [T, N, D]; all tokens are here."""
+        config, kind = self.config, "full" if self.full else self.kind
+        if cache is not None:
+            kind, has_earlier_keys = cache.kind, cache.extend(k, v)
+            if has_earlier_keys:
+                return cache.attend(q, cu_seqlens, self.score_bias)
+        if kind == "sliding_window" or self.score_bias is not None:
+            return unusual_attention(q, k, v, kind, config, self.score_bias, cu_seqlens)
+        if kind == "full":
+            # context parallelism may pad by more than a row; outside training documents may be longer than rows
+            longest = self.row_length if self.training and self.mesh["cp"].size == 1 else None
+            return full_attention(q, k, v, causal=config.causal, cu_seqlens=cu_seqlens, longest=longest)
+        return moba_attention(
+            q,
+            k,
+            v,
+            block_size=config.moba_block_size,
+            top_k=config.moba_top_k,
+            causal=config.causal,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def spread_core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The same where the tokens lie on several context-parallel ranks."""
+        kind = "full" if self.full else self.kind
+        return context_attention(q, k, v, cu_seqlens, kind=kind, config=self.config, mesh=self.mesh, core=self.core)
+
+    def _convolve(self, k: torch.Tensor, taps: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The key convolution of this rank's tokens."""
+        split = None
+        if self.mesh["cp"].size > 1:
+            split = context_split(len(k), self.mesh, self.config)
+        return convolve_keys(k, taps, cu_seqlens, self.config.causal, self.mesh, split)
+
+    def _kv_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of the KV heads that this rank's query heads attend to."""
+        if not self.replicate_kv:
+            return weight
+        tp = self.mesh["tp"]
+        head = tp.index * self.config.num_key_value_heads // tp.size
+        return sum_gradient(weight, self.mesh, "tp").narrow(0, head * self.head_dim, self.head_dim)
+
+
+def set_full_attention(model: nn.Module, full: bool) -> None:
+    """Switch MoBA and sliding-window layers of `model` to full attention or back; full layers stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.full = full or module.kind == "full"

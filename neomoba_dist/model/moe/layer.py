@@ -1,0 +1,73 @@
+"""Mixture of experts: the feed-forward part of a block, where every token goes through a few of many SwiGLU layers.
+
+The router chooses (router.py), tokens travel (parallel/expert.py), experts compute (experts.py). Shared experts, which
+every token passes, are one wider dense layer.
+
+Shape letters: S tokens of this rank, H hidden size, T tokens of its shard of the sequence, E experts.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.init import Initializer, Shard
+from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.moe.experts import Experts
+from neomoba_dist.model.moe.router import Router
+from neomoba_dist.model.moe.tokens import Tokens
+from neomoba_dist.parallel.comm import sum_gradient
+from neomoba_dist.parallel.expert import from_experts, plan_dispatch, to_experts
+from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
+
+
+class MoE(nn.Module):
+    """x [S, H] -> [S, H]. index: of its layer. row_length: tokens of a training row; None: a micro-batch is one row."""
+
+    def __init__(
+        self, name: str, index: int, config: ModelConfig, init: Initializer, *, row_length: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh, self.row_length = config, init.mesh, row_length
+        self.router = Router(f"{name}.router", index, config, init)
+        self.experts = Experts(f"{name}.experts", config, init)
+        self.shared: SwiGLU | None = None
+        if config.num_shared_experts:
+            assert config.moe_intermediate_size is not None  # resolved by ModelConfig
+            width = config.num_shared_experts * config.moe_intermediate_size
+            self.shared = SwiGLU(f"{name}.shared", config, init, intermediate_size=width)
+
+    def forward(
+        self, x_SH: torch.Tensor, position_ids_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the output, the auxiliary loss [] and the record of the routing (router.RECORD), float64 [4 + E].
+
+        position_ids_T: -1 for padding, which goes to no expert.
+        """
+        mesh = self.mesh
+        tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length, mesh, self.config, training=self.training)
+        expert_SK, weight_SK, aux_loss, record = self.router(x_SH, tokens)
+        dispatch = plan_dispatch(expert_SK, self.config.num_experts, mesh, self.router.fill(tokens))
+        if mesh.sequence_parallel:
+            rows = self.experts(to_experts(x_SH, dispatch, mesh), dispatch.sizes)
+            y_SH = from_experts(rows, weight_SK, dispatch, mesh)
+        else:
+            # every tp rank sends all tokens to its part of the experts; what comes back is its part of a sum
+            rows = self.experts(to_experts(enter_tensor_parallel(x_SH, mesh), dispatch, mesh), dispatch.sizes)
+            weight_SK = sum_gradient(weight_SK, mesh, "tp")
+            y_SH = sum_over_tensor_parallel(from_experts(rows, weight_SK, dispatch, mesh), mesh)
+        if self.shared is not None:
+            y_SH = y_SH + self.shared(x_SH)
+        return y_SH, aux_loss, record
+
+
+def moe_layers(module: nn.Module) -> list[MoE]:
+    """The mixtures of a model or pipeline stage, first layer first."""
+    return [layer for layer in module.modules() if isinstance(layer, MoE)]
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[Shard, torch.Tensor]]:
+    """What belongs into a checkpoint though no optimizer moves it: the routers' biases."""
+    for layer in moe_layers(module):
+        yield layer.router.bias_shard, layer.router.bias

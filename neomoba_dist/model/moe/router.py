@@ -1,0 +1,128 @@
+"""Which experts a token goes to, with which weight, and the losses that keep the experts busy.
+
+Scores and choice (docs/moe.md has the formulas): softmax as in Switch (arXiv 2101.03961, section 2.1), Mixtral (arXiv
+2401.04088, section 2.1; its softmax over the chosen logits is `norm_topk_prob`) and Qwen3-MoE; sigmoid with a bias that
+only the choice sees, and groups of experts, as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). All in float32 at
+least, whatever the model's dtype.
+
+Shape letters: S tokens of this rank, H hidden size, E experts, K experts per token.
+"""
+
+import torch
+from torch import nn
+
+from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.init import Initializer, Shard
+from neomoba_dist.model.moe.balance import auxiliary_loss
+from neomoba_dist.model.moe.capacity import asked_experts, choose, choose_within_capacity
+from neomoba_dist.model.moe.fp32_linear import exact_linear
+from neomoba_dist.model.moe.tokens import Tokens
+from neomoba_dist.parallel.comm import sum_gradient
+from neomoba_dist.parallel.expert import NOWHERE
+
+RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the demand for each expert
+
+
+# A plain tuple, because ZeRO-3 gathers a module's weights for the backward pass only where it finds tensors in a tuple:
+# experts int64 [S, K] (NOWHERE: none), weights [S, K], what the losses add to the training loss [], record [4 + E].
+Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Router(nn.Module):
+    """Scores of all experts for every token: one product with `weight` [E, H].
+
+    bias: float32 [E], added to the scores for the choice alone; moved after every update by `update_bias`.
+    """
+
+    bias: torch.Tensor
+
+    def __init__(self, name: str, index: int, config: ModelConfig, init: Initializer) -> None:
+        super().__init__()
+        self.config, self.mesh, self.index, self.seed = config, init.mesh, index, init.seed
+        self.weight = init.weight(f"{name}.weight", (config.num_experts, config.hidden_size))
+        self.bias_shard = Shard(f"{name}.bias", (config.num_experts,))
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.step = 0  # of training; the key of the jitter
+
+    def forward(self, x_SH: torch.Tensor, tokens: Tokens) -> Routing:
+        config, exact = self.config, torch.promote_types(x_SH.dtype, torch.float32)
+        weight = sum_gradient(self.weight, self.mesh, "tp") if self.mesh.sequence_parallel else self.weight
+        x_SH = x_SH.to(exact)
+        if self.training and config.router_jitter:
+            key = (self.seed, self.step, self.index)
+            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, key).to(exact)
+        logits_SE = exact_linear(x_SH, weight.to(exact))
+        scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
+        wanted_SE = limit_groups(scores_SE.detach() + self.bias, config)
+        expert_SK = first_SK = choose(wanted_SE, config.num_experts_per_tok, tokens.valid_S)
+        capacity = expert_capacity(config, tokens) if self.training else 0
+        if capacity:
+            expert_SK = choose_within_capacity(wanted_SE, tokens, self.mesh, config, capacity)
+        # a dropped choice keeps its share of the sum, a rerouted one is replaced
+        summed_SK = expert_SK if config.moe_overflow == "reroute" else first_SK
+        weight_SK = torch.where(summed_SK == NOWHERE, 0, scores_SE.gather(1, summed_SK.clamp(min=0)))
+        if config.norm_topk_prob:
+            weight_SK = weight_SK / (weight_SK.sum(-1, keepdim=True) + torch.finfo(exact).tiny)
+        weight_SK = torch.where(expert_SK == NOWHERE, 0, weight_SK * config.routed_scaling_factor)
+        prob_SE = scores_SE if config.router_scoring == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
+        aux_loss = scores_SE.new_zeros(())
+        if self.training and (config.router_aux_loss_coef or config.router_z_loss_coef):
+            aux_loss = auxiliary_loss(logits_SE, prob_SE, tokens, config, self.mesh)
+        return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
+
+    def fill(self, tokens: Tokens) -> int:
+        """Rows that this rank brings every expert to, with empty ones; 0: none are added.
+
+        No more than the tokens of a row that it holds: ranks that share a row together send up to their number times
+        the capacity.
+        """
+        if self.config.moe_overflow != "pad" or not self.training:
+            return 0
+        return min(expert_capacity(self.config, tokens), tokens.here_of_row) * tokens.rows
+
+
+def limit_groups(wanted_SE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """-inf for experts outside the token's `topk_group` best of `n_group` groups.
+
+    A group is as good as its best expert (softmax, DeepSeek-V2, arXiv 2405.04434, section 2.1.2), or as its two best
+    together (sigmoid, DeepSeek-V3).
+    """
+    if config.topk_group == config.n_group:
+        return wanted_SE
+    groups = wanted_SE.unflatten(1, (config.n_group, -1))
+    best = min(2 if config.router_scoring == "sigmoid" else 1, groups.shape[2])
+    chosen = groups.topk(best, dim=2).values.sum(2).topk(config.topk_group, dim=1).indices
+    allowed = torch.zeros(groups.shape[:2], dtype=torch.bool, device=groups.device).scatter_(1, chosen, True)
+    return groups.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
+
+
+def expert_capacity(config: ModelConfig, tokens: Tokens) -> int:
+    """Most tokens of a row that one expert takes; 0: all that come."""
+    if config.moe_capacity_factor is None:
+        return 0
+    fair = tokens.length * config.num_experts_per_tok / config.num_experts
+    return max(1, round(config.moe_capacity_factor * fair))
+
+
+def make_record(prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """What is reported of a layer's routing, as sums over this rank's tokens: float64 [4 + E].
+
+    dropped, rerouted: choices, not tokens. The last E are the demand for each expert, the router's own choices, before
+    a capacity drops or reroutes any: where it does, what is served would look balanced when the router is not.
+    """
+    with torch.no_grad():
+        asked_SE, served_SE = (asked_experts(chosen, prob_SE.shape[1]) for chosen in (first_SK, expert_SK))
+        num_tokens, served = tokens.valid_S.sum(), served_SE.sum()
+        entropy = (torch.special.entr(prob_SE).sum(1) * tokens.valid_S).sum()
+        rerouted = served - (asked_SE * served_SE).sum()
+        sums = torch.stack((num_tokens, num_tokens * expert_SK.shape[1] - served, rerouted, entropy))
+        return torch.cat((sums, asked_SE.sum(0))).to(torch.float64)
+
+
+def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rate: float) -> None:
+    """Raise the bias of experts with less demand than the mean by `rate`, lower that of the others; in place.
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). counts_E: choices of the whole update, before any
+    capacity.
+    """
+    bias_E += rate * (counts_E.mean() - counts_E).sign().to(bias_E.dtype)
