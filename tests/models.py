@@ -1,4 +1,4 @@
-"""Small models and batches for tests: the smallest case that counts (DESIGN.md, Exactness).
+"""Small models and batches for tests: the smallest case that counts (CONTRIBUTING.md, "How exactness is tested").
 
 Two MoBA layers and one full layer, three documents in a row with at least six blocks in the longest, top_k 2, two KV
 heads; uneven numbers of counted labels per row.
