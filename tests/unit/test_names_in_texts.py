@@ -71,14 +71,6 @@ def unknown(text: str) -> list[str]:
     for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", without_blocks):
         if PATH.fullmatch(name):
             generated = name.split("/")[0] in GENERATED
-                "runs",
-                "checkpoints",
-                "corpus",
-                "tokenizer",
-                "text",
-                "evals",
-                "tensorboard",
-            )
             places = (*(f"{base}/{name}".lstrip("/") for base in BASES), f"neomoba_dist/**/{name}", f"tests/**/{name}")
             exists = any(any(ROOT.glob(place)) for place in places)
             stated = name.strip("/").split("/")[-1].split(".")[0] in known_names()
