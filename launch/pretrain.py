@@ -154,7 +154,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is the whole story for the person at the keyboard; their modules load late."""
     from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.data.errors import DataError
-    from neomoba_dist.parallel.comm import CommunicationError
+    from neomoba_dist.parallel.ledger import CommunicationError
 
     errors: tuple[type[Exception], ...] = (ConfigError, DataError, CheckpointError, CommunicationError)
     trainer = sys.modules.get("neomoba_dist.train.trainer")

@@ -276,7 +276,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file.suffix == ".model":
             return SentencePieceTokenizer(file.read_bytes())
         if file.suffix == ".txt":
-            return HuggingFaceTokenizer(bert_json(file))
+            return HuggingFaceTokenizer(bert_json(file, SPECIAL_TOKENS))
         if file.name.endswith("encoder.json"):
             return HuggingFaceTokenizer(gpt2_json(file))
         return HuggingFaceTokenizer(file.read_bytes())

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.data.tokenizer import SPECIAL_TOKENS
 
 
-def bert_json(vocab_file: Path) -> bytes:
-    """BERT's vocab.txt as a tokenizer.json."""
+def bert_json(vocab_file: Path, required: Sequence[str]) -> bytes:
+    """BERT's vocab.txt as a tokenizer.json. required: tokens that it must hold."""
     names = vocab_file.read_text(encoding="utf-8").split("\n")
     vocab = {name.rstrip("\r"): i for i, name in enumerate(names) if name}
-    missing = [name for name in SPECIAL_TOKENS if name not in vocab]
+    missing = [name for name in required if name not in vocab]
     if missing:
         raise DataError(f"{vocab_file}: not a BERT vocabulary, {', '.join(missing)} missing")
     # vocab.txt does not say whether it is cased; a vocabulary with capitals can only be met by cased text

@@ -8,62 +8,16 @@ are not counted here.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.parallel.ledger import CommunicationError
+from neomoba_dist.parallel.mesh import Mesh
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-
-class CommunicationError(RuntimeError):
-    """A collective failed or timed out; the message names the operation, the axis and the ranks."""
-
-
-@dataclass
-class Entry:
-    """Running totals of one (axis, operation): calls, bytes received by this rank, seconds on the host."""
-
-    calls: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Ledger:
-    """What this rank has communicated, by (axis, operation), and what it is waiting for now."""
-
-    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
-    pending: str | None = None
-
-    def received(self) -> dict[str, int]:
-        """Bytes so far, by axis."""
-        totals: dict[str, int] = {}
-        for (axis, _), entry in self.entries.items():
-            totals[axis] = totals.get(axis, 0) + entry.bytes
-        return totals
-
-    @contextmanager
-    def record(self, mesh: "Mesh", axis: str, operation: str, num_bytes: int) -> Iterator[None]:
-        """Count one call and turn its failure into a message that says who waited for whom."""
-        entry = self.entries.setdefault((axis, operation), Entry())
-        self.pending = f"{operation} over {axis} (ranks {list(mesh[axis].ranks)}, {num_bytes} bytes)"
-        start = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:
-            raise CommunicationError(f"rank {mesh.rank}: {self.pending} failed: {error}") from error
-        entry.calls += 1
-        entry.bytes += num_bytes
-        entry.seconds += time.perf_counter() - start
-        self.pending = None
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
@@ -71,50 +25,50 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def all_reduce(tensor: torch.Tensor, mesh: "Mesh", axis: str, op: str = "sum") -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, mesh: Mesh, axis: str, op: str = "sum") -> torch.Tensor:
     """Reduce over the axis ("sum", "max" or "min"). Returns a new tensor; not differentiable."""
     if mesh[axis].size == 1:
         return tensor
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    with mesh.ledger.record(mesh, axis, "all_reduce", num_bytes(result)):
+    with mesh.record(axis, "all_reduce", num_bytes(result)):
         dist.all_reduce(result, op=REDUCE_OPS[op], group=mesh[axis].group)
     return result
 
 
-def broadcast(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch.Tensor:
+def broadcast(tensor: torch.Tensor, mesh: Mesh, axis: str, source: int) -> torch.Tensor:
     """Copy the tensor of the axis member number `source` to all members, in place. Returns the tensor."""
     if mesh[axis].size > 1:
         received = 0 if mesh[axis].index == source else num_bytes(tensor)
-        with mesh.ledger.record(mesh, axis, "broadcast", received):
+        with mesh.record(axis, "broadcast", received):
             dist.broadcast(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
     return tensor
 
 
-def send(tensor: torch.Tensor, mesh: "Mesh", axis: str, target: int) -> None:
+def send(tensor: torch.Tensor, mesh: Mesh, axis: str, target: int) -> None:
     """Give the tensor to the axis member number `target`, which calls `receive`. Not differentiable."""
-    with mesh.ledger.record(mesh, axis, "send", 0):  # the receiver counts it
+    with mesh.record(axis, "send", 0):  # the receiver counts it
         dist.send(tensor.contiguous(), dst=mesh[axis].ranks[target], group=mesh[axis].group)
 
 
-def receive(tensor: torch.Tensor, mesh: "Mesh", axis: str, source: int) -> torch.Tensor:
+def receive(tensor: torch.Tensor, mesh: Mesh, axis: str, source: int) -> torch.Tensor:
     """Fill the contiguous tensor with what the axis member number `source` sends. Returns the tensor."""
-    with mesh.ledger.record(mesh, axis, "receive", num_bytes(tensor)):
+    with mesh.record(axis, "receive", num_bytes(tensor)):
         dist.recv(tensor, src=mesh[axis].ranks[source], group=mesh[axis].group)
     return tensor
 
 
-def all_gather(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+def all_gather(tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
     """The tensors, of one shape, of all members of the axis: [size, ...] in axis order. Not differentiable."""
     size = mesh[axis].size
     if size == 1:
         return tensor[None]
     result = tensor.new_empty((size, *tensor.shape))
-    with mesh.ledger.record(mesh, axis, "all_gather", (size - 1) * num_bytes(tensor)):
+    with mesh.record(axis, "all_gather", (size - 1) * num_bytes(tensor)):
         dist.all_gather(list(result.unbind(0)), tensor.contiguous(), group=mesh[axis].group)
     return result
 
 
-def reduce_scatter(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+def reduce_scatter(tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
     """Member i's sum of everybody's `tensor[i]`: [size, ...] -> [...]. Not differentiable.
 
     The parts travel in the dtype of the tensor and are added in axis order, in float32 for half precision: the same
@@ -129,7 +83,7 @@ def reduce_scatter(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tenso
 
 
 def all_to_all(
-    rows: torch.Tensor, mesh: "Mesh", axis: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    rows: torch.Tensor, mesh: Mesh, axis: str, send_counts: Sequence[int], receive_counts: Sequence[int]
 ) -> torch.Tensor:
     """Send the first `send_counts[0]` rows to member 0 of the axis, and so on; get everybody's rows, in axis order.
 
@@ -146,7 +100,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, mesh: "Mesh", axis: str, send: tuple[int, ...], receive: tuple[int, ...]
+        ctx: Any, rows: torch.Tensor, mesh: Mesh, axis: str, send: tuple[int, ...], receive: tuple[int, ...]
     ) -> torch.Tensor:
         ctx.arguments = (mesh, axis, receive, send)
         return _exchange(rows, mesh, axis, send, receive)
@@ -158,7 +112,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _exchange(
     rows: torch.Tensor,
-    mesh: "Mesh",
+    mesh: Mesh,
     axis: str,
     send: Sequence[int],
     receive: Sequence[int],
@@ -167,7 +121,7 @@ def _exchange(
     result = rows.new_empty((sum(receive), *rows.shape[1:]))
     row_bytes = rows.element_size() * math.prod(rows.shape[1:])
     others = sum(receive) - receive[mesh[axis].index]
-    with mesh.ledger.record(mesh, axis, operation, others * row_bytes):
+    with mesh.record(axis, operation, others * row_bytes):
         dist.all_to_all_single(result, rows.contiguous(), list(receive), list(send), group=mesh[axis].group)
     return result
 
@@ -175,7 +129,7 @@ def _exchange(
 class RingTransfer:
     """Tensors on their way from the axis member before to the one after, while both compute. See `pass_on`."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], mesh: "Mesh", axis: str) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], mesh: Mesh, axis: str) -> None:
         self._mesh, self._axis, place = mesh, axis, mesh[axis]
         self._sent = [tensor.contiguous() for tensor in tensors]
         self._received = [torch.empty_like(tensor) for tensor in self._sent]
@@ -184,47 +138,47 @@ class RingTransfer:
             *(dist.P2POp(dist.isend, tensor, target, group=place.group) for tensor in self._sent),
             *(dist.P2POp(dist.irecv, tensor, source, group=place.group) for tensor in self._received),
         ]
-        with mesh.ledger.record(mesh, axis, "ring", 0):  # counted on arrival
+        with mesh.record(axis, "ring", 0):  # counted on arrival
             self._requests = dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[torch.Tensor]:
         """What the member before has passed on."""
         total = sum(num_bytes(tensor) for tensor in self._received)
-        with self._mesh.ledger.record(self._mesh, self._axis, "ring", total):
+        with self._mesh.record(self._axis, "ring", total):
             for request in self._requests:
                 request.wait()
         return self._received
 
 
-def pass_on(tensors: Sequence[torch.Tensor], mesh: "Mesh", axis: str) -> RingTransfer:
+def pass_on(tensors: Sequence[torch.Tensor], mesh: Mesh, axis: str) -> RingTransfer:
     """Start to send the tensors to the next member of the axis and to receive as many from the one before."""
     return RingTransfer(tensors, mesh, axis)
 
 
-def all_gather_objects(value: Any, mesh: "Mesh", axis: str) -> list[Any]:
+def all_gather_objects(value: Any, mesh: Mesh, axis: str) -> list[Any]:
     """The small picklable `value` of every member of the axis, in axis order. For start-up and checkpoints only."""
     if mesh[axis].size == 1:
         return [value]
     values: list[Any] = [None] * mesh[axis].size
-    with mesh.ledger.record(mesh, axis, "all_gather_objects", 0):
+    with mesh.record(axis, "all_gather_objects", 0):
         dist.all_gather_object(values, value, group=mesh[axis].group)
     return values
 
 
-def barrier(mesh: "Mesh", axis: str = "world") -> None:
+def barrier(mesh: Mesh, axis: str = "world") -> None:
     """Wait until every member of the axis has arrived."""
     if mesh[axis].size > 1:
-        with mesh.ledger.record(mesh, axis, "barrier", 0):
+        with mesh.record(axis, "barrier", 0):
             dist.barrier(group=mesh[axis].group)
 
 
-def agree(ok: bool, mesh: "Mesh") -> bool:
+def agree(ok: bool, mesh: Mesh) -> bool:
     """True where every rank of the world says True: one rank's failure becomes everybody's decision."""
     flag = torch.tensor([int(ok)], device=mesh.device)
     return bool(all_reduce(flag, mesh, "world", op="min").item())
 
 
-def on_first_rank(mesh: "Mesh", action: Callable[[], None]) -> None:
+def on_first_rank(mesh: Mesh, action: Callable[[], None]) -> None:
     """Run `action` on global rank 0 while all others wait; its failure is raised everywhere."""
     error: Exception | None = None
     if mesh.rank == 0:
@@ -240,7 +194,7 @@ class _SumGradient(torch.autograd.Function):
     """Identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
         ctx.mesh, ctx.axis = mesh, axis
         return tensor.view_as(tensor)
 
@@ -249,7 +203,7 @@ class _SumGradient(torch.autograd.Function):
         return all_reduce(grads[0], ctx.mesh, ctx.axis), None, None
 
 
-def sum_gradient(tensor: torch.Tensor, mesh: "Mesh", axis: str) -> torch.Tensor:
+def sum_gradient(tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
     """A tensor that all members of the axis hold alike but use on different data: its gradient is their sum.
 
     Used for parameters that tensor parallelism replicates (norm weights under sequence parallelism, KV projections

@@ -9,19 +9,16 @@ size.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from neomoba_dist.parallel.comm import all_gather, all_to_all, reduce_scatter
 from neomoba_dist.parallel.context_split import ContextSplit
-
-if TYPE_CHECKING:
-    from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.parallel.mesh import Mesh
 
 
-def tokens_for_heads(parts: list[Tensor], mesh: "Mesh", axis: str, order: Tensor) -> list[Tensor]:
+def tokens_for_heads(parts: list[Tensor], mesh: Mesh, axis: str, order: Tensor) -> list[Tensor]:
     """Give up heads, get tokens: [S, H, D] each -> [U * S, H / U, D] each, in one exchange. Differentiable.
 
     order: int64 [U * S], for each token of the result its place among the ranks' tokens laid end to end.
@@ -33,7 +30,7 @@ def tokens_for_heads(parts: list[Tensor], mesh: "Mesh", axis: str, order: Tensor
     return list(received.index_select(0, order).split(heads, dim=1))
 
 
-def heads_for_tokens(x: Tensor, mesh: "Mesh", axis: str, order: Tensor) -> Tensor:
+def heads_for_tokens(x: Tensor, mesh: Mesh, axis: str, order: Tensor) -> Tensor:
     """The way back: [U * S, H / U, D] -> [S, H, D]. Differentiable."""
     size = mesh[axis].size
     tokens = len(x) // size
@@ -49,19 +46,19 @@ def group_order(split: ContextSplit, group: int, index: int, device: torch.devic
     return torch.cat([split.global_index(rank, device) for rank in members]).argsort()
 
 
-def gather_tokens(x: Tensor, mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
+def gather_tokens(x: Tensor, mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:
     """Everybody's tokens in global order: [S, ...] -> [T, ...]. Not differentiable; see `scatter_gradients`."""
     gathered = all_gather(x, mesh, axis).flatten(0, 1)
     return gathered.index_select(0, split.gathered_order(x.device))
 
 
-def scatter_gradients(grad: Tensor, mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
+def scatter_gradients(grad: Tensor, mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:
     """The backward of `gather_tokens`: the ranks' gradients [T, ...], summed over the axis, to the tokens' owners."""
     by_owner = grad.index_select(0, split.gathered_index(grad.device))
     return reduce_scatter(by_owner.unflatten(0, (split.ranks, -1)), mesh, axis)
 
 
-def fetch_tokens(x: Tensor, wanted: Callable[[int], Tensor], mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
+def fetch_tokens(x: Tensor, wanted: Callable[[int], Tensor], mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:
     """Rows of other ranks' tokens: [S, ...] -> [n, ...]. Differentiable.
 
     wanted: the global indices that a rank needs, int64 [n] on the CPU, each once; the same function on all ranks, so
@@ -82,7 +79,7 @@ def fetch_tokens(x: Tensor, wanted: Callable[[int], Tensor], mesh: "Mesh", axis:
     return received.index_select(0, place.to(x.device))
 
 
-def with_halo(x: Tensor, before: int, after: int, mesh: "Mesh", axis: str, split: ContextSplit) -> Tensor:
+def with_halo(x: Tensor, before: int, after: int, mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:
     """Each unit with its neighbours: [S, ...] -> [units, before + unit + after, ...], zeros past the ends.
 
     The first and last tokens of the flat axis have no neighbours; documents are the caller's business. Differentiable.

@@ -7,6 +7,7 @@ place below launch/ that reads environment variables: the launcher's, to find ra
 
 import os
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from neomoba_dist.config import ConfigError, ParallelConfig
 from neomoba_dist.config.context import ulysses_ranks
-from neomoba_dist.parallel.comm import Ledger
+from neomoba_dist.parallel.groups import initialize_groups
+from neomoba_dist.parallel.ledger import Ledger
 
 AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "expert_dp", "world")
 
@@ -53,6 +55,10 @@ class Mesh:
     def __getitem__(self, axis: str) -> Axis:
         return self.axes[axis]
 
+    def record(self, axis: str, operation: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Around a collective of this rank: see `Ledger.record`. num_bytes: that it receives."""
+        return self.ledger.record(self.rank, axis, self[axis].ranks, operation, num_bytes)
+
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Mesh":
         """One process, no groups."""
@@ -68,8 +74,6 @@ class Mesh:
         """
         if dist.get_world_size() == 1:
             return cls.single(device)
-        from neomoba_dist.parallel.tensor import initialize_groups
-
         groups = {**initialize_groups(parallel), "world": dist.group.WORLD}
         axes = {}
         for name, group in groups.items():

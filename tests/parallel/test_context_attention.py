@@ -17,8 +17,8 @@ from neomoba_dist.model.attention.context.strategy import context_attention
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.attention.moba import block_means, route
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.parallel.comm import Ledger
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
+from neomoba_dist.parallel.ledger import Ledger
 from neomoba_dist.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 

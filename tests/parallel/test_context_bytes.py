@@ -8,9 +8,9 @@ import torch
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.model.attention.context.strategy import context_attention
-from neomoba_dist.parallel.comm import Ledger
 from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_bytes, work_imbalance
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
+from neomoba_dist.parallel.ledger import Ledger
 from neomoba_dist.parallel.mesh import Mesh
 from tests.parallel.test_context_attention import core_of
 from tests.ranks import run_ranks
