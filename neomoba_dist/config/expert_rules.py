@@ -44,11 +44,6 @@ def experts(config: Config) -> Iterator[str]:
             f"neomoba.model.moe_overflow {model.moe_overflow} has no effect without moe_capacity_factor; set "
             "moe_capacity_factor to 1.25, or moe_overflow to drop"
         )
-    if config.phase.compile:
-        yield (
-            "neomoba.phase.compile does not work with experts, whose numbers of rows change from step to step; "
-            "set it to false"
-        )
     yield from _groups(model)
     yield from _tensor_parallel(config)
 

@@ -16,26 +16,28 @@ from typing import Any
 import torch
 
 from neomoba_dist.parallel.comm import all_gather, all_reduce, all_to_all
+from neomoba_dist.parallel.expert_rows import (
+    RowOrder,
+    combine,
+    combine_backward,
+    count_choices,
+    order_by_expert,
+    spread,
+    spread_backward,
+)
 from neomoba_dist.parallel.mesh import Mesh
-
-NOWHERE = -1  # a choice that no expert takes: padding, or beyond the capacity
 
 
 @dataclass(frozen=True)
 class Dispatch:
     """Where every row goes.
 
-    pair_P: the (token * K + choice) of each row sent, sorted by expert, NOWHERE where the row only fills up.
-    slot_SK: the row of each choice, NOWHERE where it has none. full: no NOWHERE in either.
-    send, receive: rows to and from each member of ep. gathered: those of each tp rank, None without sequence
-    parallelism.
-    sizes: rows of each local expert. order_R: from the order of arrival to that by expert, inverse_R back; None where
-    they are the same.
+    rows: those that this rank sends. send, receive: rows to and from each member of ep. gathered: those of each tp
+    rank, None without sequence parallelism. sizes: rows of each local expert. order_R: from the order of arrival to
+    that by expert, inverse_R back; None where they are the same.
     """
 
-    pair_P: torch.Tensor
-    slot_SK: torch.Tensor
-    full: bool
+    rows: RowOrder
     send: list[int]
     receive: list[int]
     gathered: list[int] | None
@@ -47,30 +49,23 @@ class Dispatch:
 def plan_dispatch(expert_SK: torch.Tensor, num_experts: int, mesh: Mesh, fill: int = 0) -> Dispatch:
     """Work out where rows go, and agree on it with the other ranks of ep (and tp): the one exchange of counts.
 
-    expert_SK: int64, the experts of every token, NOWHERE for none. fill: every expert gets exactly so many rows from
-    this rank, empty ones where it has fewer (0: as many as there are).
+    The all-to-alls need their sizes on the host: one copy. expert_SK, fill: see `order_by_expert`.
     """
-    expert = torch.where(expert_SK < 0, num_experts, expert_SK).flatten()
-    pair_P = expert.argsort(stable=True)
-    counts_E = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
+    counts_E = count_choices(expert_SK, num_experts)
     ep, tp = mesh["ep"], mesh["tp"]
     sent = counts_E if not fill else torch.full_like(counts_E, fill)
     arriving = _exchange_counts(sent.view(ep.size, -1), mesh)  # [tp or 1, ep, experts of this rank]
-    by_source = arriving.sum(-1).tolist()
-    order_R = _order_by_expert(arriving)
-    send = sent.view(ep.size, -1).sum(1).tolist()
-    pair_P = _filled(pair_P, counts_E, fill) if fill else pair_P[: sum(send)]
-    slot_SK = torch.full_like(expert, NOWHERE)
-    real = pair_P != NOWHERE
-    slot_SK[pair_P[real]] = torch.arange(len(pair_P), device=expert.device)[real]
+    on_host = torch.cat((sent, arriving.flatten())).tolist()
+    arrived = torch.tensor(on_host[num_experts:]).view(arriving.shape)
+    by_source = arrived.sum(-1).tolist()
+    send = torch.tensor(on_host[:num_experts]).view(ep.size, -1).sum(1).tolist()
+    order_R = _order_by_expert(arriving, int(arrived.sum()))
     return Dispatch(
-        pair_P=pair_P,
-        slot_SK=slot_SK.view_as(expert_SK),
-        full=not fill and len(pair_P) == len(expert),
+        rows=order_by_expert(expert_SK, counts_E, sum(send), fill),
         send=send,
         receive=by_source[tp.index if mesh.sequence_parallel else 0],
         gathered=[sum(rows) for rows in by_source] if mesh.sequence_parallel else None,
-        sizes=arriving.sum((0, 1)).tolist(),
+        sizes=arrived.sum((0, 1)).tolist(),
         order_R=order_R,
         inverse_R=None if order_R is None else order_R.argsort(),
     )
@@ -83,26 +78,18 @@ def _exchange_counts(counts: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return all_gather(received, mesh, "tp") if mesh.sequence_parallel else received[None]
 
 
-def _filled(pair: torch.Tensor, counts_E: torch.Tensor, fill: int) -> torch.Tensor:
-    """The sorted pairs with every expert's part brought to `fill` rows."""
-    place = torch.arange(fill, device=pair.device)
-    start = (counts_E.cumsum(0) - counts_E)[:, None]
-    index = (start + place).clamp(max=len(pair) - 1)
-    return torch.where(place < counts_E[:, None], pair[index], NOWHERE).flatten()
-
-
-def _order_by_expert(arriving: torch.Tensor) -> torch.Tensor | None:
+def _order_by_expert(arriving: torch.Tensor, rows: int) -> torch.Tensor | None:
     """Rows arrive by source and, within it, by expert; None where one source or one expert makes that no difference."""
     sources, experts = arriving.flatten(0, 1).shape
     if sources == 1 or experts == 1:
         return None
     expert = torch.arange(experts, device=arriving.device).repeat(sources)
-    return expert.repeat_interleave(arriving.flatten()).argsort(stable=True)
+    return expert.repeat_interleave(arriving.flatten(), output_size=rows).argsort(stable=True)
 
 
 def to_experts(x_SH: torch.Tensor, dispatch: Dispatch, mesh: Mesh) -> torch.Tensor:
     """Bring the tokens to their experts: rows [R, H], sorted by local expert, `dispatch.sizes` of each."""
-    rows = _Spread.apply(x_SH, dispatch)
+    rows = _Spread.apply(x_SH, dispatch.rows)
     rows = all_to_all(rows, mesh, "ep", dispatch.send, dispatch.receive)
     if dispatch.gathered is not None:
         tp = mesh["tp"]
@@ -126,7 +113,7 @@ def from_experts(rows_RH: torch.Tensor, weight_SK: torch.Tensor, dispatch: Dispa
         rows_RH = all_to_all(rows_RH, mesh, "tp", dispatch.gathered, [own] * tp.size)
         rows_RH = rows_RH.unflatten(0, (tp.size, own)).sum(0)
     rows_PH = all_to_all(rows_RH, mesh, "ep", dispatch.receive, dispatch.send)
-    return _Combine.apply(rows_PH, weight_SK, dispatch)
+    return _Combine.apply(rows_PH, weight_SK, dispatch.rows)
 
 
 def sum_over(tensor: torch.Tensor, mesh: Mesh, axis: str, *, averaged: bool) -> torch.Tensor:
@@ -166,57 +153,24 @@ class _Permute(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """x [S, H] -> one row per pair [P, H]; a row that only fills up is zero. Backward adds in the order of choices."""
-
     @staticmethod
-    def forward(ctx: Any, x_SH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        ctx.dispatch = dispatch
-        return _rows_of_tokens(x_SH, dispatch)
+    def forward(ctx: Any, x_SH: torch.Tensor, order: RowOrder) -> torch.Tensor:
+        ctx.order = order
+        return spread(x_SH, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        result = _rows_of_choice(grads[0], ctx.dispatch, 0)
-        for choice in range(1, ctx.dispatch.slot_SK.shape[1]):
-            result += _rows_of_choice(grads[0], ctx.dispatch, choice)
-        return result, None
+        return spread_backward(grads[0], ctx.order), None
 
 
 class _Combine(torch.autograd.Function):
-    """Rows [P, H] and weights [S, K] -> their weighted sums [S, H], added in the weights' dtype, cast to the rows'."""
-
     @staticmethod
-    def forward(ctx: Any, rows_PH: torch.Tensor, weight_SK: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def forward(ctx: Any, rows_PH: torch.Tensor, weight_SK: torch.Tensor, order: RowOrder) -> torch.Tensor:
         ctx.save_for_backward(rows_PH, weight_SK)
-        ctx.dispatch = dispatch
-        result = _rows_of_choice(rows_PH, dispatch, 0).to(weight_SK.dtype).mul_(weight_SK[:, :1])
-        for choice in range(1, weight_SK.shape[1]):
-            part = _rows_of_choice(rows_PH, dispatch, choice).to(weight_SK.dtype)
-            result.addcmul_(part, weight_SK[:, choice, None])
-        return result.to(rows_PH.dtype)
+        ctx.order = order
+        return combine(rows_PH, weight_SK, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        (rows_PH, weight_SK), dispatch = ctx.saved_tensors, ctx.dispatch
-        grad_SH = grads[0].to(weight_SK.dtype)
-        grad_weight = torch.empty_like(weight_SK)
-        for choice in range(weight_SK.shape[1]):
-            part = _rows_of_choice(rows_PH, dispatch, choice).to(weight_SK.dtype)
-            torch.sum(part.mul_(grad_SH), dim=1, out=grad_weight[:, choice])
-        weight_P = weight_SK.flatten()[dispatch.pair_P.clamp(min=0)]
-        grad_rows = _rows_of_tokens(grads[0], dispatch).mul_(weight_P[:, None].to(rows_PH.dtype))
-        return grad_rows, grad_weight, None
-
-
-def _rows_of_tokens(x_SH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-    """A new tensor: [S, H] -> [P, H]."""
-    rows = x_SH.index_select(0, dispatch.pair_P.clamp(min=0) // dispatch.slot_SK.shape[1])
-    return rows if dispatch.full else rows.mul_((dispatch.pair_P >= 0)[:, None])
-
-
-def _rows_of_choice(rows_PH: torch.Tensor, dispatch: Dispatch, choice: int) -> torch.Tensor:
-    """A new tensor: [P, H] -> [S, H], zero for tokens whose choice has no row."""
-    slot_S = dispatch.slot_SK[:, choice]
-    if len(rows_PH) == 0:
-        return rows_PH.new_zeros(len(slot_S), rows_PH.shape[1])
-    rows = rows_PH.index_select(0, slot_S.clamp(min=0))
-    return rows if dispatch.full else rows.mul_((slot_S >= 0)[:, None])
+        rows_PH, weight_SK = ctx.saved_tensors
+        return *combine_backward(grads[0], rows_PH, weight_SK, ctx.order), None

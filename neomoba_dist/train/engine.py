@@ -130,7 +130,7 @@ class Engine(ABC):
     def set_step(self, step: int) -> None:
         """Number of the update to come: what the routers' jitter is drawn from."""
         for layer in moe_layers(self.module):
-            layer.router.step = step
+            layer.router.set_step(step)
 
     def saved_buffers(self) -> Iterator[tuple[Shard, torch.Tensor]]:
         """What else belongs into a checkpoint, the same on all ranks of dp x cp x tp."""

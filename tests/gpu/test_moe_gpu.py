@@ -6,6 +6,7 @@ Run with `pytest -m gpu tests/gpu`; needs neither DeepSpeed nor megatron-core.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.moe.experts import Experts, SwiGLUByExpert, has_grouped_mm
+from neomoba_dist.model.moe import ops
+from neomoba_dist.model.moe.experts import Experts
 from neomoba_dist.model.moe.fp32_linear import exact_linear
 from neomoba_dist.model.moe.layer import MoE
+from neomoba_dist.model.moe.swiglu import SwiGLUByExpert, has_grouped_mm, swiglu_by_expert
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_model
 
@@ -64,7 +67,7 @@ def test_experts_equal_float64(name: str, intermediate: int, path: str) -> None:
         inputs = [rows.requires_grad_(), *experts.parameters()]
         hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
         assert has_grouped_mm(rows, experts.gate_proj) == hopper
-        out = experts(rows, sizes) if path == "chosen" else SwiGLUByExpert.apply(*inputs, sizes)
+        out = (swiglu_by_expert if path == "chosen" else SwiGLUByExpert.apply)(*inputs, sizes)
         results.append([out, *torch.autograd.grad(out, inputs, grad)])
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) < 2e-2
@@ -79,9 +82,80 @@ def test_widths_that_the_grouped_kernel_refuses(intermediate: int) -> None:
     experts = make_experts(intermediate, torch.bfloat16).to("cuda")
     rows = torch.randn(44, 64, device="cuda", dtype=torch.bfloat16)
     assert not has_grouped_mm(rows, experts.gate_proj)
-    out = experts(rows, [44, 0, 0, 0, 0, 0, 0, 0])
+    out = swiglu_by_expert(rows, *experts.parameters(), [44, 0, 0, 0, 0, 0, 0, 0])
     out.sum().backward()
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate", "choices"), [(257, 64, 48, 2), (1030, 768, 1192, 4)])
+def test_a_mixture_equals_float64(
+    tokens: int, hidden: int, intermediate: int, choices: int, dropped: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and all gradients in bfloat16 by grouped products and by the loop; no expert 7, no copy to the host."""
+    generator = torch.Generator().manual_seed(0)
+    expert_SK = torch.rand(tokens, 7, generator=generator).argsort(1)[:, :choices]
+    expert_SK[torch.rand(tokens, choices, generator=generator) < dropped] = -1
+    weight = torch.rand(tokens, choices, generator=generator)
+    x, grad = torch.randn(2, tokens, hidden, generator=generator).bfloat16()
+    results = {}
+    for name in ("float64", "loop", "chosen"):
+        device, dtype = ("cpu", torch.float64) if name == "float64" else ("cuda", torch.bfloat16)
+        experts = make_experts(intermediate, torch.bfloat16, hidden).to(device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        leaves = [x.to(device, dtype).requires_grad_(), weight.to(device, exact).requires_grad_()]
+        if name == "loop":
+            monkeypatch.setattr(ops, "has_grouped_mm", lambda *tensors: False)
+        elif name == "chosen":
+            monkeypatch.undo()
+        hopper = name == "chosen" and torch.cuda.get_device_capability()[0] == 9
+        chosen, gradient = expert_SK.to(device), grad.to(device, dtype)
+        torch.cuda.set_sync_debug_mode("error" if hopper else "default")
+        try:
+            y = experts(leaves[0], chosen, leaves[1])
+            leaves += experts.parameters()
+            results[name] = [y, *torch.autograd.grad(y, leaves, gradient)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for got, loop, want in zip(results["chosen"], results["loop"], results["float64"], strict=True):
+        assert relative_error(got, want) < max(1.2 * relative_error(loop, want), 1e-3)
+    for got in results["chosen"][3:]:
+        assert got[7].abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["graph", "compiled"])
+def test_a_layer_is_captured_and_compiled(mode: str) -> None:
+    """Hopper: no size on the host. What is replayed with other tokens equals the plain layer on them."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("elsewhere the experts run one by one")
+    settings = {"num_experts": 8, "moe_intermediate_size": 64, "hidden_size": 64, "router_aux_loss_coef": 0.1}
+    layer = MoE("m", 0, tiny_model(**settings), Initializer(Mesh.single("cuda"), 3, 0.3, torch.bfloat16)).to("cuda")
+    positions = torch.arange(512, device="cuda")
+    x, grad = torch.randn(2, 512, 64, device="cuda").bfloat16()
+    x.requires_grad_()
+
+    def step(run: Any) -> list[Tensor]:
+        y, aux_loss, record = run(x, positions)
+        return [y, record, *torch.autograd.grad([y, aux_loss], [x, *layer.parameters()], [grad, aux_loss.new_ones(())])]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(layer)  # builds kernels
+    torch.cuda.synchronize()
+    if mode == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = step(layer)
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            positions[-9:] = -1
+        if mode == "graph":
+            graph.replay()
+        else:
+            results = step(torch.compile(layer, dynamic=False, fullgraph=True))
+        for got, want in zip(results, step(layer), strict=True):
+            assert relative_error(got, want.cpu().double()) < 1e-2
 
 
 @pytest.mark.usefixtures("tf32")

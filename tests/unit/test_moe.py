@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
-from neomoba_dist.model.moe.experts import grouped_swiglu
 from neomoba_dist.model.moe.fp32_linear import exact_linear
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.model.moe.router import update_bias
+from neomoba_dist.model.moe.swiglu import SwiGLUByExpert, grouped_swiglu
 from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -178,7 +179,7 @@ def test_jitter_is_noise_of_its_key() -> None:
     layer, _ = make_layer(router_jitter=0.3)
     first = layer(x_TH, positions)[0]
     assert torch.equal(layer(x_TH, positions)[0], first)
-    layer.router.step = 1
+    layer.router.set_step(1)
     assert not torch.equal(layer(x_TH, positions)[0], first)
     layer.eval()
     assert torch.equal(layer(x_TH, positions)[0], make_layer()[0].eval()(x_TH, positions)[0])
@@ -249,11 +250,32 @@ def test_grouped_products_are_those_of_single_experts() -> None:
     rows = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(0), requires_grad=True)
     sizes = [5, 0, 10, 1, 4, 0, 20, 0]
     inputs = [rows, *layer.experts.parameters()]
-    results = [layer.experts(rows, sizes), grouped_swiglu(rows, *layer.experts.parameters(), sizes)]
+    results = [SwiGLUByExpert.apply(*inputs, sizes), grouped_swiglu(rows, *layer.experts.parameters(), sizes)]
     torch.testing.assert_close(*results)
     gradients = [torch.autograd.grad(result.square().sum(), inputs) for result in results]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek v3", "drop", "pad", "jitter"])
+def test_compiles_into_one_graph_for_all_steps(name: str) -> None:
+    """And computes what the plain layer does."""
+    torch._dynamo.reset()
+    changes = {"router_jitter": 0.1} if name == "jitter" else CASES[name]
+    layers = [make_layer(**changes)[0] for _ in range(2)]
+    counter = CompileCounterWithBackend("aot_eager")
+    layers[1].compile(dynamic=False, fullgraph=True, backend=counter)  # fullgraph: a break is an error
+    x_TH, positions = make_inputs()
+    for step in range(3):
+        results = []
+        for layer in layers:
+            layer.router.set_step(step)
+            y_TH, aux_loss, record = layer(x_TH * (step + 1), positions.roll(step))
+            loss = y_TH.square().sum() + aux_loss
+            results.append([y_TH, aux_loss, record, *torch.autograd.grad(loss, [x_TH, *layer.parameters()])])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
 
 
 def test_where_the_experts_are() -> None:

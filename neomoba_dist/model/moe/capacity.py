@@ -10,20 +10,20 @@ import torch
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.moe.tokens import Tokens
-from neomoba_dist.parallel.expert import NOWHERE
+from neomoba_dist.parallel.expert_rows import DROPPED
 from neomoba_dist.parallel.mesh import Mesh
 
 
 def choose(wanted_SE: torch.Tensor, count: int, valid_S: torch.Tensor) -> torch.Tensor:
-    """The `count` best experts of every token, best first: int64 [S, K], NOWHERE for padding and for scores of -inf."""
+    """The `count` best experts of every token, best first: int64 [S, K], DROPPED for padding and for scores of -inf."""
     best, expert_SK = wanted_SE.topk(count, dim=1)
-    return torch.where((best > -torch.inf) & valid_S[:, None], expert_SK, NOWHERE)
+    return torch.where((best > -torch.inf) & valid_S[:, None], expert_SK, DROPPED)
 
 
 def choose_within_capacity(
     wanted_SE: torch.Tensor, tokens: Tokens, mesh: Mesh, config: ModelConfig, capacity: int
 ) -> torch.Tensor:
-    """The same where an expert takes `capacity` tokens of a row; what is beyond is NOWHERE or, rerouted, goes on.
+    """The same where an expert takes `capacity` tokens of a row; what is beyond is DROPPED or, rerouted, goes on.
 
     With `moe_overflow` "reroute" the result is that of serving the tokens of a row one after the other, each with its
     best experts that still have room: tokens ask all at once, experts refuse all but the earliest, and who was refused
@@ -36,17 +36,17 @@ def choose_within_capacity(
         refused_TE = _beyond(expert_TK, wanted_TE.shape[1], tokens, capacity)
         if config.moe_overflow != "reroute":
             refused_TK = refused_TE.gather(1, expert_TK.clamp(min=0))
-            expert_TK = torch.where(refused_TK, NOWHERE, expert_TK)
+            expert_TK = torch.where(refused_TK, DROPPED, expert_TK)
             break
         if not refused_TE.any():
             break
         wanted_TE = wanted_TE.masked_fill(refused_TE, -torch.inf)
     # beyond the last row lies what pads the micro-batch over cp
-    return torch.where(tokens.valid_S[:, None], expert_TK[tokens.number_S.clamp(max=len(expert_TK) - 1)], NOWHERE)
+    return torch.where(tokens.valid_S[:, None], expert_TK[tokens.number_S.clamp(max=len(expert_TK) - 1)], DROPPED)
 
 
 def asked_experts(expert_SK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """int32 [S, E]: 1 where the token asks the expert, else 0. expert_SK: of NOWHERE nothing is counted."""
+    """int32 [S, E]: 1 where the token asks the expert, else 0. expert_SK: of DROPPED nothing is counted."""
     asked = torch.zeros(len(expert_SK), num_experts + 1, dtype=torch.int32, device=expert_SK.device)
     return asked.scatter_(1, torch.where(expert_SK < 0, num_experts, expert_SK), 1)[:, :num_experts]
 

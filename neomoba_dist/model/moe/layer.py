@@ -1,7 +1,7 @@
 """Mixture of experts: the feed-forward part of a block, where every token goes through a few of many SwiGLU layers.
 
-The router chooses (router.py), tokens travel (parallel/expert.py), experts compute (experts.py). Shared experts, which
-every token passes, are one wider dense layer.
+The router chooses (router.py), experts compute (experts.py), on this rank or where all-to-alls bring tokens. Shared
+experts, which every token passes, are one wider dense layer.
 
 Shape letters: S tokens of this rank, H hidden size, T tokens of its shard of the sequence, E experts.
 """
@@ -18,7 +18,6 @@ from neomoba_dist.model.moe.experts import Experts
 from neomoba_dist.model.moe.router import Router
 from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.parallel.comm import sum_gradient
-from neomoba_dist.parallel.expert import from_experts, plan_dispatch, to_experts
 from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
 
 
@@ -48,15 +47,13 @@ class MoE(nn.Module):
         mesh = self.mesh
         tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length, mesh, self.config, training=self.training)
         expert_SK, weight_SK, aux_loss, record = self.router(x_SH, tokens)
-        dispatch = plan_dispatch(expert_SK, self.config.num_experts, mesh, self.router.fill(tokens))
+        fill = self.router.fill(tokens)
         if mesh.sequence_parallel:
-            rows = self.experts(to_experts(x_SH, dispatch, mesh), dispatch.sizes)
-            y_SH = from_experts(rows, weight_SK, dispatch, mesh)
+            y_SH = self.experts(x_SH, expert_SK, weight_SK, fill)
         else:
             # every tp rank sends all tokens to its part of the experts; what comes back is its part of a sum
-            rows = self.experts(to_experts(enter_tensor_parallel(x_SH, mesh), dispatch, mesh), dispatch.sizes)
-            weight_SK = sum_gradient(weight_SK, mesh, "tp")
-            y_SH = sum_over_tensor_parallel(from_experts(rows, weight_SK, dispatch, mesh), mesh)
+            entered_SH, weight_SK = enter_tensor_parallel(x_SH, mesh), sum_gradient(weight_SK, mesh, "tp")
+            y_SH = sum_over_tensor_parallel(self.experts(entered_SH, expert_SK, weight_SK, fill), mesh)
         if self.shared is not None:
             y_SH = y_SH + self.shared(x_SH)
         return y_SH, aux_loss, record

@@ -18,13 +18,13 @@ from neomoba_dist.model.moe.capacity import asked_experts, choose, choose_within
 from neomoba_dist.model.moe.fp32_linear import exact_linear
 from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.parallel.comm import sum_gradient
-from neomoba_dist.parallel.expert import NOWHERE
+from neomoba_dist.parallel.expert_rows import DROPPED
 
 RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the demand for each expert
 
 
 # A plain tuple, because ZeRO-3 gathers a module's weights for the backward pass only where it finds tensors in a tuple:
-# experts int64 [S, K] (NOWHERE: none), weights [S, K], what the losses add to the training loss [], record [4 + E].
+# experts int64 [S, K] (DROPPED: none), weights [S, K], what the losses add to the training loss [], record [4 + E].
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -35,22 +35,27 @@ class Router(nn.Module):
     """
 
     bias: torch.Tensor
+    key: torch.Tensor
 
     def __init__(self, name: str, index: int, config: ModelConfig, init: Initializer) -> None:
         super().__init__()
-        self.config, self.mesh, self.index, self.seed = config, init.mesh, index, init.seed
+        self.config, self.mesh = config, init.mesh
         self.weight = init.weight(f"{name}.weight", (config.num_experts, config.hidden_size))
         self.bias_shard = Shard(f"{name}.bias", (config.num_experts,))
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
-        self.step = 0  # of training; the key of the jitter
+        # of the jitter: seed, step, index of the layer; a tensor, so that a compiled graph serves all steps and layers
+        self.register_buffer("key", torch.tensor([init.seed, 0, index]), persistent=False)
+
+    def set_step(self, step: int) -> None:
+        """The step of training that runs next."""
+        self.key[1] = step
 
     def forward(self, x_SH: torch.Tensor, tokens: Tokens) -> Routing:
         config, exact = self.config, torch.promote_types(x_SH.dtype, torch.float32)
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.mesh.sequence_parallel else self.weight
         x_SH = x_SH.to(exact)
         if self.training and config.router_jitter:
-            key = (self.seed, self.step, self.index)
-            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, key).to(exact)
+            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, self.key).to(exact)
         logits_SE = exact_linear(x_SH, weight.to(exact))
         scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
         wanted_SE = limit_groups(scores_SE.detach() + self.bias, config)
@@ -60,10 +65,10 @@ class Router(nn.Module):
             expert_SK = choose_within_capacity(wanted_SE, tokens, self.mesh, config, capacity)
         # a dropped choice keeps its share of the sum, a rerouted one is replaced
         summed_SK = expert_SK if config.moe_overflow == "reroute" else first_SK
-        weight_SK = torch.where(summed_SK == NOWHERE, 0, scores_SE.gather(1, summed_SK.clamp(min=0)))
+        weight_SK = torch.where(summed_SK == DROPPED, 0, scores_SE.gather(1, summed_SK.clamp(min=0)))
         if config.norm_topk_prob:
             weight_SK = weight_SK / (weight_SK.sum(-1, keepdim=True) + torch.finfo(exact).tiny)
-        weight_SK = torch.where(expert_SK == NOWHERE, 0, weight_SK * config.routed_scaling_factor)
+        weight_SK = torch.where(expert_SK == DROPPED, 0, weight_SK * config.routed_scaling_factor)
         prob_SE = scores_SE if config.router_scoring == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
         aux_loss = scores_SE.new_zeros(())
         if self.training and (config.router_aux_loss_coef or config.router_z_loss_coef):

@@ -3,6 +3,7 @@
 Shape letters: S tokens of this rank, T tokens of its shard of the sequence (cp), H hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ class Tokens:
             values_S = all_gather(values_S, mesh, "cp").flatten(0, 1).index_select(0, order)
         return values_S[: self.rows * self.length]
 
-    def noise(self, size: int, width: float, key: tuple[int, ...]) -> torch.Tensor:
+    def noise(self, size: int, width: float, key: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Numbers in [1 - width, 1 + width), float64 [S, size]: a function of `key` and of the place in the row alone.
 
         So they depend on no layout and are the same again when a layer is recomputed or a run resumed. Rows of one

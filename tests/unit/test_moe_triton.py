@@ -1,0 +1,75 @@
+"""The Triton kernels of experts without a GPU: exact in Triton's interpreter, compilable, and few.
+
+The first two need a process of their own, because Triton reads its mode when it is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from neomoba_dist.model.moe import ops
+from tests.unit.test_moba_triton import HERE, run
+from tests.unit.test_moe import TOKENS, make_inputs, make_layer
+from tests.unit.test_triton_launches import Operators
+
+
+def test_kernels_are_exact_in_the_interpreter() -> None:
+    output = run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_moe.py")], TRITON_INTERPRET="1"
+    )
+    assert " passed" in output
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    output = run([str(HERE / "compiled_moe.py")], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert output.count("sort_kernel") == 3
+
+
+class Launches(Operators):
+    """Counts what the operator of experts launches one by one; views launch nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "neomoba.mixture." in str(func):
+            with self:
+                return ops.mixture._init_fn(*args)
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The launches of Triton kernels and grouped products as on Hopper; none is made."""
+    names: list[str] = []
+
+    def grouped(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        names.extend(("addresses", "grouped_mm"))
+        shape = (len(a), b.shape[-1]) if b.dim() == 3 else (len(offs), len(a), b.shape[1])
+        return a.new_empty(shape)
+
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: names.append(self.fn.__name__))
+    monkeypatch.setattr(F, "grouped_mm", grouped)
+    monkeypatch.setattr(ops, "has_grouped_mm", lambda *tensors: True)
+    return names
+
+
+def test_the_experts_take_few_launches(made: list[str]) -> None:
+    """Nothing is copied to the host either way."""
+    layer, _ = make_layer(torch.bfloat16)
+    x_TH, weight_TK = make_inputs()[0].detach().bfloat16(), torch.ones(TOKENS, 2)
+    expert_TK = torch.zeros(TOKENS, 2, dtype=torch.int64)
+    with Launches() as launches:
+        _, *saved = ops.mixture(x_TH, expert_TK, weight_TK, *layer.experts.parameters(), 0)
+    assert len(made) + launches.count == 5 + 3 * 2
+    made.clear()
+    with Launches() as launches:
+        weights = [w.detach() for w in layer.experts.parameters()]
+        ops.mixture_backward._init_fn(x_TH, weight_TK, *weights, *saved, 0)
+    assert len(made) + launches.count == 3 + 6 * 2
