@@ -1,4 +1,5 @@
-"""Rows sorted by expert, on one rank: which row belongs to which token, and moving values between the two.
+"""Choices of experts, and rows sorted by expert, on one rank: which row belongs to which token, and moving values
+between the two.
 
 Shape letters: S tokens, H hidden size, K experts per token, E experts, P rows.
 """
@@ -19,6 +20,18 @@ class RowOrder(NamedTuple):
     pair_P: torch.Tensor
     slot_SK: torch.Tensor
     full: bool
+
+
+def top_experts(scores_SE: torch.Tensor, count: int, valid_S: torch.Tensor) -> torch.Tensor:
+    """The `count` best experts of every token, best first: int64 [S, K], DROPPED for padding and for scores of -inf."""
+    best, expert_SK = scores_SE.topk(count, dim=1)
+    return torch.where((best > -torch.inf) & valid_S[:, None], expert_SK, DROPPED)
+
+
+def choice_mask(expert_SK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 [S, E]: 1 where the token chooses the expert, else 0. DROPPED counts nowhere."""
+    mask = torch.zeros(len(expert_SK), num_experts + 1, dtype=torch.int32, device=expert_SK.device)
+    return mask.scatter_(1, torch.where(expert_SK < 0, num_experts, expert_SK), 1)[:, :num_experts]
 
 
 def count_choices(expert_SK: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.moe import kernels, ops
+from neomoba_dist.model.moe import balance, kernels, ops, router_kernels, router_ops
 from neomoba_dist.parallel.expert_rows import DROPPED, count_choices, order_by_expert
+from tests.unit.test_moe import ROW, make_inputs, make_layer
 
 
 def draw_choices(tokens: int, choices: int, num_experts: int, dropped: float = 0.0) -> Tensor:
@@ -80,3 +83,76 @@ def run(x: Tensor, expert_SK: Tensor, weight: Tensor, experts: list[Tensor], pro
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, *(e.to(x.dtype) for e in experts))]
     y = ops.mixture(leaves[0], expert_SK, leaves[1], *leaves[2:], 0)[0]
     return [y.detach(), *torch.autograd.grad(y, leaves, probe)]
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "switch": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "qwen3": {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    "deepseek": {"router_scoring": "sigmoid", "routed_scaling_factor": 2.5, "router_bias_update_rate": 0.1},
+    "sigmoid": {"router_scoring": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 4},
+    "20 experts": {"num_experts": 20, "router_aux_loss_coef": 0.0},
+    "global": {"router_aux_loss_scope": "global"},
+    "no loss": {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0},
+    "a row of padding": {"padding": True},
+    "evaluation": {"training": False},
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_layer_is_that_of_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, auxiliary loss, record and every gradient in float32 against float64, which takes no kernel."""
+    changes = dict(ROUTERS[name])
+    padding, training = changes.pop("padding", False), changes.pop("training", True)
+    monkeypatch.setattr(ops, "has_grouped_mm", lambda x, *weights: x.dtype == torch.float32)
+    for module in (router_ops, balance):
+        monkeypatch.setattr(module, "takes_kernels", lambda scores: scores.dtype == torch.float32)
+    used = []
+    original = router_kernels.route_rows
+    monkeypatch.setattr(router_kernels, "route_rows", lambda *args: used.append(args[3]) or original(*args))
+    x_TH, positions = make_inputs(padding)
+    probe = torch.randn(x_TH.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        layer, config = make_layer(dtype, **changes)
+        layer.train(training)
+        layer.router.bias += torch.linspace(-0.3, 0.3, config.num_experts) * (config.router_bias_update_rate > 0)
+        x = x_TH.detach().to(dtype).requires_grad_()
+        y, aux_loss, record = layer(x, positions)
+        assert not record.requires_grad
+        loss = (y * probe.to(dtype)).sum() + aux_loss
+        results.append((y, aux_loss, record, *torch.autograd.grad(loss, (x, *layer.parameters()))))
+    assert used == [1 if name in ("global", "evaluation") else 2]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[0][2][:3], results[1][2][:3])
+    assert torch.equal(results[0][2][4:], results[1][2][4:])
+
+
+def test_rows_that_no_block_divides_take_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_ops, "takes_kernels", lambda scores: True)
+    assert router_kernels.block_of(2 * ROW, 2, 8) == 8
+    assert router_kernels.block_of(2 * 4095, 2, 8) == 0
+    assert router_kernels.block_of(4095, 1, 8) == 64
+
+
+def test_a_damaged_token_goes_nowhere() -> None:
+    """Its scores are not numbers; the others are not touched."""
+    logits = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    logits[3] = torch.nan
+    scoring = router_kernels.Scoring(2, False, True, 1.0)
+    valid = torch.ones(16, dtype=torch.bool)
+    expert, weight, _, record = router_kernels.route_rows(logits, torch.zeros(8), valid, 1, scoring)
+    assert (expert[3] == DROPPED).all()
+    assert (weight[3] == 0).all()
+    best, chosen = logits.softmax(1).topk(2)
+    others = torch.arange(16) != 3
+    assert torch.equal(expert[others], chosen[others])
+    torch.testing.assert_close(weight[others], (best / best.sum(1, keepdim=True))[others])
+    assert record[1] == 2
+
+
+def test_three_parts_are_the_whole() -> None:
+    x = torch.randn(33, 12, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 33)[:, None]
+    parts = router_kernels.split_in_three(x).unflatten(1, (3, 12))
+    assert torch.equal(parts.double().sum(1).float(), x)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from neomoba_dist.model.moe import ops
+from neomoba_dist.model.moe import balance, fp32_linear, ops, router_ops
 from tests.unit.test_moba_triton import HERE, run
 from tests.unit.test_moe import TOKENS, make_inputs, make_layer
 from tests.unit.test_triton_launches import Operators
@@ -29,16 +29,32 @@ def test_kernels_are_exact_in_the_interpreter() -> None:
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     output = run([str(HERE / "compiled_moe.py")], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert output.count("sort_kernel") == 3
+    assert output.count("sort_kernel") == output.count("route_kernel") == 3
+
+
+OPERATORS = {
+    f"neomoba.{operator._name}": operator
+    for operator in (
+        ops.mixture,
+        ops.mixture_backward,
+        router_ops.route_tokens,
+        router_ops._route_tokens_backward,
+        router_ops.balance_loss,
+        router_ops._balance_loss_backward,
+        fp32_linear.exact_linear,
+        fp32_linear._exact_linear_backward,
+    )
+}
 
 
 class Launches(Operators):
-    """Counts what the operator of experts launches one by one; views launch nothing."""
+    """Counts what the operators of experts launch one by one; views launch nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "neomoba.mixture." in str(func):
+        operator = OPERATORS.get(str(func).removesuffix(".default"))
+        if operator is not None:
             with self:
-                return ops.mixture._init_fn(*args)
+                return operator._init_fn(*args)
         if func.is_view:
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -73,3 +89,20 @@ def test_the_experts_take_few_launches(made: list[str]) -> None:
         weights = [w.detach() for w in layer.experts.parameters()]
         ops.mixture_backward._init_fn(x_TH, weight_TK, *weights, *saved, 0)
     assert len(made) + launches.count == 3 + 6 * 2
+
+
+def test_a_layer_takes_at_most_20_launches_forward(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Router, balance losses and record included."""
+    for module in (router_ops, balance):
+        monkeypatch.setattr(module, "takes_kernels", lambda scores: True)
+    layer, _ = make_layer(torch.bfloat16)
+    x_TH, positions = make_inputs()
+    x_TH = x_TH.detach().bfloat16().requires_grad_()
+    with Launches() as launches:
+        y_TH, aux_loss, _ = layer(x_TH, positions)
+    assert made[:2] == ["route_kernel", "finish_kernel"]
+    assert len(made) + launches.count <= 20
+    made.clear()
+    with Launches() as launches:
+        torch.autograd.grad([y_TH, aux_loss], [x_TH, *layer.parameters()], [y_TH, aux_loss])
+    assert len(made) + launches.count <= 30

@@ -5,7 +5,8 @@ Scores and choice (docs/moe.md has the formulas): softmax as in Switch (arXiv 21
 only the choice sees, and groups of experts, as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). All in float32 at
 least, whatever the model's dtype.
 
-Shape letters: S tokens of this rank, H hidden size, E experts, K experts per token.
+Shape letters: T tokens of the micro-batch, S those of this rank, L tokens of a row, H hidden size, E experts, K experts
+per token.
 """
 
 import torch
@@ -13,12 +14,13 @@ from torch import nn
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.init import Initializer, Shard
-from neomoba_dist.model.moe.balance import auxiliary_loss
-from neomoba_dist.model.moe.capacity import asked_experts, choose, choose_within_capacity
+from neomoba_dist.model.moe.balance import auxiliary_loss, sums_of_rows
 from neomoba_dist.model.moe.fp32_linear import exact_linear
+from neomoba_dist.model.moe.router_ops import route_tokens, rows_in_order
 from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.parallel.comm import sum_gradient
-from neomoba_dist.parallel.expert_rows import DROPPED
+from neomoba_dist.parallel.expert_rows import DROPPED, choice_mask, top_experts
+from neomoba_dist.parallel.mesh import Mesh
 
 RECORD = ("tokens", "dropped", "rerouted", "entropy")  # what a record holds before the demand for each expert
 
@@ -51,29 +53,52 @@ class Router(nn.Module):
         self.key[1] = step
 
     def forward(self, x_SH: torch.Tensor, tokens: Tokens) -> Routing:
-        config, exact = self.config, torch.promote_types(x_SH.dtype, torch.float32)
+        config = self.config
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.mesh.sequence_parallel else self.weight
-        x_SH = x_SH.to(exact)
         if self.training and config.router_jitter:
-            x_SH = x_SH * tokens.noise(x_SH.shape[1], config.router_jitter, self.key).to(exact)
-        logits_SE = exact_linear(x_SH, weight.to(exact))
-        scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
-        wanted_SE = limit_groups(scores_SE.detach() + self.bias, config)
-        expert_SK = first_SK = choose(wanted_SE, config.num_experts_per_tok, tokens.valid_S)
+            exact = torch.promote_types(x_SH.dtype, torch.float32)
+            x_SH = x_SH.to(exact) * tokens.noise(x_SH.shape[1], config.router_jitter, self.key).to(exact)
+        logits_SE = exact_linear(x_SH, weight)
+        has_loss = self.training and bool(config.router_aux_loss_coef or config.router_z_loss_coef)
         capacity = expert_capacity(config, tokens) if self.training else 0
+        rows = rows_in_order(logits_SE, tokens, config, self.mesh)
+        if rows and not capacity and config.topk_group == config.n_group:
+            expert_SK, weight_SK, sums, record = route_tokens(
+                logits_SE,
+                self.bias,
+                tokens.valid_S,
+                rows,
+                config.num_experts_per_tok,
+                config.router_scoring == "sigmoid",
+                config.norm_topk_prob,
+                config.routed_scaling_factor,
+            )
+            aux_loss = auxiliary_loss(sums, config, self.mesh) if has_loss else logits_SE.new_zeros(())
+            return expert_SK, weight_SK, aux_loss, record.detach()
+        scores_SE = logits_SE.softmax(-1) if config.router_scoring == "softmax" else logits_SE.sigmoid()
+        expert_SK, first_SK, weight_SK = self._choose(scores_SE, tokens, capacity)
+        prob_SE = scores_SE if config.router_scoring == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
+        aux_loss = scores_SE.new_zeros(())
+        if has_loss:
+            aux_loss = auxiliary_loss(sums_of_rows(logits_SE, prob_SE, tokens, config), config, self.mesh)
+        return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
+
+    def _choose(
+        self, scores_SE: torch.Tensor, tokens: Tokens, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Experts that take the token, those it chose before any capacity, and weights of the former; all [S, K]."""
+        config = self.config
+        scores_for_choice_SE = limit_groups(scores_SE.detach() + self.bias, config)
+        expert_SK = first_SK = top_experts(scores_for_choice_SE, config.num_experts_per_tok, tokens.valid_S)
         if capacity:
-            expert_SK = choose_within_capacity(wanted_SE, tokens, self.mesh, config, capacity)
+            expert_SK = choose_within_capacity(scores_for_choice_SE, tokens, self.mesh, config, capacity)
         # a dropped choice keeps its share of the sum, a rerouted one is replaced
         summed_SK = expert_SK if config.moe_overflow == "reroute" else first_SK
         weight_SK = torch.where(summed_SK == DROPPED, 0, scores_SE.gather(1, summed_SK.clamp(min=0)))
         if config.norm_topk_prob:
-            weight_SK = weight_SK / (weight_SK.sum(-1, keepdim=True) + torch.finfo(exact).tiny)
+            weight_SK = weight_SK / (weight_SK.sum(-1, keepdim=True) + torch.finfo(scores_SE.dtype).tiny)
         weight_SK = torch.where(expert_SK == DROPPED, 0, weight_SK * config.routed_scaling_factor)
-        prob_SE = scores_SE if config.router_scoring == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
-        aux_loss = scores_SE.new_zeros(())
-        if self.training and (config.router_aux_loss_coef or config.router_z_loss_coef):
-            aux_loss = auxiliary_loss(logits_SE, prob_SE, tokens, config, self.mesh)
-        return expert_SK, weight_SK, aux_loss, make_record(prob_SE, expert_SK, first_SK, tokens)
+        return expert_SK, first_SK, weight_SK
 
     def fill(self, tokens: Tokens) -> int:
         """Rows that this rank brings every expert to, with empty ones; 0: none are added.
@@ -86,15 +111,15 @@ class Router(nn.Module):
         return min(expert_capacity(self.config, tokens), tokens.here_of_row) * tokens.rows
 
 
-def limit_groups(wanted_SE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def limit_groups(scores_SE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """-inf for experts outside the token's `topk_group` best of `n_group` groups.
 
     A group is as good as its best expert (softmax, DeepSeek-V2, arXiv 2405.04434, section 2.1.2), or as its two best
     together (sigmoid, DeepSeek-V3).
     """
     if config.topk_group == config.n_group:
-        return wanted_SE
-    groups = wanted_SE.unflatten(1, (config.n_group, -1))
+        return scores_SE
+    groups = scores_SE.unflatten(1, (config.n_group, -1))
     best = min(2 if config.router_scoring == "sigmoid" else 1, groups.shape[2])
     chosen = groups.topk(best, dim=2).values.sum(2).topk(config.topk_group, dim=1).indices
     allowed = torch.zeros(groups.shape[:2], dtype=torch.bool, device=groups.device).scatter_(1, chosen, True)
@@ -109,6 +134,41 @@ def expert_capacity(config: ModelConfig, tokens: Tokens) -> int:
     return max(1, round(config.moe_capacity_factor * fair))
 
 
+def choose_within_capacity(
+    scores_SE: torch.Tensor, tokens: Tokens, mesh: Mesh, config: ModelConfig, capacity: int
+) -> torch.Tensor:
+    """`top_experts` where an expert takes `capacity` tokens of a row; what is beyond is DROPPED or, rerouted, goes on.
+
+    Earlier tokens come first, so that a causal model's choice depends on no later token. Ranks that share a row agree
+    by looking at the scores of all its tokens [T, E].
+
+    With `moe_overflow` "reroute" the result is that of serving the tokens of a row one after the other, each with its
+    best experts that still have room: tokens ask all at once, experts refuse all but the earliest, and who was refused
+    asks the next expert, until nobody is refused (stable matching with one common priority has one solution).
+    """
+    scores_TE = tokens.gather(scores_SE, mesh)
+    valid_T = tokens.gather(tokens.valid_S, mesh)
+    while True:
+        expert_TK = top_experts(scores_TE, config.num_experts_per_tok, valid_T)
+        refused_TE = _beyond(expert_TK, scores_TE.shape[1], tokens, capacity)
+        if config.moe_overflow != "reroute":
+            refused_TK = refused_TE.gather(1, expert_TK.clamp(min=0))
+            expert_TK = torch.where(refused_TK, DROPPED, expert_TK)
+            break
+        if not refused_TE.any():
+            break
+        scores_TE = scores_TE.masked_fill(refused_TE, -torch.inf)
+    # beyond the last row lies what pads the micro-batch over cp
+    return torch.where(tokens.valid_S[:, None], expert_TK[tokens.number_S.clamp(max=len(expert_TK) - 1)], DROPPED)
+
+
+def _beyond(expert_TK: torch.Tensor, num_experts: int, tokens: Tokens, capacity: int) -> torch.Tensor:
+    """bool [T, E]: the token chooses the expert, but `capacity` earlier tokens of its row do too."""
+    chosen_TE = choice_mask(expert_TK, num_experts)
+    queue = chosen_TE.unflatten(0, (tokens.rows, tokens.length)).cumsum(1).flatten(0, 1)
+    return (chosen_TE > 0) & (queue > capacity)
+
+
 def make_record(prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """What is reported of a layer's routing, as sums over this rank's tokens: float64 [4 + E].
 
@@ -116,12 +176,12 @@ def make_record(prob_SE: torch.Tensor, expert_SK: torch.Tensor, first_SK: torch.
     a capacity drops or reroutes any: where it does, what is served would look balanced when the router is not.
     """
     with torch.no_grad():
-        asked_SE, served_SE = (asked_experts(chosen, prob_SE.shape[1]) for chosen in (first_SK, expert_SK))
+        demand_SE, served_SE = (choice_mask(chosen, prob_SE.shape[1]) for chosen in (first_SK, expert_SK))
         num_tokens, served = tokens.valid_S.sum(), served_SE.sum()
         entropy = (torch.special.entr(prob_SE).sum(1) * tokens.valid_S).sum()
-        rerouted = served - (asked_SE * served_SE).sum()
+        rerouted = served - (demand_SE * served_SE).sum()
         sums = torch.stack((num_tokens, num_tokens * expert_SK.shape[1] - served, rerouted, entropy))
-        return torch.cat((sums, asked_SE.sum(0))).to(torch.float64)
+        return torch.cat((sums, demand_SE.sum(0))).to(torch.float64)
 
 
 def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rate: float) -> None:
