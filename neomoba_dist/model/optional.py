@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
     "triton": ("triton.language", "the torch implementation of MoBA"),
     "apex_norm": ("fused_layer_norm_cuda", "torch's RMSNorm"),  # the registry's "apex" is another project
+    "quack": ("quack.gemm_interface", "torch's grouped products"),
     "flash_attn": ("flash_attn.flash_attn_interface", "torch's own attention"),
 }
 

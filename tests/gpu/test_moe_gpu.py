@@ -18,7 +18,10 @@ from neomoba_dist.model.moe import ops
 from neomoba_dist.model.moe.experts import Experts
 from neomoba_dist.model.moe.fp32_linear import exact_linear
 from neomoba_dist.model.moe.layer import MoE
+from neomoba_dist.model.moe.router_ops import rows_in_order
 from neomoba_dist.model.moe.swiglu import SwiGLUByExpert, has_grouped_mm, swiglu_by_expert
+from neomoba_dist.model.moe.tokens import Tokens
+from neomoba_dist.model.optional import is_available
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_model
 
@@ -99,17 +102,21 @@ def test_a_mixture_equals_float64(
     weight = torch.rand(tokens, choices, generator=generator)
     x, grad = torch.randn(2, tokens, hidden, generator=generator).bfloat16()
     results = {}
-    for name in ("float64", "loop", "chosen"):
+    names = ["float64", "loop", "chosen"] + ["quack"] * is_available("quack")
+    for name in names:
         device, dtype = ("cpu", torch.float64) if name == "float64" else ("cuda", torch.bfloat16)
         experts = make_experts(intermediate, torch.bfloat16, hidden).to(device, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         leaves = [x.to(device, dtype).requires_grad_(), weight.to(device, exact).requires_grad_()]
         if name == "loop":
             monkeypatch.setattr(ops, "has_grouped_mm", lambda *tensors: False)
-        elif name == "chosen":
+        elif name != "float64":
             monkeypatch.undo()
-        hopper = name == "chosen" and torch.cuda.get_device_capability()[0] == 9
+            monkeypatch.setattr(ops, "PREFERRED", "quack" if name == "quack" else "torch")
+        hopper = name in ("chosen", "quack") and torch.cuda.get_device_capability()[0] == 9
         chosen, gradient = expert_SK.to(device), grad.to(device, dtype)
+        if name == "quack":
+            experts(leaves[0], chosen, leaves[1]).backward(gradient)  # builds its kernels
         torch.cuda.set_sync_debug_mode("error" if hopper else "default")
         try:
             y = experts(leaves[0], chosen, leaves[1])
@@ -117,10 +124,11 @@ def test_a_mixture_equals_float64(
             results[name] = [y, *torch.autograd.grad(y, leaves, gradient)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for got, loop, want in zip(results["chosen"], results["loop"], results["float64"], strict=True):
-        assert relative_error(got, want) < max(1.2 * relative_error(loop, want), 1e-3)
-    for got in results["chosen"][3:]:
-        assert got[7].abs().max() == 0
+    for name in names[2:]:
+        for got, loop, want in zip(results[name], results["loop"], results["float64"], strict=True):
+            assert relative_error(got, want) < max(1.2 * relative_error(loop, want), 1e-3)
+        for got in results[name][3:]:
+            assert got[7].abs().max() == 0
 
 
 @pytest.mark.parametrize("mode", ["graph", "compiled"])
@@ -171,6 +179,56 @@ def test_router_products_are_float32() -> None:
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) < 2e-6
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_router_products_of_bfloat16_are_as_exact() -> None:
+    """By matrix units: sums in float32, the gradient in three parts. What is left is one rounding at the end."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((4096, 512), (32, 512)))
+    grad = torch.randn(4096, 32, generator=generator)
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, weight)]
+        out = exact_linear(*leaves)
+        assert out.dtype == torch.promote_types(dtype, torch.float32)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(device, out.dtype))])
+    assert relative_error(results[0][0], results[1][0]) < 2e-6
+    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative_error(got, want.bfloat16().double()) < 1e-4  # a value near the middle may round to either side
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"router_scoring": "sigmoid", "router_bias_update_rate": 0.1, "routed_scaling_factor": 2.5},
+        {"num_experts_per_tok": 1, "norm_topk_prob": False, "router_aux_loss_scope": "global"},
+        {"num_experts": 40, "num_experts_per_tok": 6},
+    ],
+    ids=["mixtral", "deepseek", "switch", "many"],
+)
+def test_the_routers_kernels_equal_float64(changes: dict[str, object]) -> None:
+    """Weights, loss, counts and the gradient of the router, in float32."""
+    losses = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.1}
+    settings = {"num_experts": 8, "moe_intermediate_size": 16, "hidden_size": 64}
+    config: ModelConfig = tiny_model(**{**settings, **losses, **changes})
+    drawn = torch.randn(512, 64, generator=torch.Generator().manual_seed(7))
+    probe = torch.randn(512, config.num_experts_per_tok, generator=torch.Generator().manual_seed(8))
+    positions = torch.arange(256).repeat(2)
+    positions[-9:] = -1
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        layer = MoE("m", 0, config, Initializer(Mesh.single(device), 3, 0.5, dtype), row_length=256).to(device)
+        layer.router.bias += torch.linspace(-0.3, 0.3, config.num_experts, device=device)
+        x = drawn.to(device, dtype).requires_grad_()
+        tokens = Tokens.of(positions.to(device), 512, 256, layer.mesh, config)
+        assert (rows_in_order(x @ layer.router.weight.t(), tokens, config, layer.mesh) > 0) == (device == "cuda")
+        expert, weight, aux_loss, record = layer.router(x, tokens)
+        loss = (weight * probe.to(device, dtype)).sum() + aux_loss
+        results.append([expert, record, weight, aux_loss, *torch.autograd.grad(loss, (x, layer.router.weight))])
+    assert torch.equal(results[0][0].cpu(), results[1][0])
+    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative_error(got, want.double()) < 1e-5
 
 
 @pytest.mark.usefixtures("tf32")

@@ -47,7 +47,7 @@ def compile_experts() -> None:
     for hidden, choices in ((512, 2), (768, 4)):
         shape = {"HIDDEN": hidden, "CHOICES": choices, "BM": 8, "BH": 256}
         compile_kernel(kernels.spread_kernel, types=half, **shape)
-        compile_kernel(kernels.sum_kernel, types=half, **shape)
+        compile_kernel(kernels.sum_kernel, types=half, **shape, weight=None)
         compile_kernel(kernels.sum_kernel, types=half, **shape, more=None)
     for width, features in ((1024, 512), (1192, 512), (48, 64)):
         shape = {"EXPERTS": 8, "WIDTH": width, "BM": 4}

@@ -20,6 +20,7 @@ DOORS = {
     "webdataset": ("neomoba_dist/data/", "data_tools/"),
     "triton": ("neomoba_dist/model/attention/kernels/", "neomoba_dist/model/moe/"),
     "flash_attn": ("neomoba_dist/model/attention/kernels/",),
+    "quack": ("neomoba_dist/model/moe/",),
     "apex": ("neomoba_dist/model/optional.py",),
     "torch.distributed": ("neomoba_dist/parallel/",),
 }

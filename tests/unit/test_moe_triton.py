@@ -87,7 +87,7 @@ def test_the_experts_take_few_launches(made: list[str]) -> None:
     made.clear()
     with Launches() as launches:
         weights = [w.detach() for w in layer.experts.parameters()]
-        ops.mixture_backward._init_fn(x_TH, weight_TK, *weights, *saved, 0)
+        ops.mixture_backward._init_fn(x_TH, x_TH, weight_TK, *weights, *saved, 0)
     assert len(made) + launches.count == 3 + 6 * 2
 
 

@@ -28,12 +28,17 @@ BT = 128
 class SortedPairs(NamedTuple):
     """pair_P: int32, the (token * K + choice) of each row. slot_SK: int32, the row of each choice, -1 for none.
 
-    ends_E: int32, one beyond the last row of each expert.
+    borders: int32 [E + 1], the first row of each expert, and one beyond the last row of all.
     """
 
     pair_P: Tensor
     slot_SK: Tensor
-    ends_E: Tensor
+    borders: Tensor
+
+    @property
+    def ends_E(self) -> Tensor:
+        """One beyond the last row of each expert, as grouped products take it."""
+        return self.borders[1:]
 
 
 @kernel
@@ -52,7 +57,7 @@ def count_kernel(
 
 @kernel
 def sort_kernel(
-    expert, counts, pair_of_row, slot, ends, pairs, section, sections, EXPERTS: tl.constexpr, EP: tl.constexpr,
+    expert, counts, pair_of_row, slot, borders, pairs, section, sections, EXPERTS: tl.constexpr, EP: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Give every pair of a section its row: those of earlier experts, of earlier sections, of the section before it."""
@@ -67,7 +72,7 @@ def sort_kernel(
         earlier += tl.sum(tl.where((other < part)[:, None], count, 0), 0)
     end = tl.cumsum(whole, 0)
     if part == 0:
-        tl.store(ends + bins, end, mask=bins < EXPERTS)
+        tl.store(borders + bins, end - whole, mask=bins <= EXPERTS)
     base = end - whole + earlier
     place = tl.arange(0, BT)
     for start in range(part * section, (part + 1) * section, BT):
@@ -97,9 +102,10 @@ def spread_kernel(
 
 @kernel
 def sum_kernel(
-    rows, more, slot, out, tokens, HIDDEN: tl.constexpr, CHOICES: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
+    rows, more, weight, slot, out, tokens, HIDDEN: tl.constexpr, CHOICES: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over choices k of rows[slot[t, k]] (+ more[slot[t, k]]), in float32 and in the order of choices."""
+    """out[t] = sum over choices k of (weight[t, k] *) rows[slot[t, k]] (+ more[slot[t, k]]), in float32, in order."""
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     inside = (t < tokens)[:, None] & (h < HIDDEN)[None, :]
@@ -107,7 +113,10 @@ def sum_kernel(
     for k in tl.static_range(CHOICES):
         row = tl.load(slot + t * CHOICES + k, mask=t < tokens, other=-1)
         place, there = row.to(tl.int64)[:, None] * HIDDEN + h[None, :], inside & (row >= 0)[:, None]
-        total += tl.load(rows + place, mask=there, other=0).to(tl.float32)
+        value = tl.load(rows + place, mask=there, other=0).to(tl.float32)
+        if weight is not None:
+            value *= tl.load(weight + t * CHOICES + k, mask=t < tokens, other=0).to(tl.float32)[:, None]
+        total += value
         if more is not None:
             total += tl.load(more + place, mask=there, other=0).to(tl.float32)
     tl.store(out + t.to(tl.int64)[:, None] * HIDDEN + h[None, :], total.to(out.dtype.element_ty), mask=inside)
@@ -115,12 +124,12 @@ def sum_kernel(
 
 @kernel
 def swiglu_kernel(
-    gate, up, weight, pair_of_row, ends, out, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    gate, up, weight, pair_of_row, borders, out, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
     BI: tl.constexpr,
 ):  # fmt: skip
     """out = weight of the choice * silu(gate) * up, rounded once."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    there = row < tl.load(ends + EXPERTS - 1)
+    there = row < tl.load(borders + EXPERTS)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     inside = there[:, None] & (i < WIDTH)[None, :]
     place = row.to(tl.int64)[:, None] * WIDTH + i[None, :]
@@ -132,12 +141,12 @@ def swiglu_kernel(
 
 @kernel
 def swiglu_backward_kernel(
-    gate, up, weight, pair_of_row, ends, grad, grad_gate, grad_up, grad_weight, pairs, EXPERTS: tl.constexpr,
+    gate, up, weight, pair_of_row, borders, grad, grad_gate, grad_up, grad_weight, pairs, EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate, up and the choices' weights. `grad`, of the product, is replaced by the product itself."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    there = row < tl.load(ends + EXPERTS - 1)
+    there = row < tl.load(borders + EXPERTS)
     pair = tl.load(pair_of_row + row, mask=row < pairs, other=0)
     w = tl.load(weight + pair, mask=there, other=0).to(tl.float32)[:, None]
     total = tl.zeros([BM], tl.float32)
@@ -170,14 +179,14 @@ def sort_pairs(expert_SK: Tensor, num_experts: int) -> SortedPairs:
     counts = torch.empty(sections, bins, dtype=torch.int32, device=device)
     pair_P = torch.empty(pairs, dtype=torch.int32, device=device)
     slot_SK = torch.empty(expert_SK.shape, dtype=torch.int32, device=device)
-    ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+    borders = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     expert_SK = expert_SK.contiguous()
     count_kernel[(sections,)](expert_SK, counts, pairs, section, EXPERTS=num_experts, EP=bins, BT=BT)
     sort_kernel[(sections,)](
-        expert_SK, counts, pair_P, slot_SK, ends_E, pairs, section, sections, EXPERTS=num_experts, EP=bins, BT=BT,
+        expert_SK, counts, pair_P, slot_SK, borders, pairs, section, sections, EXPERTS=num_experts, EP=bins, BT=BT,
         BS=max(1, 4096 // bins),
     )  # fmt: skip
-    return SortedPairs(pair_P, slot_SK, ends_E)
+    return SortedPairs(pair_P, slot_SK, borders)
 
 
 def spread_rows(x_SH: Tensor, pairs: SortedPairs) -> Tensor:
@@ -189,12 +198,14 @@ def spread_rows(x_SH: Tensor, pairs: SortedPairs) -> Tensor:
     return rows_PH
 
 
-def sum_rows(rows_PH: Tensor, pairs: SortedPairs, more_PH: Tensor | None = None) -> Tensor:
-    """Rows [P, H] (and more of them) -> [S, H]: each token's sum over its choices."""
+def sum_rows(
+    rows_PH: Tensor, pairs: SortedPairs, more_PH: Tensor | None = None, weight_SK: Tensor | None = None
+) -> Tensor:
+    """Rows [P, H] (and more of them) -> [S, H]: each token's sum over its choices, weighted or not."""
     (tokens, choices), hidden = pairs.slot_SK.shape, rows_PH.shape[1]
     out_SH = rows_PH.new_empty(tokens, hidden)
     grid, tile = _token_grid(tokens, hidden)
-    sum_kernel[grid](rows_PH, more_PH, pairs.slot_SK, out_SH, tokens, HIDDEN=hidden, CHOICES=choices, **tile)
+    sum_kernel[grid](rows_PH, more_PH, weight_SK, pairs.slot_SK, out_SH, tokens, HIDDEN=hidden, CHOICES=choices, **tile)
     return out_SH
 
 
@@ -208,7 +219,8 @@ def weighted_swiglu(gate_PI: Tensor, up_PI: Tensor, weight_SK: Tensor, pairs: So
     (rows, width), out_PI = gate_PI.shape, torch.empty_like(gate_PI)
     tile = {"BM": 4, "BI": min(512, triton.next_power_of_2(width))}
     swiglu_kernel[(triton.cdiv(rows, tile["BM"]), triton.cdiv(width, tile["BI"]))](
-        gate_PI, up_PI, weight_SK, pairs.pair_P, pairs.ends_E, out_PI, EXPERTS=len(pairs.ends_E), WIDTH=width, **tile
+        gate_PI, up_PI, weight_SK, pairs.pair_P, pairs.borders, out_PI, EXPERTS=len(pairs.borders) - 1, WIDTH=width,
+        **tile,
     )  # fmt: skip
     return out_PI
 
@@ -221,7 +233,7 @@ def weighted_swiglu_backward(
     grad_gate, grad_up, grad_weight = (torch.empty_like(t) for t in (gate_PI, up_PI, weight_SK))
     tile = {"BM": 4, "BI": min(256, triton.next_power_of_2(width))}
     swiglu_backward_kernel[(triton.cdiv(rows, tile["BM"]),)](
-        gate_PI, up_PI, weight_SK, pairs.pair_P, pairs.ends_E, grad_PI, grad_gate, grad_up, grad_weight, rows,
-        EXPERTS=len(pairs.ends_E), WIDTH=width, **tile,
+        gate_PI, up_PI, weight_SK, pairs.pair_P, pairs.borders, grad_PI, grad_gate, grad_up, grad_weight, rows,
+        EXPERTS=len(pairs.borders) - 1, WIDTH=width, **tile,
     )  # fmt: skip
     return grad_gate, grad_up, grad_weight, grad_PI
