@@ -56,13 +56,13 @@ def compile_experts() -> None:
 
 
 def compile_routers() -> None:
-    """The same numbers of experts, both kinds of scores."""
+    """One to eight choices, both kinds of scores."""
     single = {"out": "*fp32", "grad": "*fp32", "rows": "i32"}
-    for num_experts, choices, sigmoid in ((8, 2, False), (32, 4, False), (256, 8, True)):
+    for num_experts, choices, sigmoid in ((8, 1, False), (8, 2, False), (32, 4, False), (60, 6, True), (256, 8, True)):
         padded, block = router_kernels.experts_padded(num_experts), router_kernels.block_of(4096, 1, num_experts)
         sizes = {"EXPERTS": num_experts, "EP": padded}
         shape = {**sizes, "CHOICES": choices, "SIGMOID": sigmoid, "NORM": True, "SCALE": 2.5, "BM": block}
-        compile_kernel(router_kernels.route_kernel, **shape, KP=choices)
+        compile_kernel(router_kernels.route_kernel, **shape, KP=triton.next_power_of_2(choices))
         compile_kernel(router_kernels.finish_kernel, **sizes, CHOICES=choices, BB=max(1, min(64, 2048 // padded)))
         compile_kernel(router_kernels.route_backward_kernel, types=single, **shape)
         compile_kernel(router_kernels.route_backward_kernel, types=single, **shape, grad_sums=None)

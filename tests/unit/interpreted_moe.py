@@ -156,3 +156,38 @@ def test_three_parts_are_the_whole() -> None:
     x = torch.randn(33, 12, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 33)[:, None]
     parts = router_kernels.split_in_three(x).unflatten(1, (3, 12))
     assert torch.equal(parts.double().sum(1).float(), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_any_number_of_tokens_in_one_row(tokens: int) -> None:
+    """As decoding has them: the last block of tokens is not full."""
+    logits = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(tokens, dtype=torch.bool)
+    expert, weight, sums, record = router_ops.route_tokens(logits, torch.zeros(5), valid, 1, 2, False, False, 1.0)
+    best, chosen = logits.softmax(1).topk(2)
+    assert torch.equal(expert, chosen)
+    torch.testing.assert_close(weight, best)
+    torch.testing.assert_close(sums[0, :5], logits.softmax(1).sum(0))
+    assert record[0] == sums[0, -1] == tokens
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_operators_are_what_they_tell_the_compiler(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, strides and dtypes of all results; no result is an argument."""
+    monkeypatch.setattr(ops, "has_grouped_mm", lambda *tensors: fused)
+    generator = torch.Generator().manual_seed(0)
+    expert_SK = draw_choices(45, 2, 5, 0.2)
+    shapes = [(45, 16), (45, 2), (6, 24, 16), (6, 24, 16), (6, 16, 24)]
+    x, weight, *experts = (torch.randn(s, generator=generator).requires_grad_() for s in shapes)
+    check(ops.mixture, x, expert_SK, weight, *experts, 0)
+    saved = ops.mixture(x, expert_SK, weight, *experts, 0)[1:]
+    check(ops.mixture_backward, *(t.detach() for t in (x, x, weight, *experts, *saved)), 0)
+    logits, valid = torch.randn(48, 8, generator=generator), torch.ones(48, dtype=torch.bool)
+    check(router_ops.route_tokens, logits.requires_grad_(), torch.zeros(8), valid, 2, 2, True, True, 1.0)
+    sums = router_ops.route_tokens(logits, torch.zeros(8), valid, 2, 2, True, True, 1.0)[2]
+    check(router_ops.balance_loss, sums.detach().requires_grad_(), 0.1, 0.2)
+
+
+def check(operator: Any, *args: Any) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator._opoverload, args, test_utils=tests[: 3 if args[0].requires_grad else 1] + tests[2:])

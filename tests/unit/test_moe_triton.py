@@ -29,7 +29,8 @@ def test_kernels_are_exact_in_the_interpreter() -> None:
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     output = run([str(HERE / "compiled_moe.py")], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert output.count("sort_kernel") == output.count("route_kernel") == 3
+    assert output.count("sort_kernel") == 3
+    assert output.count("route_kernel") == 5
 
 
 OPERATORS = {
