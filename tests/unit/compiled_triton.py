@@ -31,8 +31,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = ("spans_pointer", "offset_pointer")
-FLOAT32 = ("acc_pointer", "lse_pointer", "delta_pointer", "grad_lse_pointer")
-TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means")
+FLOAT32 = ("lse_pointer", "part_lse_pointer", "delta_pointer", "grad_lse_pointer")
+TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means", "part")
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -108,7 +108,7 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_layout.document_kernel, "bf16", **given, BT=1024)
     for spans in ({}, {"spans_pointer": None}):
         compile_kernel(triton_layout.own_places_kernel, "bf16", **spans, BM=128, BT=128)
-    compile_kernel(triton_index.list_kernel, "bf16", warps=8, BM=128, BN=64, SECTIONS=64)
+    compile_kernel(triton_index.list_kernel, "bf16", warps=8, BM=128, BN=64, PARTS=64)
     compile_kernel(triton_index.count_kernel, "bf16", warps=8, BT=512)
     compile_kernel(triton_index.scatter_kernel, "bf16", warps=8, BT=512, BC=32)
 

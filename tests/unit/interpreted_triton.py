@@ -152,19 +152,30 @@ def test_pooling_keeps_what_is_not_a_number() -> None:
         assert got.isnan().any()
 
 
-def test_index_holds_each_choice_once_in_order() -> None:
-    routes = torch.randint(-1, 6, (150, 2, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    index = build_index(routes, 6, list_tile=16, query_tile=16, most_sections=4)
-    for column, head in itertools.product(range(3), range(2)):
+def test_index_holds_each_choice_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    routes = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(1300 * 2)]).view(1300, 2, 4).int()
+    routes[torch.rand(routes.shape, generator=generator) < 0.3] = -1
+    blocks = torch.tensor([(100 * n, 60 + n, 0, 0, 0) for n in range(6)], dtype=torch.int32)
+    index = build_index(routes, blocks, list_tile=16, query_tile=16)
+    for head in range(2):
         tiles = []
         for block in range(6):
-            start, stop = index.first[column, head, block : block + 2].tolist()
-            want = (routes[:, head, column + 1] == block).nonzero()[:, 0]
-            assert torch.equal(index.rows[column, head, start:stop].long(), want)
-            assert index.first_tile[column, head, block] == len(tiles)
-            tiles += [block] * -(-want.numel() // 16)
-        assert index.tile_block[column, head, : len(tiles)].tolist() == tiles
-        assert (index.tile_block[column, head, len(tiles) :] == 6).all()
+            start, stop = index.first[head, block : block + 2].tolist()
+            want = (routes[:, head, 1:] == block).any(1).nonzero()[:, 0]
+            assert torch.equal(index.queries[head, start:stop].long().sort().values, want)
+            keys = (100 * block, 101 * block + 60)
+            tiles += [[*keys, place, min(place + 16, stop)] for place in range(start, stop, 16)]
+        assert index.tiles[head, : len(tiles)].tolist() == tiles
+        assert (index.tiles[head, len(tiles) :] == 0).all()
+        for column in range(3):
+            slots, chosen = index.slots[:, head, column], routes[:, head, column + 1]
+            assert torch.equal(slots < 0, chosen < 0)
+            there = slots >= 0
+            assert torch.equal(index.queries[head, slots[there].long()].long(), there.nonzero()[:, 0])
+            first = index.first[head, chosen[there].long()]
+            assert (slots[there] >= first).all()
+            assert (slots[there] < index.first[head, chosen[there].long() + 1]).all()
 
 
 def test_tiles_do_not_matter_and_bits_repeat() -> None:

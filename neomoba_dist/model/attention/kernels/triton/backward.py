@@ -2,10 +2,10 @@
 """Triton backward pass of MoBA from the final output and logsumexp: deterministic, without atomics.
 
 dk and dv: one program per part of a block and KV head walks the lists of queries that chose the block, then the
-queries whose own block it is. dq: routed blocks column by column into float32 sums, then the own blocks, as in the
+queries whose current block it is. dq: parts list by list, then the current blocks with the sum of the parts, as in the
 forward pass.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the routing, N blocks, BM queries, BN keys per tile.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the selection, N blocks, BM queries, BN keys per tile.
 """
 
 from __future__ import annotations
@@ -55,33 +55,39 @@ def delta_kernel(
 
 @triton.jit
 def load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head):
-    """(lse in powers of two, delta) of some rows; invalid rows get lse +inf, which makes their weights 0."""
+    """(lse in powers of two, delta) of some rows; those not valid get lse +inf, which makes their weights 0."""
     cell = rows.to(tl.int64) * heads + head
-    lse = tl.load(lse_pointer + cell, mask=valid, other=float("inf")) * LOG2E
-    return lse, tl.load(delta_pointer + cell, mask=valid, other=0.0)
+    if valid is None:
+        lse, delta = tl.load(lse_pointer + cell), tl.load(delta_pointer + cell)
+    else:
+        lse = tl.load(lse_pointer + cell, mask=valid, other=float("inf"))
+        delta = tl.load(delta_pointer + cell, mask=valid, other=0.0)
+    return lse * LOG2E, delta
 
 
 @triton.jit
 def add_key_gradients(
-    dk, dv, k, v, n, row_last, rows, valid, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
+    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
     q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of some query rows to dk and dv [BN, BD]; a row sees the keys n before its row_last."""
+    """Add the share of some queries to dk and dv [BN, BD]. valid: which exist, visible: what they see; None: all."""
     q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
     grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
     lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-    weights = tl.where(n[:, None] < row_last[None, :], tl.exp2(logits - lse[None, :]), 0.0)
-    dv += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
+    weights = tl.exp2(logits - lse[None, :])
+    if visible is not None:
+        weights = tl.where(visible, weights, 0.0)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     slope = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
-    dk += tl.dot(slope.to(q.dtype), q, input_precision=PRECISION)
+    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @kernel
 def key_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, routes_pointer,
-    rows_pointer, first_pointer, blocks_pointer, tokens, heads, kv_heads, heads_per_row, columns, num_blocks,
+    queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row, columns, num_blocks, places,
     parts, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -100,85 +106,105 @@ def key_gradient_kernel(
         k = load_rows(k_pointer, n, inside, kv_head, k_stride_t, k_stride_h, DIM, BD)
         v = load_rows(v_pointer, n, inside, kv_head, v_stride_t, v_stride_h, DIM, BD)
         dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
-        everything = tl.full([BM], 2147483647, tl.int32)
+        own_masked = own_begin  # queries from here on see all of this part
         if CAUSAL:  # queries before the first key of this part see none of it
             own_begin += tl.maximum(part * BN - own_place, 0)
+            own_masked = tl.minimum(own_begin + tl.cdiv(BN, BM) * BM, own_end)
         for member in range(group):
             head = kv_head * group + member
-            for column in range(columns - 1):
-                list_row = column * list_rows + head // heads_per_row
-                cell = first_pointer + list_row * (num_blocks + 1) + block
-                list_end = tl.load(cell + 1)
-                for place in range(tl.load(cell), list_end, BM):
-                    at = place + tl.arange(0, BM)
-                    valid = at < list_end
-                    rows = tl.load(rows_pointer + tl.cast(list_row, tl.int64) * tokens + at, mask=valid, other=0)
+            list_row = head // heads_per_row
+            cell = first_pointer + list_row * (num_blocks + 1) + block
+            begin, end = 0, 0
+            if columns > 1:
+                begin, end = tl.load(cell), tl.load(cell + 1)
+            entries = queries_pointer + list_row.to(tl.int64) * places
+            whole = begin + (end - begin) // BM * BM
+            for place in range(begin, whole, BM):
+                rows = tl.load(entries + place + tl.arange(0, BM))
+                dk, dv = add_key_gradients(
+                    dk, dv, k, v, rows, None, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
+                )  # fmt: skip
+            for place in range(whole, end, BM):
+                valid = place + tl.arange(0, BM) < end
+                rows = tl.load(entries + place + tl.arange(0, BM), mask=valid, other=0)
+                dk, dv = add_key_gradients(
+                    dk, dv, k, v, rows, valid, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
+                )  # fmt: skip
+            if CAUSAL:
+                for place in range(own_begin, own_masked, BM):
+                    rows = place + tl.arange(0, BM)
+                    valid = own_queries(routes_pointer, rows, own_end, list_rows, list_row, columns)
+                    visible = n[:, None] <= (rows + shift)[None, :]
                     dk, dv = add_key_gradients(
-                        dk, dv, k, v, n, everything, rows, valid, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                        dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
                         heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
                     )  # fmt: skip
-            for place in range(own_begin, own_end, BM):
+            for place in range(own_masked, own_end, BM):
                 rows = place + tl.arange(0, BM)
-                route = routes_pointer + (rows.to(tl.int64) * list_rows + head // heads_per_row) * columns
-                valid = (rows < own_end) & (tl.load(route, mask=rows < own_end, other=-1) >= 0)
-                row_last = everything
-                if CAUSAL:
-                    row_last = tl.where(valid, rows + shift + 1, 0)
+                valid = own_queries(routes_pointer, rows, own_end, list_rows, list_row, columns)
                 dk, dv = add_key_gradients(
-                    dk, dv, k, v, n, row_last, rows, valid, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    dk, dv, k, v, rows, valid, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
                     heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
                 )  # fmt: skip
         store_rows(dk_pointer, dk * scale, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
         store_rows(dv_pointer, dv, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
 
 
+@triton.jit
+def own_queries(routes_pointer, rows, end, list_rows, list_row, columns):
+    """Which of the queries stand before `end` and chose their current block."""
+    route = routes_pointer + (rows.to(tl.int64) * list_rows + list_row) * columns
+    return (rows < end) & (tl.load(route, mask=rows < end, other=-1) >= 0)
+
+
 @kernel
 def routed_query_gradient_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, rows_pointer, first_pointer,
-    tile_block_pointer, first_tile_pointer, blocks_pointer, column, tokens, heads, group, heads_per_row,
-    num_blocks, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t,
-    grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, tiles_pointer,
+    queries_pointer, heads, group, heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t,
+    k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one column's share of dq, without the factor 1/sqrt(DIM), to acc float32 [T, Hq, DIM]."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    list_row = column * (heads // heads_per_row) + head // heads_per_row
-    block, rows, valid = list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointer, list_row, tile,
-                                   tokens, num_blocks, num_tiles, BM)  # fmt: skip
-    if block < num_blocks:
-        start = tl.load(blocks_pointer + block * 5)
-        stop = start + tl.load(blocks_pointer + block * 5 + 1)
-        q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-        grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
-        lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
-        first, last = tl.zeros([BM], tl.int32) + start, tl.zeros([BM], tl.int32) + stop
-        dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, stop, first, last,
+    """Parts of dq [Hq, places, DIM], without the factor 1/sqrt(DIM), of the chosen blocks."""
+    head = tl.program_id(1)
+    count, start, stop, place, rows, valid = list_tile(tiles_pointer, queries_pointer, head // heads_per_row, places,
+                                                       num_tiles, BM)  # fmt: skip
+    if count > 0:
+        # rows that do not exist compute something of query 0, which is not stored
+        q = load_rows(q_pointer, rows, None, head, q_stride_t, q_stride_h, DIM, BD)
+        grad = load_rows(grad_pointer, rows, None, head, grad_stride_t, grad_stride_h, DIM, BD)
+        lse, delta = load_statistics(lse_pointer, delta_pointer, rows, None, heads, head)
+        dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, stop, stop, None,
                             scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
                             PRECISION)  # fmt: skip
-        dq += load_rows(acc_pointer, rows, valid, head, heads * DIM, DIM, DIM, BD)
-        store_rows(acc_pointer, dq, rows, valid, head, heads * DIM, DIM, DIM, BD)
+        store_rows(part_pointer, dq, tl.cast(head, tl.int64) * places + place, valid, 0, DIM, 0, DIM, BD)
 
 
 @kernel
 def own_query_gradient_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, acc_pointer, dq_pointer, routes_pointer,
-    tiles_pointer, heads, group, heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, slots_pointer, dq_pointer,
+    routes_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr,
+    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, Hq, DIM]: the own blocks' share and the routed sums."""
+    """dq [T, Hq, DIM]: the current blocks' share and the sum of the parts."""
     head = tl.program_id(1)
-    rows, valid, start, last = own_tile(tiles_pointer, routes_pointer, heads // heads_per_row, head // heads_per_row,
-                                        columns, CAUSAL, BM)  # fmt: skip
+    list_rows, list_head = heads // heads_per_row, head // heads_per_row
+    rows, valid, start, seen_by_all, last = own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns,
+                                                     CAUSAL, BM)  # fmt: skip
     if tl.max(valid.to(tl.int32), 0) > 0:
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
         grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
         lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
-        first = tl.zeros([BM], tl.int32) + start
-        dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, tl.max(last, 0), first,
-                            last, scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
-                            PRECISION)  # fmt: skip
-        if columns > 1:
-            dq += load_rows(acc_pointer, rows, valid, head, heads * DIM, DIM, DIM, BD)
+        dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, seen_by_all,
+                            tl.max(last, 0), last, scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM,
+                            BM, BN, BD, PRECISION)  # fmt: skip
+        for column in range(columns - 1):
+            slot = slots_pointer + (rows.to(tl.int64) * list_rows + list_head) * (columns - 1) + column
+            place = tl.load(slot, mask=valid, other=-1)
+            at = tl.cast(head, tl.int64) * places + place
+            dq += load_rows(part_pointer, at, place >= 0, 0, DIM, 0, DIM, BD).to(tl.float32)
         store_rows(dq_pointer, dq * scale, rows, valid, head, heads * DIM, DIM, DIM, BD)
 
 
@@ -218,23 +244,23 @@ def attend_triton_backward(
         out, grad_out, grad_lse if grad_lse is None else grad_lse.contiguous(), delta, tokens, heads, *grad_strides,
         grad_lse is not None, dim, tiles.rows, padded(dim),
     )  # fmt: skip
-    index = build_index(routes, layout.num_blocks, tiles.rows)
     own = find_own_places(layout, tiles.rows)
+    index = build_index(routes, own.blocks, tiles.rows)
+    places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
     parts = triton.cdiv(layout.block_size, key_tiles.keys)
     key_gradient_kernel[(layout.num_blocks * parts, kv_heads)](
-        q, k, v, grad_out, lse, delta, dk, dv, routes, index.rows, index.first, own.blocks, tokens, heads, kv_heads,
-        heads_per_row, columns, layout.num_blocks, parts, scale, *strides, dim,
+        q, k, v, grad_out, lse, delta, dk, dv, routes, index.queries, index.first, own.blocks, heads, kv_heads,
+        heads_per_row, columns, layout.num_blocks, places, parts, scale, *strides, dim,
         key_tiles.rows, key_tiles.keys, *shape[3:], causal, num_warps=key_tiles.warps, num_stages=key_tiles.stages,
     )  # fmt: skip
-    acc = torch.zeros(q.shape if columns > 1 else (0,), dtype=torch.float32, device=q.device)
-    num_tiles = index.tile_block.shape[2]
-    for column in range(columns - 1):
+    dq_parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
+    if columns > 1:
         routed_query_gradient_kernel[(num_tiles, heads)](
-            q, k, v, grad_out, lse, delta, acc, *index, own.blocks, column, tokens, heads, heads // kv_heads,
-            heads_per_row, layout.num_blocks, num_tiles, scale, *strides, *shape, **launch,
+            q, k, v, grad_out, lse, delta, dq_parts, index.tiles, index.queries, heads, heads // kv_heads,
+            heads_per_row, places, num_tiles, scale, *strides, *shape, **launch,
         )  # fmt: skip
     own_query_gradient_kernel[(len(own.tiles), heads)](
-        q, k, v, grad_out, lse, delta, acc, dq, routes, own.tiles, heads, heads // kv_heads, heads_per_row, columns,
-        scale, *strides, causal, dim, own.rows, *shape[2:], **launch,
+        q, k, v, grad_out, lse, delta, dq_parts, index.slots, dq, routes, own.tiles, heads, heads // kv_heads,
+        heads_per_row, columns, places, scale, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return dq, dk, dv

@@ -27,8 +27,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # A kernel that is launched. By default Triton compiles one more variant wherever an integer becomes 1 or changes its
 # divisibility by 16; sizes vary from step to step and gain nothing from it, unlike strides, which tell alignment.
 SIZES = (
-    "block_size", "column", "columns", "documents", "group", "heads", "heads_per_row", "keys", "kv_heads", "num_blocks",
-    "num_kv_heads", "num_tiles", "parts", "queries", "rows_per_kv_head", "section", "sections", "tokens",
+    "block_size", "columns", "documents", "group", "heads", "heads_per_row", "keys", "kv_heads", "num_blocks",
+    "num_kv_heads", "num_tiles", "parts", "places", "queries", "rows_per_kv_head", "section", "tokens",
 )  # fmt: skip
 kernel = triton.jit(do_not_specialize=SIZES)
 
@@ -99,10 +99,19 @@ def on_its_device(
 
 @triton.jit
 def load_rows(x, rows, valid, head, stride_t, stride_h, DIM: tl.constexpr, BD: tl.constexpr):
-    """[rows, BD] of one head of x [tokens, heads, DIM], zero where not valid; 64 bit offsets for a million tokens."""
+    """[rows, BD] of one head of x [tokens, heads, DIM], zero where not valid; 64 bit offsets for a million tokens.
+
+    valid: None where every row exists; then nothing is masked if DIM is BD.
+    """
     d = tl.arange(0, BD)
     pointers = x + rows.to(tl.int64)[:, None] * stride_t + tl.cast(head, tl.int64) * stride_h + d[None, :]
-    return tl.load(pointers, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    if valid is not None:
+        found = tl.load(pointers, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    elif DIM != BD:
+        found = tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        found = tl.load(pointers)
+    return found
 
 
 @triton.jit
@@ -114,14 +123,30 @@ def store_rows(x, values, rows, valid, head, stride_t, stride_h, DIM: tl.constex
 
 
 @triton.jit
+def attend_tile(q, peak, total, acc, k, v, visible, scale, PRECISION: tl.constexpr):
+    """One step of the online softmax: keys and values [BN, BD] of which each row sees `visible` [BM, BN]; None: all."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if visible is not None:
+        logits = tl.where(visible, logits, float("-inf"))
+    raised = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(raised == float("-inf"), 0.0, raised)
+    shrink = tl.exp2(peak - base)
+    weights = tl.exp2(logits - base[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return raised, total, acc
+
+
+@triton.jit
 def attend_keys(
     q,
     k_pointer,
     v_pointer,
     head,
     first,
+    seen_by_all,
     last,
-    row_first,
     row_last,
     scale,
     k_stride_t,
@@ -134,27 +159,27 @@ def attend_keys(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax of the rows q [BM, BD] over the keys first..last, each row seeing row_first..row_last only.
+    """Online softmax of the rows q [BM, BD] over the keys first..last, each row seeing those before its row_last.
 
-    Returns the normalised output [BM, BD] and the logsumexp [BM] in powers of two, both float32.
+    seen_by_all: every row sees the keys before it; whole tiles of those pass without masks. row_last: None where rows
+    differ in nothing but `last`. Returns the normalised output [BM, BD] and the logsumexp [BM] in powers of two, both
+    float32.
     """
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for start in range(first, last, BN):
+    masked = first + tl.maximum(seen_by_all - first, 0) // BN * BN
+    for start in range(first, masked, BN):
+        n = start + tl.arange(0, BN)
+        k = load_rows(k_pointer, n, None, head, k_stride_t, k_stride_h, DIM, BD)
+        v = load_rows(v_pointer, n, None, head, v_stride_t, v_stride_h, DIM, BD)
+        peak, total, acc = attend_tile(q, peak, total, acc, k, v, None, scale, PRECISION)
+    for start in range(masked, last, BN):
         n = start + tl.arange(0, BN)
         k = load_rows(k_pointer, n, n < last, head, k_stride_t, k_stride_h, DIM, BD)
         v = load_rows(v_pointer, n, n < last, head, v_stride_t, v_stride_h, DIM, BD)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = (n[None, :] >= row_first[:, None]) & (n[None, :] < row_last[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
-        raised = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(raised == float("-inf"), 0.0, raised)
-        shrink = tl.exp2(peak - base)
-        weights = tl.exp2(logits - base[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        peak = raised
+        visible = (n < last)[None, :] if row_last is None else n[None, :] < row_last[:, None]
+        peak, total, acc = attend_tile(q, peak, total, acc, k, v, visible, scale, PRECISION)
     return acc / tl.where(total == 0.0, 1.0, total)[:, None], peak + tl.log2(total)
 
 
@@ -170,6 +195,17 @@ def merge(out_a, lse_a, out_b, lse_b):
 
 
 @triton.jit
+def gradient_tile(q, grad, lse, delta, dq, k, v, visible, scale, PRECISION: tl.constexpr):
+    """Add the share of keys and values [BN, BD], of which each row sees `visible` (None: all), to dq [BM, BD]."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    weights = tl.exp2(logits - lse[:, None])
+    if visible is not None:
+        weights = tl.where(visible, weights, 0.0)
+    slope = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(slope.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
 def query_gradient(
     q,
     grad,
@@ -179,8 +215,8 @@ def query_gradient(
     v_pointer,
     head,
     first,
+    seen_by_all,
     last,
-    row_first,
     row_last,
     scale,
     k_stride_t,
@@ -193,15 +229,21 @@ def query_gradient(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum over keys of p (grad . v - delta) k [BM, BD]: the gradient of the queries, still without 1 / sqrt(D)."""
+    """Sum over keys of p (grad . v - delta) k [BM, BD]: the gradient of the queries, still without 1 / sqrt(D).
+
+    Keys as in `attend_keys`.
+    """
     dq = tl.zeros([BM, BD], tl.float32)
-    for start in range(first, last, BN):
+    masked = first + tl.maximum(seen_by_all - first, 0) // BN * BN
+    for start in range(first, masked, BN):
+        n = start + tl.arange(0, BN)
+        k = load_rows(k_pointer, n, None, head, k_stride_t, k_stride_h, DIM, BD)
+        v = load_rows(v_pointer, n, None, head, v_stride_t, v_stride_h, DIM, BD)
+        dq = gradient_tile(q, grad, lse, delta, dq, k, v, None, scale, PRECISION)
+    for start in range(masked, last, BN):
         n = start + tl.arange(0, BN)
         k = load_rows(k_pointer, n, n < last, head, k_stride_t, k_stride_h, DIM, BD)
         v = load_rows(v_pointer, n, n < last, head, v_stride_t, v_stride_h, DIM, BD)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = (n[None, :] >= row_first[:, None]) & (n[None, :] < row_last[:, None])
-        weights = tl.where(seen, tl.exp2(logits - lse[:, None]), 0.0)
-        slope = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq += tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
+        visible = (n < last)[None, :] if row_last is None else n[None, :] < row_last[:, None]
+        dq = gradient_tile(q, grad, lse, delta, dq, k, v, visible, scale, PRECISION)
     return dq

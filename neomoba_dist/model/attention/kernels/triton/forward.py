@@ -1,11 +1,12 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
-"""Triton forward pass of MoBA: routed blocks column by column into float32 sums, then the own blocks and the result.
+"""Triton forward pass of MoBA: chosen blocks list by list, then the current blocks, merged with what was found.
 
-Each column of the routing is one launch over tiles of queries that chose the same block; a tile loads its queries by
-the index, runs FlashAttention (Dao, arXiv 2307.08691) over the keys of that block, and merges into its rows' running
-output. No query stands twice in a column, so no two programs of a launch touch the same row.
+A program of the first launch takes a tile of queries that chose the same block, loads them by the index, runs
+FlashAttention (Dao, arXiv 2307.08691) over the keys of that block, and writes its result at the tile's places.
+The second launch attends to the current blocks and merges the parts of each query, found through `BlockIndex.slots`.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the routing, N blocks, BM queries, BN keys per tile.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the selection, C columns of other blocks, N blocks, BM
+queries, BN keys per tile.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ from neomoba_dist.model.attention.kernels.triton.layout import find_own_places
 
 
 @triton.jit
-def list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointer, list_row, tile, tokens, num_blocks,
-              num_tiles, BM: tl.constexpr):  # fmt: skip
-    """(block, query numbers [BM], which of them exist) of one tile of a list; num_blocks stands past the last tile."""
-    block = tl.load(tile_block_pointer + list_row * num_tiles + tile)
-    cell = list_row * (num_blocks + 1) + tl.minimum(block, num_blocks - 1)
-    place = tl.load(first_pointer + cell) + (tile - tl.load(first_tile_pointer + cell)) * BM + tl.arange(0, BM)
-    valid = place < tl.load(first_pointer + cell + 1)  # nothing for a tile past the last one
-    rows = tl.load(rows_pointer + list_row.to(tl.int64) * tokens + place, mask=valid, other=0)
-    return block, rows, valid
+def list_tile(tiles_pointer, queries_pointer, list_row, places, num_tiles, BM: tl.constexpr):
+    """(number of queries, first and last key, places [BM], queries [BM], which exist) of this program's tile of a list.
+
+    A tile past the last one has no queries.
+    """
+    tile = tiles_pointer + (list_row * num_tiles + tl.program_id(0)) * 4
+    begin, end = tl.load(tile + 2), tl.load(tile + 3)
+    place = begin + tl.arange(0, BM)
+    valid = place < end
+    rows = tl.load(queries_pointer + list_row.to(tl.int64) * places + place, mask=valid, other=0)
+    return end - begin, tl.load(tile), tl.load(tile + 1), place, rows, valid
 
 
 @triton.jit
 def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSAL: tl.constexpr, BM: tl.constexpr):
-    """(query numbers [BM], which exist, first key of their own block, where each one's own keys end) of this program.
+    """(queries [BM], which exist, first key of their current block, end of the keys that all see, of those each sees).
 
-    A query whose routing does not name its own block has no own keys.
+    A query whose selection does not name its current block has no keys there.
     """
     tile = tiles_pointer + tl.program_id(0) * 5
     rows = tl.load(tile) + tl.arange(0, BM)
@@ -60,60 +63,57 @@ def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSA
     last = tl.zeros([BM], tl.int32) + tl.load(tile + 3)
     if CAUSAL:
         last = tl.minimum(last, rows + tl.load(tile + 4) + 1)
-    return rows, valid, tl.load(tile + 2), tl.where(own, last, 0)
+    last = tl.where(own, last, 0)
+    seen_by_all = tl.min(tl.where(valid, last, 2147483647), 0)
+    return rows, valid, tl.load(tile + 2), seen_by_all, last
 
 
 @kernel
 def routed_forward_kernel(
-    q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, rows_pointer, first_pointer, tile_block_pointer,
-    first_tile_pointer, blocks_pointer, column, tokens, heads, group, heads_per_row, num_blocks, num_tiles,
-    scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, part_pointer, lse_pointer, tiles_pointer, queries_pointer, heads, group,
+    heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one column's routed blocks to acc float32 [T, Hq, DIM] and lse float32 [T, Hq] (powers of two)."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    list_row = column * (heads // heads_per_row) + head // heads_per_row
-    block, rows, valid = list_tile(rows_pointer, first_pointer, tile_block_pointer, first_tile_pointer, list_row, tile,
-                                   tokens, num_blocks, num_tiles, BM)  # fmt: skip
-    if block < num_blocks:
-        start = tl.load(blocks_pointer + block * 5)
-        stop = start + tl.load(blocks_pointer + block * 5 + 1)
-        q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-        first, last = tl.zeros([BM], tl.int32) + start, tl.zeros([BM], tl.int32) + stop
-        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, stop, first, last, scale * LOG2E,
+    """Parts [Hq, places, DIM] and their logsumexp float32 [Hq, places] (powers of two) of the chosen blocks."""
+    head = tl.program_id(1)
+    count, start, stop, place, rows, valid = list_tile(tiles_pointer, queries_pointer, head // heads_per_row, places,
+                                                       num_tiles, BM)  # fmt: skip
+    if count > 0:
+        # rows that do not exist compute something of query 0, which is not stored
+        q = load_rows(q_pointer, rows, None, head, q_stride_t, q_stride_h, DIM, BD)
+        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, stop, stop, None, scale * LOG2E,
                                k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD, PRECISION)  # fmt: skip
-        lse_rows = lse_pointer + rows.to(tl.int64) * heads + head
-        before = tl.load(lse_rows, mask=valid, other=float("-inf"))
-        known = valid & (before > float("-inf"))  # rows met for the first time hold no sums yet
-        acc = load_rows(acc_pointer, rows, known, head, heads * DIM, DIM, DIM, BD)
-        acc, lse = merge(acc, before, out, lse)
-        store_rows(acc_pointer, acc, rows, valid, head, heads * DIM, DIM, DIM, BD)
-        tl.store(lse_rows, lse, mask=valid)
+        at = tl.cast(head, tl.int64) * places + place
+        store_rows(part_pointer, out, at, valid, 0, DIM, 0, DIM, BD)
+        tl.store(lse_pointer + at, lse, mask=valid)
 
 
 @kernel
 def own_forward_kernel(
-    q_pointer, k_pointer, v_pointer, acc_pointer, lse_pointer, out_pointer, routes_pointer, tiles_pointer, heads, group,
-    heads_per_row, columns, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, part_pointer, part_lse_pointer, slots_pointer, out_pointer, lse_pointer,
+    routes_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the own blocks, merge with the routed sums, write out [T, Hq, DIM] and the natural lse in place."""
+    """Attend to the current blocks, merge with the parts, write out [T, Hq, DIM] and the natural lse [T, Hq]."""
     head = tl.program_id(1)
-    rows, valid, start, last = own_tile(tiles_pointer, routes_pointer, heads // heads_per_row, head // heads_per_row,
-                                        columns, CAUSAL, BM)  # fmt: skip
+    list_rows, list_head = heads // heads_per_row, head // heads_per_row
+    rows, valid, start, seen_by_all, last = own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns,
+                                                     CAUSAL, BM)  # fmt: skip
     if tl.max(valid.to(tl.int32), 0) > 0:
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-        first = tl.zeros([BM], tl.int32) + start
-        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, tl.max(last, 0), first, last,
+        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, seen_by_all, tl.max(last, 0), last,
                                scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
                                PRECISION)  # fmt: skip
-        lse_rows = lse_pointer + rows.to(tl.int64) * heads + head
-        before = tl.load(lse_rows, mask=valid, other=float("-inf"))
-        acc = load_rows(acc_pointer, rows, valid & (before > float("-inf")), head, heads * DIM, DIM, DIM, BD)
-        out, lse = merge(acc, before, out, lse)
+        for column in range(columns - 1):
+            slot = slots_pointer + (rows.to(tl.int64) * list_rows + list_head) * (columns - 1) + column
+            place = tl.load(slot, mask=valid, other=-1)
+            there = place >= 0
+            at = tl.cast(head, tl.int64) * places + place
+            part = load_rows(part_pointer, at, there, 0, DIM, 0, DIM, BD).to(tl.float32)
+            out, lse = merge(part, tl.load(part_lse_pointer + at, mask=there, other=float("-inf")), out, lse)
         store_rows(out_pointer, out, rows, valid, head, heads * DIM, DIM, DIM, BD)
-        tl.store(lse_rows, lse / LOG2E, mask=valid)
+        tl.store(lse_pointer + rows.to(tl.int64) * heads + head, lse / LOG2E, mask=valid)
 
 
 @on_its_device
@@ -126,25 +126,25 @@ def attend_triton(
     tokens, heads, dim = q.shape
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
     columns, group, heads_per_row = routes.shape[2], heads // k.shape[1], heads // routes.shape[1]
-    acc = torch.empty(q.shape if columns > 1 else (0,), dtype=torch.float32, device=q.device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     own = find_own_places(layout, tiles.rows)
+    index = build_index(routes, own.blocks, tiles.rows)
+    places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
+    parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
+    part_lse = torch.empty(heads, places, dtype=torch.float32, device=q.device)
     if columns > 1:
-        index = build_index(routes, layout.num_blocks, tiles.rows)
-        num_tiles = index.tile_block.shape[2]
-        for column in range(columns - 1):
-            routed_forward_kernel[(num_tiles, heads)](
-                q, k, v, acc, lse, *index, own.blocks, column, tokens, heads, group, heads_per_row,
-                layout.num_blocks, num_tiles, dim**-0.5, *strides, *shape, **launch,
-            )  # fmt: skip
+        routed_forward_kernel[(num_tiles, heads)](
+            q, k, v, parts, part_lse, index.tiles, index.queries, heads, group, heads_per_row, places, num_tiles,
+            dim**-0.5, *strides, *shape, **launch,
+        )  # fmt: skip
     own_forward_kernel[(len(own.tiles), heads)](
-        q, k, v, acc, lse, out, routes, own.tiles, heads, group, heads_per_row, columns, dim**-0.5, *strides, causal,
-        dim, own.rows, *shape[2:], **launch,
+        q, k, v, parts, part_lse, index.slots, out, lse, routes, own.tiles, heads, group, heads_per_row, columns,
+        places, dim**-0.5, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return out, lse
