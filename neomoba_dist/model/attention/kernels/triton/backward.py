@@ -70,9 +70,13 @@ def add_key_gradients(
     dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
     q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of some queries to dk and dv [BN, BD]. valid: which exist, visible: what they see; None: all."""
-    q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-    grad = load_rows(grad_pointer, rows, valid, head, grad_stride_t, grad_stride_h, DIM, BD)
+    """Add the share of some queries to dk and dv [BN, BD].
+
+    valid: which queries count. visible: the keys that each sees; None: all, and every row can be read.
+    """
+    there = None if visible is None else valid
+    q = load_rows(q_pointer, rows, there, head, q_stride_t, q_stride_h, DIM, BD)
+    grad = load_rows(grad_pointer, rows, there, head, grad_stride_t, grad_stride_h, DIM, BD)
     lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
     weights = tl.exp2(logits - lse[None, :])
@@ -106,10 +110,8 @@ def key_gradient_kernel(
         k = load_rows(k_pointer, n, inside, kv_head, k_stride_t, k_stride_h, DIM, BD)
         v = load_rows(v_pointer, n, inside, kv_head, v_stride_t, v_stride_h, DIM, BD)
         dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
-        own_masked = own_begin  # queries from here on see all of this part
         if CAUSAL:  # queries before the first key of this part see none of it
             own_begin += tl.maximum(part * BN - own_place, 0)
-            own_masked = tl.minimum(own_begin + tl.cdiv(BN, BM) * BM, own_end)
         for member in range(group):
             head = kv_head * group + member
             list_row = head // heads_per_row
@@ -118,34 +120,22 @@ def key_gradient_kernel(
             if columns > 1:
                 begin, end = tl.load(cell), tl.load(cell + 1)
             entries = queries_pointer + list_row.to(tl.int64) * places
-            whole = begin + (end - begin) // BM * BM
-            for place in range(begin, whole, BM):
-                rows = tl.load(entries + place + tl.arange(0, BM))
+            for place in range(begin, end, BM):
+                at = place + tl.arange(0, BM)
+                # past the end stands the last query again, with weights of 0: nothing else needs a mask
+                rows = tl.load(entries + tl.minimum(at, end - 1))
                 dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, None, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    dk, dv, k, v, rows, at < end, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
                     heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
                 )  # fmt: skip
-            for place in range(whole, end, BM):
-                valid = place + tl.arange(0, BM) < end
-                rows = tl.load(entries + place + tl.arange(0, BM), mask=valid, other=0)
-                dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, valid, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
-                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
-                )  # fmt: skip
-            if CAUSAL:
-                for place in range(own_begin, own_masked, BM):
-                    rows = place + tl.arange(0, BM)
-                    valid = own_queries(routes_pointer, rows, own_end, list_rows, list_row, columns)
-                    visible = n[:, None] <= (rows + shift)[None, :]
-                    dk, dv = add_key_gradients(
-                        dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
-                        heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
-                    )  # fmt: skip
-            for place in range(own_masked, own_end, BM):
+            for place in range(own_begin, own_end, BM):
                 rows = place + tl.arange(0, BM)
                 valid = own_queries(routes_pointer, rows, own_end, list_rows, list_row, columns)
+                visible = valid[None, :]
+                if CAUSAL:
+                    visible &= n[:, None] <= (rows + shift)[None, :]
                 dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, valid, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
                     heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
                 )  # fmt: skip
         store_rows(dk_pointer, dk * scale, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)

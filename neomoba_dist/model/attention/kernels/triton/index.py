@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.triton.common import kernel
 
-MOST_PARTS = 64  # sections x columns: a row of counts is one tile of list_kernel
+MOST_PARTS = 64  # sections x columns, unless there are more columns: a row of counts is one tile of list_kernel
 
 
 class BlockIndex(NamedTuple):
@@ -134,7 +134,7 @@ def build_index(routes: Tensor, blocks: Tensor, list_tile: int, query_tile: int 
     count_kernel[grid](routes, cells, *sizes, query_tile, num_warps=8)
     list_kernel[(heads,)](
         cells, blocks, index.first, index.tiles, num_blocks, parts, num_tiles, list_tile, 64,
-        max(16, triton.next_power_of_2(parts)), num_warps=8,
+        max(MOST_PARTS, triton.next_power_of_2(indexed)), num_warps=8,
     )  # fmt: skip
     scatter_kernel[grid](routes, cells, index.queries, index.slots, *sizes, query_tile, 32, num_warps=8, num_stages=1)
     return index
