@@ -11,6 +11,7 @@ from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.layer_stats import LayerStatistics
 from tests.equivalence import Pieces, assemble, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
 
@@ -57,6 +58,11 @@ def set_bias(model: NeoBERT, bias: list[float] | None) -> None:
             layer.router.bias.copy_(torch.tensor(bias))
 
 
+def own_records(statistics: LayerStatistics) -> torch.Tensor:
+    """This rank's sums [layers with experts, 4 + E]."""
+    return statistics.sums[list(statistics.config.moe_layers), 2:].clone()
+
+
 def on_this_rank(
     config: ModelConfig, parallel: ParallelConfig, batches: list[Batch], bias: list[float] | None = None
 ) -> Outcome:
@@ -64,6 +70,7 @@ def on_this_rank(
     mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
     model = NeoBERT(config, mesh, dtype=torch.float64, seed=5, row_length=LENGTH)
     set_bias(model, bias)
+    statistics = LayerStatistics(model, config, mesh)
     mine = batches[mesh["dp"].index :: mesh["dp"].size]
     loss, aux_loss = torch.zeros(2, dtype=torch.float64)
     for batch in mine:
@@ -73,7 +80,7 @@ def on_this_rank(
         loss += token_loss.detach() / batch.num_valid
         aux_loss += added.detach() / len(batches) / mesh["cp"].size
     entry = mesh.ledger.entries.get(("ep", "all_to_all"))
-    records = torch.stack([block.routed for block in model.blocks if block.routed is not None])
+    records = own_records(statistics)
     experts = torch.arange(config.num_experts) // (config.num_experts // mesh["ep"].size)
     away = int(records[:, 4:][:, experts != mesh["ep"].index].sum())
     if mesh.sequence_parallel:
@@ -97,12 +104,13 @@ def in_one_process(
     """The yardstick, and its gradients by logical name."""
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5, row_length=LENGTH)
     set_bias(model, bias)
+    statistics = LayerStatistics(model, config, model.mesh)
     loss, aux_loss = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         token_loss, added = model(batch)
         (token_loss / batch.num_valid + added / len(batches)).backward()
         loss += token_loss.detach() / batch.num_valid
         aux_loss += added.detach() / len(batches)
-    records = torch.stack([block.routed for block in model.blocks if block.routed is not None])
+    records = own_records(statistics)
     gradients = pieces(model, "grad")
     return Outcome(float(loss), float(aux_loss), records, gradients, 0, 0), assemble([gradients])

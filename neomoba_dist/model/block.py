@@ -1,5 +1,7 @@
 """One pre-norm transformer block. Between layers travels a `State`, the same for one process and for a pipeline."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,8 +26,6 @@ class Block(nn.Module):
     pass, "selective" recomputes the attention core. row_length: tokens of a training row, which bounds the
     documents and which mixtures of experts balance; None: a micro-batch is one row.
     """
-
-    activation: torch.Tensor
 
     def __init__(
         self,
@@ -57,9 +57,8 @@ class Block(nn.Module):
             self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
         else:
             self.mlp = SwiGLU(f"{name}.mlp", config, init)
-        # since the engine last took them: sum of squares and number of the output's elements; the routing's records
-        self.register_buffer("activation", torch.zeros(2, dtype=torch.float64), persistent=False)
-        self.routed: torch.Tensor | None = None
+        # in training called once per pass, recomputed or not, with the output [S, H] and a mixture's record
+        self.observe: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
 
     def forward(self, state: State) -> State:
         hidden, aux_loss, position_ids, cu_seqlens = state
@@ -71,13 +70,8 @@ class Block(nn.Module):
             hidden, added, record = self.transform(hidden, position_ids, cu_seqlens)
         if added is not None:
             aux_loss = aux_loss + added
-        if self.training:  # here, where a recomputed layer passes once
-            with torch.no_grad():
-                exact = torch.promote_types(hidden.dtype, torch.float32)
-                self.activation[0] += torch.linalg.vector_norm(hidden, dtype=exact) ** 2
-                self.activation[1] += hidden.numel()
-            if record is not None:
-                self.routed = record if self.routed is None else self.routed + record
+        if self.observe is not None and self.training:
+            self.observe(hidden.detach(), record)
         return hidden, aux_loss, position_ids, cu_seqlens
 
     def transform(

@@ -33,8 +33,8 @@ from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
-from neomoba_dist.train.expert_groups import check_rows, declare_experts, take_records
-from neomoba_dist.train.layer_stats import GradientNorms, take_activations
+from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
+from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer
 
 # DeepSpeed compiles a shared-memory operator at start on a CPU machine (40-150 s that look like a hang, and a killed
@@ -46,8 +46,8 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[
 class UpdateResult:
     """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping.
 
-    skipped: fp16's loss scale overflowed and no step was taken. routing: see expert_groups.take_records.
-    activation_rms: of the residual stream after every layer. layer_grad_norms: of every layer, then of the rest.
+    skipped: fp16's loss scale overflowed and no step was taken. routing, activation_rms: see
+    layer_stats.LayerStatistics.take. layer_grad_norms: of every layer, then of the rest.
     """
 
     loss: float
@@ -72,6 +72,7 @@ class Engine(ABC):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.phase.allow_tf32
         _start_deepspeed(mesh)
         self.module = self._build_module()
+        self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
         if config.phase.compile:
             for layer in self.module.modules():
                 if type(layer).__name__ == "Block":
@@ -105,13 +106,16 @@ class Engine(ABC):
         # DeepSpeed skips a step whose gradients are not finite, in every dtype; only for fp16 that is routine
         overflow, fp16 = bool(self.engine.optimizer.overflow), self.config.dtype_name == "float16"
         grad_norm = math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0)
+        activation_rms, routing = self.layer_statistics.take()
+        if routing is not None and not overflow:
+            update_biases(self.module, routing, self.config.model)
         return UpdateResult(
             loss=self._global_sum(self._loss_sum) / batches[0].num_valid,
             aux_loss=self._global_sum(self._aux_sum) / micro_batches,
             grad_norm=grad_norm,
             skipped=overflow and fp16,
-            routing=take_records(self.module, self.config.model, self.mesh, stepped=not overflow),
-            activation_rms=take_activations(self.module, self.config.model.num_hidden_layers, self.mesh),
+            routing=routing,
+            activation_rms=activation_rms,
             layer_grad_norms=self.gradient_norms.take(grad_norm, self.config.gradient_clipping),
         )
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed must know of experts of which every rank holds only some, and what becomes of the routers' records.
+"""What DeepSpeed must know of experts of which every rank holds only some, and how the routers' biases move.
 
 DeepSpeed finds such layers by its own MoE class (ZeRO 1 and 2) or by tags on their parameters (ZeRO 3), the groups over
 which their gradients are reduced in module-level dictionaries, and their parameters in groups of their own. The engine
@@ -19,7 +19,6 @@ from neomoba_dist.model.moe.layer import MoE, moe_layers
 from neomoba_dist.model.moe.router import RECORD, update_bias
 from neomoba_dist.parallel.context_split import padded_split
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.layer_stats import over_all_ranks
 
 
 def declare_experts(module: nn.Module, mesh: Mesh, stage: int, marker: type[nn.Module], groups: Any) -> None:
@@ -70,22 +69,11 @@ def _nothing_to_set(layer: nn.Module, *unused: Any, **also_unused: Any) -> None:
     """DeepSpeed asks its layers to make their groups; ours exist."""
 
 
-def take_records(module: nn.Module, config: ModelConfig, mesh: Mesh, *, stepped: bool) -> torch.Tensor | None:
-    """The routing of the update that just ran, summed over all its tokens: float64 [L, 4 + E], on every rank.
-
-    Also moves the routers' biases, unless the optimizer did not step. None for a model without experts.
-    """
-    if not config.moe_layers:
-        return None
-    blocks = [block for block in module.modules() if isinstance(block, Block) and block.routed is not None]
-    own = torch.zeros(len(blocks), len(RECORD) + config.num_experts, dtype=torch.float64, device=mesh.device)
-    for row, block in zip(own, blocks, strict=True):
-        assert block.routed is not None
-        row.copy_(block.routed)
-        block.routed = None
-    places = [config.moe_layers.index(block.index) for block in blocks]
-    whole = over_all_ranks(own, places, len(config.moe_layers), mesh)
-    for place, block in zip(places, blocks, strict=True):
-        if stepped and config.router_bias_update_rate and isinstance(block.mlp, MoE):
-            update_bias(block.mlp.router.bias, whole[place, len(RECORD) :], config.router_bias_update_rate)
-    return whole
+def update_biases(module: nn.Module, routing: torch.Tensor, config: ModelConfig) -> None:
+    """Move the biases of a stage's routers. routing: float64 [L, 4 + E], see layer_stats.LayerStatistics.take."""
+    if not config.router_bias_update_rate:
+        return
+    for block in module.modules():
+        if isinstance(block, Block) and isinstance(block.mlp, MoE):
+            demand = routing[config.moe_layers.index(block.index), len(RECORD) :]
+            update_bias(block.mlp.router.bias, demand, config.router_bias_update_rate)

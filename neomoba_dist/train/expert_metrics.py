@@ -16,7 +16,7 @@ STARVED_SHARE, STARVED_STEPS = 0.05, 50
 def routing_entry(routing: torch.Tensor, config: ModelConfig) -> dict[str, Any]:
     """Entries of metrics.jsonl of one step; lists have one item per layer with experts, in `config.moe_layers` order.
 
-    routing: float64 [L, 4 + E], see expert_groups.take_records. tokens_per_expert: how many chose it, before any
+    routing: float64 [L, 4 + E], see layer_stats.LayerStatistics.take. tokens_per_expert: how many chose it, before any
     capacity; dropped_choices and rerouted_choices tell what became of them (a token makes num_experts_per_tok choices).
     kl_to_uniform: of the choices' distribution over the experts, nats. max_violation: choices of the busiest expert /
     mean - 1 (arXiv 2408.15664, section 4.1).

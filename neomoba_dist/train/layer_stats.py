@@ -1,5 +1,6 @@
 """Statistics of every layer in every update: gradient norms and the size of activations, the same on every rank."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import shard_of
+from neomoba_dist.model.moe.router import RECORD
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -25,14 +28,42 @@ def over_all_ranks(rows: torch.Tensor, places: Sequence[int], total: int, mesh: 
     return all_reduce(whole, mesh, "pp")
 
 
-def take_activations(module: nn.Module, num_layers: int, mesh: Mesh) -> list[float]:
-    """Root mean square of the residual stream after every block, over the update that just ran."""
-    blocks = [block for block in module.modules() if isinstance(block, Block)]
-    rows = torch.stack([block.activation for block in blocks])
-    for block in blocks:
-        block.activation.zero_()
-    squares, count = over_all_ranks(rows, [block.index for block in blocks], num_layers, mesh).unbind(1)
-    return (squares / count).sqrt().tolist()
+class LayerStatistics:
+    """What every block of a pipeline stage adds up while it runs in training: the size of its output, its routing.
+
+    sums: float64 [blocks, 2 + 4 + E] over this rank's tokens since they were last taken: squares and number of the
+    output's elements, then a mixture's record (moe.router.RECORD); [blocks, 2] in a model without experts.
+    """
+
+    def __init__(self, module: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.blocks = [block for block in module.modules() if isinstance(block, Block)]
+        width = 2 + (len(RECORD) + config.num_experts if config.moe_layers else 0)
+        self.sums = torch.zeros(len(self.blocks), width, dtype=torch.float64, device=mesh.device)
+        for block, row in zip(self.blocks, self.sums, strict=True):
+            block.observe = functools.partial(_add, row)
+
+    def take(self) -> tuple[list[float], torch.Tensor | None]:
+        """Sums over all tokens of the update that just ran, the same on every rank; they start again at zero.
+
+        Returns the root mean square of the residual stream after every block, and float64 [L, 4 + E] of the layers
+        with experts, in `config.moe_layers` order (None without).
+        """
+        places = [block.index for block in self.blocks]
+        whole = over_all_ranks(self.sums, places, self.config.num_hidden_layers, self.mesh)
+        self.sums.zero_()
+        squares, count = whole[:, :2].unbind(1)
+        routing = whole[list(self.config.moe_layers), 2:] if self.config.moe_layers else None
+        return (squares / count).sqrt().tolist(), routing
+
+
+@torch.no_grad()
+def _add(row: torch.Tensor, output: torch.Tensor, record: torch.Tensor | None) -> None:
+    exact = torch.promote_types(output.dtype, torch.float32)
+    row[0] += torch.linalg.vector_norm(output, dtype=exact) ** 2
+    row[1] += output.numel()
+    if record is not None:
+        row[2:] += record
 
 
 class GradientNorms:

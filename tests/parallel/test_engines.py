@@ -18,7 +18,8 @@ from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
-from neomoba_dist.train.expert_groups import take_records
+from neomoba_dist.train.expert_groups import update_biases
+from neomoba_dist.train.layer_stats import LayerStatistics
 from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
@@ -74,6 +75,7 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
     """Losses, gradient norms, gradients of the first step (clipped) and final weights of a plain loop."""
     model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
+    statistics = LayerStatistics(model, config.model, model.mesh)
     phase = config.phase
     optimizer = torch.optim.AdamW(
         parameter_groups(model, phase.weight_decay), lr=RATE, betas=(phase.adam_beta1, phase.adam_beta2)
@@ -88,7 +90,8 @@ def reference(config: Config, full: bool) -> tuple[list[float], list[float], dic
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping or 1e9)))
         gradients = gradients or assemble([pieces(model, "grad")])
         optimizer.step()
-        take_records(model, config.model, model.mesh, stepped=True)
+        if config.model.moe_layers:
+            update_biases(model, statistics.take()[1], config.model)
     return losses, norms, gradients, all_state(model)
 
 
@@ -248,6 +251,8 @@ def test_not_finite_is_not_hidden(precision: dict[str, object]) -> None:
 
 
 def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
+    torch._dynamo.reset()  # what tests before this one compiled came along with the fork
+    torch._dynamo.utils.counters.clear()
     engine = build_engine(config, config.plan(1), build_mesh(config))
     losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

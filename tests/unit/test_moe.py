@@ -19,6 +19,7 @@ from neomoba_dist.model.moe.swiglu import SwiGLUByExpert, grouped_swiglu
 from neomoba_dist.model.moe.tokens import Tokens
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.layer_stats import LayerStatistics
 from tests.models import tiny_batch, tiny_model
 from tests.reference_moe import mixture
 
@@ -296,11 +297,12 @@ def test_in_the_whole_model(objective: str, recompute: str) -> None:
     """With MoBA in the same block; recomputation changes nothing and counts nothing twice."""
     config = tiny_model(objective=objective, num_experts=4, moe_intermediate_size=24, router_jitter=0.1)
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5, recompute=recompute)
+    statistics = LayerStatistics(model, config, model.mesh)
     batch = tiny_batch(0, objective=objective)
     loss, aux_loss = model(batch)
     (loss + aux_loss).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    assert [float(block.routed[0]) for block in model.blocks] == [64.0] * 3
+    assert statistics.sums[:, 2].tolist() == [64.0] * 3
     plain = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
     other = plain(batch)
     assert other[0] == loss
