@@ -7,9 +7,9 @@ refusal come before torch.
 from neomoba_dist.config.batch import BatchPlan
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.load import load_config, parse_config
+from neomoba_dist.config.root import Config
 from neomoba_dist.config.schema import (
     CheckpointConfig,
-    Config,
     DataConfig,
     LogConfig,
     ModelConfig,

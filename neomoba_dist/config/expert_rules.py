@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from neomoba_dist.config.batch import nearest_multiples
-from neomoba_dist.config.schema import Config, ModelConfig
+from neomoba_dist.config.root import Config
+from neomoba_dist.config.schema import ModelConfig
 
 _EP: Final = "neomoba.parallel.expert_model_parallel_size"
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"

@@ -10,8 +10,8 @@ from typing import Any, Final
 from neomoba_dist.config.check import check_node, child, describe, dotted, show
 from neomoba_dist.config.deepspeed_keys import DEEPSPEED_KEYS
 from neomoba_dist.config.errors import ConfigError
+from neomoba_dist.config.root import BLOCKS, DEFAULT_GRADIENT_CLIPPING, Config
 from neomoba_dist.config.rules import check_rules
-from neomoba_dist.config.schema import BLOCKS, DEFAULT_GRADIENT_CLIPPING, Config
 from neomoba_dist.config.types import Block, Node
 
 KNOWN_KEYS: Final[Block] = {

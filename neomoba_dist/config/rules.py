@@ -11,7 +11,8 @@ from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.expert_rules import expert_engine, experts
-from neomoba_dist.config.schema import Config, ModelConfig
+from neomoba_dist.config.root import Config
+from neomoba_dist.config.schema import ModelConfig
 from neomoba_dist.config.sources import source_problems
 
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"

@@ -4,18 +4,12 @@ ds_configs/README.md explains each key. A field without a default must be given 
 check.py holds every value against.
 """
 
-import copy
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from neomoba_dist.config.attention import expand_attention
-from neomoba_dist.config.batch import BatchPlan, plan_batch
 from neomoba_dist.config.sources import SourceEntry, parse_sources
 from neomoba_dist.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
-
-DEFAULT_GRADIENT_CLIPPING: Final = 1.0  # DeepSpeed 0.19's own default; earlier versions took 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,62 +177,3 @@ class LogConfig:
     wandb_project: str | None = None
     validate_every: PositiveInt = 500
     validation_rows: PositiveInt = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One resolved configuration. `deepspeed` holds DeepSpeed's own keys, checked; `source` is named in errors."""
-
-    data: DataConfig
-    phase: PhaseConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    deepspeed: Mapping[str, Any]
-    source: str = field(default="config", compare=False)
-
-    def __post_init__(self) -> None:
-        """Copy DeepSpeed's keys, so that no later change of the caller's dictionary reaches this object."""
-        object.__setattr__(self, "deepspeed", copy.deepcopy(dict(self.deepspeed)))
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows of one micro-batch of one data-parallel rank."""
-        return int(self.deepspeed["train_micro_batch_size_per_gpu"])
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage: 1, 2 or 3."""
-        return int(self.deepspeed["zero_optimization"]["stage"])
-
-    @property
-    def dtype_name(self) -> Literal["float32", "bfloat16", "float16"]:
-        """Compute dtype, as `torch` names it."""
-        if self.deepspeed.get("bf16", {}).get("enabled", False):
-            return "bfloat16"
-        return "float16" if self.deepspeed.get("fp16", {}).get("enabled", False) else "float32"
-
-    @property
-    def gradient_clipping(self) -> float:
-        """Largest gradient norm; 0 = no clipping."""
-        return float(self.deepspeed.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole JSON again with every default resolved; `parse_config` of it gives an equal Config."""
-        blocks = {name: dataclasses.asdict(getattr(self, name)) for name in BLOCKS}
-        return {**copy.deepcopy(dict(self.deepspeed)), "neomoba": blocks}
-
-    def plan(self, world_size: int) -> BatchPlan:
-        """Return the batch arithmetic for `world_size` ranks. Raises ConfigError when it does not close."""
-        return plan_batch(self, world_size)
-
-
-BLOCKS: Final[Mapping[str, type]] = {
-    "model": ModelConfig,
-    "parallel": ParallelConfig,
-    "data": DataConfig,
-    "phase": PhaseConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
-}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from neomoba_dist.config import ConfigError, load_config, parse_config
 from neomoba_dist.config.load import KNOWN_KEYS
-from neomoba_dist.config.schema import BLOCKS
+from neomoba_dist.config.root import BLOCKS
 from tests.configs import MINIMAL, changed
 
 

@@ -155,7 +155,7 @@ def test_deepspeed_takes_the_shipped_files(path: Path) -> None:
 def test_our_default_clipping_is_deepspeeds() -> None:
     from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
-    from neomoba_dist.config.schema import DEFAULT_GRADIENT_CLIPPING
+    from neomoba_dist.config.root import DEFAULT_GRADIENT_CLIPPING
 
     assert DEFAULT_GRADIENT_CLIPPING == GRADIENT_CLIPPING_DEFAULT
 

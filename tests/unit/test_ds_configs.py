@@ -13,7 +13,7 @@ import pytest
 from neomoba_dist.config import ConfigError, load_config, parse_config
 from neomoba_dist.config.deepspeed_keys import DEEPSPEED_KEYS
 from neomoba_dist.config.load import KNOWN_KEYS
-from neomoba_dist.config.schema import BLOCKS
+from neomoba_dist.config.root import BLOCKS
 from neomoba_dist.config.types import Block, Refused
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

@@ -1,6 +1,7 @@
 """The import rules of the architecture, read off the syntax trees (docs: CONTRIBUTING.md, "Import rules")."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ DOORS = {
     "torch.distributed": ("neomoba_dist/parallel/",),
 }
 FREE = ("tests/", "evals/bench/")
+
+# rooms of the model that know nothing of each other
+ROOMS = (
+    ("neomoba_dist/model/attention/", "neomoba_dist.model.moe"),
+    ("neomoba_dist/model/moe/", "neomoba_dist.model.attention"),
+)
 
 
 def source_files() -> list[Path]:
@@ -57,6 +64,9 @@ def violations(file: str, names: list[str]) -> list[str]:
             same = words[1] == parts[1]
             if not same and LEVELS[words[1]] >= level:
                 found.append(f"{file} imports {name}: wrong direction")
+        for room, other in ROOMS:
+            if file.startswith(room) and (name == other or name.startswith(other + ".")):
+                found.append(f"{file} imports {name}: attention and experts know nothing of each other")
         for door, places in DOORS.items():
             if (name == door or name.startswith(door + ".")) and not file.startswith((*places, *FREE)):
                 found.append(f"{file} imports {name}: only {', '.join(places)} may")
@@ -78,10 +88,45 @@ def test_arrows() -> None:
         ("neomoba_dist/model/attention/moba.py", "triton.language"),
         ("neomoba_dist/config/load.py", "launch.pretrain"),
         ("evals/load.py", "megatron.core"),
+        ("neomoba_dist/model/moe/layer.py", "neomoba_dist.model.attention.moba.attend"),
+        ("neomoba_dist/model/attention/layer.py", "neomoba_dist.model.moe"),
     ],
 )
 def test_the_check_can_fail(file: str, name: str) -> None:
     assert violations(file, [name])
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import one another in a circle, if any; imports: of each module, by dotted name."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Which of our modules each of them imports; a package counts as its __init__.py."""
+    found = {}
+    for path in source_files():
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[module] = imported_names(path)
+    known = set(found)
+
+    def module_of(name: str) -> str:
+        return name if name in known else name.rpartition(".")[0]
+
+    return {module: {module_of(name) for name in names} & known - {module} for module, names in found.items()}
+
+
+def test_no_circles() -> None:
+    found = circles(module_imports())
+    assert not found, " imports ".join(reversed(found))
+
+
+def test_the_check_of_circles_can_fail() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "c", "b", "a"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def test_environment_is_read_in_two_places_only() -> None:
