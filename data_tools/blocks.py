@@ -28,6 +28,7 @@ from threading import Thread
 import numpy as np
 
 from data_tools.cleaning import CLEANING_VERSION, Document, clean_text, text_digest
+from data_tools.unknown import UnknownText
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import write_atomically
 from neomoba_dist.data.shards import id_dtype
@@ -38,6 +39,8 @@ BLOCK_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 18
 # blocks handed to the pool ahead of the one awaited, per worker: bounds the memory
 _AHEAD = 3
+# of the arrays in a part, and in its file's name: parts of another version are made again
+_PART_VERSION = 2
 _LINE_END = re.compile(r"(?<=\S)\n")
 
 
@@ -61,7 +64,7 @@ class Block:
 
     def part(self, folder: Path) -> Path:
         """The file of its tokens."""
-        return folder / f"{self.number:08d}-{self.key[:24]}.npz"
+        return folder / f"{self.number:08d}-{self.key[:24]}-{_PART_VERSION}.npz"
 
 
 def read_parts(paths: Iterable[Path]) -> Iterator[list[tuple[np.ndarray, bytes]]]:
@@ -147,7 +150,8 @@ def tokenize_block(pieces: list[Piece], tokenizer_path: Path, tokenizer_sha256: 
     head, tail = (np.array(border, dtype) for border in tokenizer.document_borders)
     texts = [clean_text(piece.text) for piece in pieces]
     ids = []
-    for piece, text, found in zip(pieces, texts, tokenizer.encode_arrays(texts), strict=True):
+    found_ids = tokenizer.encode_arrays(texts)
+    for piece, text, found in zip(pieces, texts, found_ids, strict=True):
         if text.strip() or not (piece.first and piece.last):
             parts = [*[head] * piece.first, found, *[tail] * piece.last]
             ids.append(np.concatenate(parts, dtype=dtype, casting="unsafe"))
@@ -161,6 +165,7 @@ def tokenize_block(pieces: list[Piece], tokenizer_path: Path, tokenizer_sha256: 
         ends=np.cumsum([len(piece) for piece in ids]),
         last=np.array([piece.last for piece in pieces]),
         digests=np.frombuffer(digests, np.uint8).reshape(-1, 16),
+        **vars(UnknownText.of(texts, found_ids, tokenizer)),
     )
     write_atomically(part, buffer.getvalue())
 

@@ -1,7 +1,8 @@
 """Cleans text once, for everything that follows.
 
-Byte order marks, CRLF, control characters and invalid UTF-8 go, Unicode becomes NFC, empty documents and exact
-repetitions are dropped; where asked for, near repetitions and documents that share text with evaluation sets too.
+Byte order marks, CRLF, control characters and invalid UTF-8 go, Unicode becomes NFC, records without text, empty
+documents and exact repetitions are dropped; where asked for, near repetitions and documents that share text with
+evaluation sets too.
 Writes OUTPUT/documents-*.jsonl.zst and, last, OUTPUT/manifest.json with the counts. An interrupted run goes on behind
 its last finished part. train_tokenizer and tokenize_corpus clean what they read in the same way, without the last two.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.cleaning import CLEANING_VERSION, CleaningReport, Document, clean_documents, text_digest
-from data_tools.cli import command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -50,10 +51,11 @@ def clean_files(
                 yield document
 
         documents = counted()
-        invalid = list(report.invalid_lines)
+        known = dataclasses.replace(report, invalid_lines=list(report.invalid_lines))
         for _ in islice(documents, report.documents):
             pass
-        report.invalid_lines = invalid  # not a second time
+        # not a second time
+        report.invalid_lines, report.without_text = known.invalid_lines, known.without_text
         for document in clean_documents(
             documents, report, seen=seen, is_contaminated=is_contaminated, is_near_duplicate=is_near_duplicate
         ):
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     parser = command_parser("clean", __doc__)
     parser.add_argument("--input", nargs="+", required=True, help="txt, jsonl(.gz|.zst), parquet or folders of them")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--strict", action="store_true", help="stop at invalid UTF-8 instead of replacing it")
+    add_strict(parser)
     parser.add_argument(
         "--near_duplicates",
         type=positive_float,

@@ -33,7 +33,11 @@ class Document:
 
 @dataclass
 class CleaningReport:
-    """Counts what cleaning met. `invalid_lines` names lines with invalid UTF-8 as file:line; `strict` stops at one."""
+    """Counts what reading and cleaning met; `strict` stops at the first record that would be repaired or left out.
+
+    invalid_lines  lines with invalid UTF-8, as file:line
+    without_text   records whose text is missing, null or not a string; `first_without_text` says where and why
+    """
 
     strict: bool = False
     documents: int = 0
@@ -42,12 +46,25 @@ class CleaningReport:
     near_duplicates: int = 0
     contaminated: int = 0
     invalid_lines: list[str] = field(default_factory=list)
+    without_text: int = 0
+    first_without_text: str = ""
 
     def invalid(self, where: str) -> None:
         """Notes a line with invalid UTF-8. DataError if `strict`."""
         if self.strict:
             raise DataError(f"{where}: invalid UTF-8; repair the file or leave --strict out")
         self.invalid_lines.append(where)
+
+    def no_text(self, where: str, reason: str) -> None:
+        """Notes a record that is left out. DataError if `strict`."""
+        if self.strict:
+            raise DataError(f"{where}: {reason}; repair the file or leave --strict out")
+        self.without_text += 1
+        self.first_without_text = self.first_without_text or f"{where}: {reason}"
+
+    def nothing_left(self) -> DataError:
+        """The error of an input without any text, with what has been left out of it."""
+        return DataError("; ".join(["--input: no text left after cleaning", *self.lines()]))
 
     def lines(self) -> list[str]:
         """The report for people, one fact a line; nothing where nothing was dropped."""
@@ -61,6 +78,8 @@ class CleaningReport:
         if any(dropped.values()):
             counts = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
             facts.append(f"dropped {counts} of {self.documents} documents")
+        if self.without_text:
+            facts.append(f"left out {self.without_text} records without text, the first: {self.first_without_text}")
         if self.invalid_lines:
             shown = ", ".join(self.invalid_lines[:5]) + (", ..." if len(self.invalid_lines) > 5 else "")
             facts.append(f"invalid UTF-8 replaced in {len(self.invalid_lines)} lines: {shown}")

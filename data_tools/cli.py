@@ -40,6 +40,15 @@ def command_parser(command: str, doc: str | None) -> Parser:
     )
 
 
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """The flag of all commands that read text: CleaningReport.strict."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at invalid UTF-8 and at records without text instead of replacing and leaving out",
+    )
+
+
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command on the program's arguments; bad input ends it with one line and exit code 1."""
     try:

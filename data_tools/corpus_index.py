@@ -32,6 +32,12 @@ class CorpusCounts:
             raise DataError(f"ids from {ids.min()} to {ids.max()}, the tokenizer has {len(self.unigrams)}")
         self.unigrams += np.bincount(ids, minlength=len(self.unigrams))
 
+    def known_and_unknown(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """How many ordinary tokens there are, and how many that stand for unknown text."""
+        unk = tokenizer.special.unk
+        known = int(np.delete(self.unigrams, tokenizer.reserved_ids()).sum())
+        return known, 0 if unk is None else int(self.unigrams[unk])
+
 
 def length_histogram(lengths: np.ndarray) -> list[list[int]]:
     """Pairs [upper length, documents]: lengths up to 128, 256, 512, ... tokens; ends with the longest."""
@@ -44,7 +50,7 @@ def unigram_entropy(unigrams: np.ndarray, reserved: list[int]) -> float:
     counts = np.delete(unigrams, reserved).astype(np.float64)
     counts = counts[counts > 0]
     shares = counts / max(1.0, counts.sum())
-    return float(-(shares * np.log(shares)).sum())
+    return float(-(shares * np.log(shares)).sum()) + 0.0  # of a single kind of token 0, not -0
 
 
 def write_index(
@@ -55,6 +61,7 @@ def write_index(
     shards: list[layout.ShardEntry],
     members: layout.MemberTable,
     recipe: str,
+    unknown_text_share: float | None = None,
 ) -> layout.CorpusIndex:
     """Writes `members.npz`, `documents.npz` and, last, `index.json` beside finished shards and the tokenizer's file."""
     lengths = np.array(counts.lengths, np.int64)
@@ -63,6 +70,7 @@ def write_index(
     for name, payload in tables.items():
         layout.write_atomically(folder / name, payload)
     reserved = tokenizer.reserved_ids()
+    known, unknown = counts.known_and_unknown(tokenizer)
     index = layout.CorpusIndex(
         dtype=dtype,
         documents=len(lengths),
@@ -82,6 +90,9 @@ def write_index(
         documents_sha256=hashlib.sha256(tables[layout.DOCUMENTS_FILE]).hexdigest(),
         recipe=recipe,
         shards=shards,
+        unknown_tokens=unknown,
+        unknown_share=unknown / max(1, unknown + known),
+        unknown_text_share=unknown_text_share,
     )
     layout.write_atomically(folder / layout.INDEX_FILE, index.to_json().encode("utf-8"))
     return index

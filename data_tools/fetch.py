@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_tools.cleaning import CleaningReport, Document
-from data_tools.cli import command_parser, positive_float, progress, run
+from data_tools.cli import add_strict, command_parser, positive_float, progress, run
 from data_tools.sources import TEXT_KEYS, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -78,25 +78,30 @@ def open_hub_dataset(source: str, split: str) -> HubDataset:
     text_key = next((key for key in TEXT_KEYS if key in features), None)
     if text_key is None:
         raise DataError(f"--source {source}: no column {' or '.join(map(repr, TEXT_KEYS))}, only {', '.join(features)}")
+    kind = getattr(rows.features[text_key], "dtype", type(rows.features[text_key]).__name__) if rows.features else None
+    if kind not in (None, "string", "large_string", "null"):
+        raise DataError(f"--source {source}: column {text_key!r} holds {kind}, not strings")
     known = builder.info.splits.get(split) if builder.info.splits else None
     return HubDataset(rows, str(builder.hash), text_key, known.num_examples if known else None)
 
 
-def hub_documents(dataset: HubDataset, source: str, already: int) -> Iterator[Document]:
-    """The documents of a data set, numbered on from `already`. `raw_bytes` counts documents."""
+def hub_documents(dataset: HubDataset, source: str, already: int) -> Iterator[Document | None]:
+    """The documents of a data set, numbered on from `already`; None for one without text. `raw_bytes` counts rows."""
     try:
         for number, row in enumerate(dataset.rows, already):
-            yield Document(str(row.get("id", number)), row[dataset.text_key] or "", 1)
+            text = row[dataset.text_key]
+            yield Document(str(row.get("id", number)), text, 1) if isinstance(text, str) else None
     except Exception as error:  # as above
         raise DataError(
             f"--source {source}: broke off ({_reason(error)}); the same command goes on from here"
         ) from error
 
 
-def fetch_hub(source: str, split: str, folder: TextFolder, max_bytes: float) -> dict[str, Any]:
+def fetch_hub(source: str, split: str, folder: TextFolder, max_bytes: float, strict: bool) -> dict[str, Any]:
     """Fills the folder from the hub; returns facts for the manifest."""
     dataset = open_hub_dataset(source, split)
-    done: dict[str, Any] = {"documents": 0, "bytes": 0, "commit": dataset.commit} | folder.state
+    done: dict[str, Any] = {"documents": 0, "without_text": 0, "bytes": 0, "commit": dataset.commit} | folder.state
+    report = CleaningReport(strict=strict)
     if done["commit"] != dataset.commit:
         raise DataError(
             f"--source {source}: is now commit {dataset.commit}, was {done['commit']} when the run was interrupted; "
@@ -105,21 +110,28 @@ def fetch_hub(source: str, split: str, folder: TextFolder, max_bytes: float) -> 
     if "stream" in done:
         dataset.rows.load_state_dict(done.pop("stream"))
     with progress(dataset.documents, "fetch", "doc") as bar:
-        bar.update(done["documents"])
-        for document in hub_documents(dataset, source, done["documents"]):
+        already = done["documents"] + done["without_text"]
+        bar.update(already)
+        for number, document in enumerate(hub_documents(dataset, source, already), already):
+            bar.update(1)
+            if document is None:
+                report.no_text(f"--source {source}: row {number}", f"{dataset.text_key!r} is null")
+                done["without_text"] += 1
+                continue
             done["documents"] += 1
             done["bytes"] += len(document.text.encode("utf-8"))
-            bar.update(1)
             folder.add(document, lambda: done | {"stream": dataset.rows.state_dict()})
             if done["bytes"] >= max_bytes:
                 break
+    for line in report.lines():
+        print(line)
     return {"source": source, "split": split} | done
 
 
-def fetch_local(sources: Sequence[str], folder: TextFolder, max_bytes: float) -> dict[str, Any]:
+def fetch_local(sources: Sequence[str], folder: TextFolder, max_bytes: float, strict: bool) -> dict[str, Any]:
     """Fills the folder from local files; returns facts for the manifest."""
     files = input_files(sources)
-    report = CleaningReport()
+    report = CleaningReport(strict=strict)
     done = {"documents": 0, "bytes": 0} | folder.state
     with progress(int(min(total_bytes(files), max_bytes)), "fetch", "B") as bar:
         documents = read_documents(files, report)
@@ -143,6 +155,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     parser.add_argument("--max_mb", type=positive_float, default=float("inf"), help="stop at this much text, in MB")
+    add_strict(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace other text in OUTPUT")
     args = parser.parse(argv)
 
@@ -160,7 +173,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"{args.output}: already holds this text, nothing to do")
         return
     max_bytes = args.max_mb * 1e6
-    facts = fetch_hub(hub[0], args.split, folder, max_bytes) if hub else fetch_local(sources, folder, max_bytes)
+    if hub:
+        facts = fetch_hub(hub[0], args.split, folder, max_bytes, args.strict)
+    else:
+        facts = fetch_local(sources, folder, max_bytes, args.strict)
     folder.close(facts)
     commit = f", commit {facts['commit']}" if hub else ""
     print(f"{args.output}: {facts['documents']} documents, {facts['bytes'] / 1e6:.1f} MB of text{commit}")

@@ -120,9 +120,12 @@ def _whole_documents(ids: np.ndarray, lengths: np.ndarray, pieces: list[np.ndarr
     return documents
 
 
-def index_ids(folder: Path, shards: list[Path], suffix: str, tokenizer: Tokenizer, bar: tqdm[Any]) -> str:
-    """Indexes shards of ids; returns a line on what they hold."""
+def index_ids(
+    folder: Path, shards: list[Path], suffix: str, tokenizer: Tokenizer, bar: tqdm[Any], allow_unknown: bool
+) -> str:
+    """Indexes shards of ids; returns a line on what they hold. DataError if most ids say "unknown"."""
     from data_tools.corpus_index import CorpusCounts, write_index
+    from data_tools.unknown import UnknownText
     from neomoba_dist.data.index import FORMAT, VERSION, ShardEntry
 
     found = _IdShards(suffix, CorpusCounts(tokenizer.vocab_size), _Members())
@@ -136,10 +139,13 @@ def index_ids(folder: Path, shards: list[Path], suffix: str, tokenizer: Tokenize
         bar.update(len(payload))
     if not found.counts.lengths:
         raise DataError(f"{folder}: its shards hold no id")
+    ordinary, unknown = found.counts.known_and_unknown(tokenizer)
+    counted = UnknownText(tokens=ordinary + unknown, unknown_tokens=unknown)
+    counted.report(allow_unknown, "tokenize the text again with one that knows it")
     tokenizer.save(folder)
     recipe = hashlib.sha256(json.dumps([FORMAT, VERSION, "foreign", suffix, tokenizer.sha256]).encode()).hexdigest()
     index = write_index(folder, found.counts, tokenizer, found.dtype, entries, found.members.table(), recipe)
-    return f"{index.documents} documents, {index.tokens} tokens in {len(entries)} shards"
+    return f"{index.documents} documents, {index.tokens} tokens in {len(entries)} shards, {index.unknown}"
 
 
 def index_text(folder: Path, shards: list[Path], suffix: str, bar: tqdm[Any]) -> str:
@@ -191,6 +197,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, help="folder of *.tar")
     parser.add_argument("--tokenizer", help="of shards of ids: the tokenizer that made them, as in tokenize_corpus")
     parser.add_argument("--suffix", help="of the members to take (default: the one that is known)")
+    parser.add_argument("--allow_unknown", action="store_true", help="also if most of the ids stand for unknown text")
     parser.add_argument("--overwrite", action="store_true", help="replace the index of FOLDER")
     args = parser.parse(argv)
 
@@ -213,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     (args.folder / INDEX_FILE).unlink(missing_ok=True)
     with progress(sum(path.stat().st_size for path in shards), "index", "B") as bar:
         if suffix in ID_SUFFIXES:
-            said = index_ids(args.folder, shards, suffix, load_tokenizer(args.tokenizer), bar)
+            said = index_ids(args.folder, shards, suffix, load_tokenizer(args.tokenizer), bar, args.allow_unknown)
         else:
             said = index_text(args.folder, shards, suffix, bar)
     print(f"{args.folder / INDEX_FILE}: {said}")

@@ -28,6 +28,7 @@ def summary_lines(corpus: Corpus) -> list[str]:
         f"{corpus.folder}: {index.documents} documents, {index.tokens} tokens ({index.dtype}), "
         f"{len(index.shards)} shards, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB",
         f"fingerprint {index.fingerprint}, unigram entropy {index.unigram_entropy:.3f} nats/token",
+        index.unknown,
         f"tokenizer {index.tokenizer.kind}, {index.tokenizer.vocab_size} ids, "
         + ", ".join(f"{role} {i}" for role, i in index.tokenizer.special.items() if i is not None),
         "documents by length in tokens:",

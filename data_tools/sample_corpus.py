@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.cleaning import CleaningReport, Document, clean_documents
-from data_tools.cli import command_parser, positive_float, progress, run
+from data_tools.cli import add_strict, command_parser, positive_float, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, standard_library_files, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -45,8 +45,6 @@ def take_documents(files: list[SourceFile], max_bytes: float, report: CleaningRe
 def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
     """Train and validation by the hash of each document's id. Neither is empty: with too few documents the one with
     the lowest hash validates, and of a single document the last tenth, cut at a line's end, does."""
-    if not documents:
-        raise DataError("--input: no text left after cleaning")
     if len(documents) == 1:
         only = documents[0]
         cut = only.text.find("\n", int(len(only.text) * _CUT_SHARE)) + 1
@@ -83,13 +81,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--input", nargs="+", help="txt, jsonl, parquet or folders (default: the standard library)")
     parser.add_argument("--max_mb", type=positive_float, default=float("inf"), help="stop at this much text, in MB")
+    add_strict(parser)
     args = parser.parse(argv)
 
     from neomoba_dist.data.index import write_atomically
 
     files = input_files(args.input) if args.input else standard_library_files()
-    report = CleaningReport()
-    splits = split_documents(take_documents(files, args.max_mb * 1e6, report))
+    report = CleaningReport(strict=args.strict)
+    documents = take_documents(files, args.max_mb * 1e6, report)
+    if not documents:
+        raise report.nothing_left()
+    splits = split_documents(documents)
     (args.output / "manifest.json").unlink(missing_ok=True)
     entries = {name: write_split(args.output / name, documents) for name, documents in splits.items()}
     source = "input files" if args.input else "Python standard library"

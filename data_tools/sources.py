@@ -2,7 +2,8 @@
 of raw text, and the text of this Python installation.
 
 A txt file is one document; a line of jsonl, a row of parquet and a sample of a shard are one each, with the text under
-"text" or "content".
+"text" or "content". A record whose text is missing, null or not a string is left out and counted, in all of them alike;
+a file in which no record has a text that is a string or null is refused.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def read_documents(files: Iterable[SourceFile], report: CleaningReport) -> Itera
     """The documents of `files` in order, not yet cleaned. DataError names file and line of what cannot be read."""
     for file in files:
         if file.path.suffix == ".parquet":
-            yield from _parquet(file)
+            yield from _parquet(file, report)
         elif file.path.suffix == ".tar":
             yield from _shard(file, report)
         elif ".jsonl" in file.path.suffixes:
@@ -104,8 +105,47 @@ def read_documents(files: Iterable[SourceFile], report: CleaningReport) -> Itera
             yield Document(file.name, decode_utf8(payload, file.name, report), len(payload))
 
 
+class _Texts:
+    """The texts of one file's records."""
+
+    def __init__(self, report: CleaningReport) -> None:
+        self._report = report
+        self._with_text = self._null = self._without = 0
+        self._first = ""
+
+    def of(self, record: Any, where: str) -> str | None:
+        """The record's text; None, noted in the report, if it has none."""
+        values = {key: record[key] for key in TEXT_KEYS if key in record} if isinstance(record, dict) else {}
+        text = next((value for value in values.values() if isinstance(value, str)), None)
+        if text is not None:
+            self._with_text += 1
+            return text
+        reason = f"no text under {' or '.join(map(repr, TEXT_KEYS))}"
+        if values:
+            reason += f" ({', '.join(f'{key!r} is {_type_name(value)}' for key, value in values.items())})"
+        if None in values.values():
+            self._null += 1
+        else:
+            self._without += 1
+            self._first = self._first or f"{where}: {reason}"
+        self._report.no_text(where, reason)
+        return None
+
+    def finish(self) -> None:
+        """DataError if the file has records, but none whose text is a string or null: it is not a file of texts."""
+        if self._without and not self._with_text + self._null:
+            raise DataError(f"{self._first}; the same in all {self._without} records of this file: rename its key")
+
+
+def _type_name(value: Any) -> str:
+    """A JSON value's type in words."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object")
+
+
 def _jsonl(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
     position = 0
+    texts = _Texts(report)
     with open(file.path, "rb") as raw:
         lines: Iterable[bytes] = raw
         compression = {".gz": "gzip", ".zst": "zstd"}.get(file.path.suffix)
@@ -113,27 +153,32 @@ def _jsonl(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
             import pyarrow
 
             lines = io.BufferedReader(pyarrow.input_stream(raw, compression=compression), 1 << 20)
+        read = 0
         try:
             for number, line in enumerate(lines, 1):
-                id, text = _record(line, f"{file.name}:{number}", file, report, number)
-                reached = raw.tell() if compression else position + len(line)
+                read += len(line)
+                id, text = _record(line, f"{file.name}:{number}", file, texts, report, number)
+                if text is None:
+                    continue
+                reached = raw.tell() if compression else read
                 yield Document(id, text, reached - position)
                 position = reached
         except OSError as error:
             raise DataError(f"{file.path}: damaged or cut ({error}); get the file again") from error
+    texts.finish()
 
 
-def _record(line: bytes, name: str, file: SourceFile, report: CleaningReport, first_line: int) -> tuple[str, str]:
-    """(id, text) of a JSON object."""
+def _record(
+    line: bytes, name: str, file: SourceFile, texts: _Texts, report: CleaningReport, first_line: int
+) -> tuple[str, str | None]:
+    """(id, text) of a JSON object; the text is None where it has none."""
     where = f"{file.path}{name.removeprefix(file.name)}"
     try:
         record: Any = json.loads(decode_utf8(line, file.name, report, first_line))
     except ValueError as error:
         raise DataError(f"{where}: not a JSON object ({error})") from error
-    key = next((k for k in TEXT_KEYS if isinstance(record, dict) and isinstance(record.get(k), str)), None)
-    if key is None:
-        raise DataError(f"{where}: no text under {' or '.join(map(repr, TEXT_KEYS))}")
-    return str(record.get("id", name)), record[key]
+    text = texts.of(record, where)
+    return (name if text is None else str(record.get("id", name))), text
 
 
 def _shard(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
@@ -142,33 +187,56 @@ def _shard(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
 
     suffix = TextIndex.from_file(file.path.parent / INDEX_FILE).suffix
     position = 0
+    texts = _Texts(report)
     for offset, payload in text_payloads(file.path):
         name = f"{file.name}:{offset}"
+        id: str
+        text: str | None
         if suffix == "json":
-            id, text = _record(bytes(payload), name, file, report, 1)
+            id, text = _record(bytes(payload), name, file, texts, report, 1)
         else:
             id, text = name, decode_utf8(bytes(payload), name, report)
-        yield Document(id, text, offset + len(payload) - position)
-        position = offset + len(payload)
+        if text is not None:
+            yield Document(id, text, offset + len(payload) - position)
+            position = offset + len(payload)
+    texts.finish()
 
 
-def _parquet(file: SourceFile) -> Iterator[Document]:
+def _parquet(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    texts = _Texts(report)
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
-        column = next((key for key in TEXT_KEYS if key in table.schema_arrow.names), None)
-        if column is None:
+        schema = table.schema_arrow
+        columns = [key for key in TEXT_KEYS if key in schema.names]
+        if not columns:
             raise DataError(f"{file.path}: no column {' or '.join(map(repr, TEXT_KEYS))}")
+        column = next((key for key in columns if _is_text(schema.field(key).type)), None)
+        if column is None:
+            raise DataError(f"{file.path}: column {columns[0]!r} holds {schema.field(columns[0]).type}, not strings")
         share = file.path.stat().st_size // max(1, table.metadata.num_rows)
-        number = 0
+        number, waiting = 0, 0
         for batch in table.iter_batches(columns=[column]):
-            for text in batch.column(0).to_pylist():
-                yield Document(f"{file.name}:{number}", text or "", share)
+            for value in batch.column(0).to_pylist():
+                text = texts.of({column: value}, f"{file.path}:{number}")
+                waiting += share
+                if text is not None:
+                    yield Document(f"{file.name}:{number}", text, waiting)
+                    waiting = 0
                 number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{file.path}: not a parquet file, or a damaged one ({error})") from error
+
+
+def _is_text(type: Any) -> bool:
+    """Whether a column of this arrow type holds strings, or nothing but nulls."""
+    from pyarrow import types
+
+    if types.is_dictionary(type):
+        type = type.value_type
+    return any(test(type) for test in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
 
 
 def total_bytes(files: Iterable[SourceFile]) -> int:

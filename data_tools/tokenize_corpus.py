@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_tools.cleaning import CleaningReport
-from data_tools.cli import command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -43,7 +43,9 @@ def recipe_of(keys: list[str], shard_bytes: int) -> str:
     return hashlib.sha256(json.dumps(facts).encode("ascii")).hexdigest()
 
 
-def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, shard_bytes: int) -> bool:
+def is_finished(
+    output: Path, files: list[SourceFile], tokenizer: Tokenizer, shard_bytes: int, strict: bool = False
+) -> bool:
     """True if OUTPUT holds exactly this corpus, False if it holds nothing finished or a damaged one of this recipe;
     DataError if it holds another corpus."""
     from data_tools.blocks import divide
@@ -55,7 +57,7 @@ def is_finished(output: Path, files: list[SourceFile], tokenizer: Tokenizer, sha
     index = CorpusIndex.from_file(output / INDEX_FILE)
     keys = []
     with progress(total_bytes(files), "compare with OUTPUT", "B") as bar:
-        for block in divide(read_documents(files, CleaningReport()), tokenizer):
+        for block in divide(read_documents(files, CleaningReport(strict=strict)), tokenizer):
             keys.append(block.key)
             bar.update(block.raw_bytes)
     if index.recipe != recipe_of(keys, shard_bytes):
@@ -73,7 +75,9 @@ def refuse_shards_of_others(output: Path) -> None:
         raise DataError(f"{output}: holds tar files of another origin; change --output")
 
 
-def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_bytes: int, recipe: str) -> CorpusIndex:
+def write_shards(
+    output: Path, parts: list[Path], tokenizer: Tokenizer, shard_bytes: int, recipe: str, unknown_text_share: float
+) -> CorpusIndex:
     """Assembles the parts, in order, into shards and writes the index last."""
     from data_tools.blocks import read_parts
     from data_tools.corpus_index import CorpusCounts, write_index
@@ -110,7 +114,7 @@ def write_shards(output: Path, parts: list[Path], tokenizer: Tokenizer, shard_by
     shards, members = writer.close()
     for line in report.lines():
         print(line)
-    return write_index(output, counts, tokenizer, dtype, shards, members, recipe)
+    return write_index(output, counts, tokenizer, dtype, shards, members, recipe, unknown_text_share)
 
 
 def tokenize_corpus(
@@ -120,29 +124,36 @@ def tokenize_corpus(
     workers: int,
     shard_bytes: int,
     pool: Executor | None = None,
+    *,
+    strict: bool = False,
+    allow_unknown: bool = False,
 ) -> CorpusIndex:
     """Makes the corpus in `output`, going on from the parts that an interrupted run left there.
 
-    The work is done by `pool`, which has `workers` workers; without one by processes of this machine."""
+    The work is done by `pool`, which has `workers` workers; without one by processes of this machine. DataError, before
+    anything in `output` is replaced, if most of the text is unknown to the tokenizer, unless `allow_unknown`."""
     from data_tools.blocks import Block, divide, tokenize_blocks, worker_pool
+    from data_tools.unknown import UnknownText
 
     refuse_shards_of_others(output)
     parts_folder = output / _PARTS
     parts_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
-    report = CleaningReport()
+    report, unknown = CleaningReport(strict=strict), UnknownText()
     own_pool = worker_pool(workers) if pool is None and workers > 1 else nullcontext(pool)
     with progress(total_bytes(files), "tokenize", "B") as bar, own_pool as executor:
 
         def done(block: Block) -> None:
             parts.append(block.part(parts_folder))
+            unknown.add_part(parts[-1])
             bar.update(block.raw_bytes)
 
         blocks = divide(read_documents(files, report), tokenizer)
         keys = tokenize_blocks(blocks, tokenizer, parts_folder, executor, workers, done)
     for line in report.lines():
         print(line)
-    index = write_shards(output, parts, tokenizer, shard_bytes, recipe_of(keys, shard_bytes))
+    unknown.report(allow_unknown, "train one on this text: python -m data_tools.train_tokenizer --kind byte_bpe")
+    index = write_shards(output, parts, tokenizer, shard_bytes, recipe_of(keys, shard_bytes), unknown.text_share)
     shutil.rmtree(parts_folder)
     return index
 
@@ -173,6 +184,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--shard_mb", type=positive_float, default=128.0, help="size of a shard in MB (default: 128)")
     parser.add_argument("--overwrite", action="store_true", help="replace another corpus in OUTPUT")
+    add_strict(parser)
+    parser.add_argument("--allow_unknown", action="store_true", help="also if the tokenizer knows less than half of it")
     parser.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun instead of --workers processes")
     args = parser.parse(argv)
 
@@ -184,14 +197,15 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = load_tokenizer(args.tokenizer)
         shard_bytes = int(args.shard_mb * 1e6)
         began = time.monotonic()
-        if not args.overwrite and is_finished(args.output, files, tokenizer, shard_bytes):
+        if not args.overwrite and is_finished(args.output, files, tokenizer, shard_bytes, args.strict):
             index = CorpusIndex.from_file(args.output / INDEX_FILE)
             print(f"{args.output}: already holds this corpus, nothing to do")
         else:
-            index = tokenize_corpus(files, tokenizer, args.output, workers, shard_bytes, pool)
+            flags = {"strict": args.strict, "allow_unknown": args.allow_unknown}
+            index = tokenize_corpus(files, tokenizer, args.output, workers, shard_bytes, pool, **flags)
         print(
             f"{args.output}: {index.documents} documents, {index.tokens} tokens in {len(index.shards)} shards, "
-            f"unigram entropy {index.unigram_entropy:.3f} nats/token, {time.monotonic() - began:.1f} s"
+            f"unigram entropy {index.unigram_entropy:.3f} nats/token, {index.unknown}, {time.monotonic() - began:.1f} s"
         )
 
     if args.mpi:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.cleaning import CleaningReport, clean_documents
-from data_tools.cli import command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
@@ -126,10 +126,10 @@ KINDS: dict[str, Callable[[list[str], int], bytes]] = {
 }
 
 
-def read_texts(inputs: Sequence[str], max_bytes: float) -> tuple[list[str], str]:
-    """Cleaned texts, up to `max_bytes`, and the sha256 of all of them."""
+def read_texts(inputs: Sequence[str], max_bytes: float, strict: bool = False) -> tuple[list[str], str]:
+    """Cleaned texts, up to `max_bytes`, and the sha256 of all of them. strict: see CleaningReport."""
     files = input_files(inputs)
-    report = CleaningReport()
+    report = CleaningReport(strict=strict)
     texts: list[str] = []
     digest = hashlib.sha256()
     size = 0
@@ -142,10 +142,10 @@ def read_texts(inputs: Sequence[str], max_bytes: float) -> tuple[list[str], str]
             bar.update(document.raw_bytes)
             if size >= max_bytes:
                 break
+    if not texts:
+        raise report.nothing_left()
     for line in report.lines():
         print(line)
-    if not texts:
-        raise DataError("--input: no text left after cleaning")
     return texts, digest.hexdigest()
 
 
@@ -172,12 +172,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--kind", choices=KINDS, default="wordpiece", help="default: wordpiece")
     parser.add_argument("--vocab_size", type=positive_int, default=30_522, help="default: 30522")
     parser.add_argument("--max_mb", type=positive_float, default=500.0, help="train on this much text, default: 500")
+    add_strict(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in OUTPUT")
     args = parser.parse(argv)
 
     from neomoba_dist.data.index import write_atomically
 
-    texts, text_sha256 = read_texts(args.input, args.max_mb * 1e6)
+    texts, text_sha256 = read_texts(args.input, args.max_mb * 1e6, args.strict)
     wanted = {"kind": args.kind, "vocab_size": args.vocab_size, "text_sha256": text_sha256}
     tokenizer = finished_tokenizer(args.output, wanted, args.overwrite)
     if tokenizer is None:

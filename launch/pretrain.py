@@ -108,6 +108,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     elif start:
         trainer.start_from(start)
     if mesh.rank == 0:
+        print("\n".join(corpora.lines()))
         origin = resumed.folder if resumed else start.folder if start else None
         if start and arguments.upcycle and (warning := difference(config.model)):
             print(warning)

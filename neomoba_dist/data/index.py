@@ -26,6 +26,8 @@ FORMAT = "neomoba-shards"
 VERSION = 2
 # least lengths, in tokens, of the subsets that every corpus lists: phases train on long documents by choosing one
 SUBSET_LENGTHS = (1024, 2048, 8192, 32_768)
+# share of unknown tokens, or of the text that they stand for, above which a corpus is worth a warning
+MUCH_UNKNOWN = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,9 @@ class CorpusIndex:
     subsets         triples [least length, documents at least as long, their tokens]; lists in `documents.npz`
     members_sha256, documents_sha256  digests of `members.npz` and `documents.npz`
     recipe          digest of what the corpus was made from and how: the same recipe gives the same bytes
+    unknown_tokens  tokens that stand for text which the vocabulary cannot write; None: not counted, an old index
+    unknown_share   their share of the ordinary tokens
+    unknown_text_share  share of the characters that they stand for, in all text that was read; None: ids made elsewhere
     """
 
     dtype: str
@@ -158,6 +163,22 @@ class CorpusIndex:
     documents_sha256: str
     recipe: str
     shards: list[ShardEntry]
+    unknown_tokens: int | None = None
+    unknown_share: float | None = None
+    unknown_text_share: float | None = None
+
+    @property
+    def unknown(self) -> str:
+        """What of the text is unknown to the tokenizer, in words."""
+        if self.unknown_tokens is None or self.unknown_share is None:
+            return "unknown tokens not counted"
+        text = "" if self.unknown_text_share is None else f", for {self.unknown_text_share:.2%} of the text"
+        return f"{self.unknown_tokens} unknown tokens ({self.unknown_share:.2%}{text})"
+
+    @property
+    def largest_unknown_share(self) -> float:
+        """The larger of the two shares: one unknown token can stand for a megabyte without a space."""
+        return max(self.unknown_share or 0.0, self.unknown_text_share or 0.0)
 
     @property
     def fingerprint(self) -> str:

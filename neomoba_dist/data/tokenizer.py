@@ -126,6 +126,10 @@ class Tokenizer(ABC):
         head, tail = self.document_borders
         return head + ids + tail
 
+    @abstractmethod
+    def unknown_spans(self, text: str) -> list[tuple[int, int]]:
+        """[start, stop) in `text` of what each unknown token of its ids stands for. Slower than `encode`."""
+
     @property
     @abstractmethod
     def splits_at_line_ends(self) -> bool:
@@ -166,6 +170,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def unknown_spans(self, text: str) -> list[tuple[int, int]]:
+        found = self._backend.encode(text, add_special_tokens=False)
+        return [span for i, span in zip(found.ids, found.offsets, strict=True) if i == self.special.unk]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -220,6 +228,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._backend.encode(list(texts), out_type=int)
+
+    def unknown_spans(self, text: str) -> list[tuple[int, int]]:
+        found = self._backend.encode(text, return_type="offset_mapping")
+        return [span for i, span in zip(found["ids"], found["offsets"], strict=True) if i == self.special.unk]
 
     def decode(self, ids: Iterable[int]) -> str:
         # the library drops control pieces, so the text is decoded run by run and their names put between

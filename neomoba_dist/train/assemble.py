@@ -13,6 +13,7 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.index import MUCH_UNKNOWN
 from neomoba_dist.data.rows import Source
 from neomoba_dist.data.stream import UpdateStream
 from neomoba_dist.data.validation import validation_batches
@@ -26,6 +27,20 @@ class Corpora:
 
     train: list[Source]
     validation: Corpus | None
+
+    def lines(self) -> list[str]:
+        """One line for each corpus: its size, and how much of its text the tokenizer did not know."""
+        named = [(source.corpus.key, source.corpus) for source in self.train]
+        if self.validation is not None:
+            named.append((self.validation.key, self.validation))
+        found = {}
+        for key, corpus in named:
+            warning = "warning: " if corpus.index.largest_unknown_share > MUCH_UNKNOWN else ""
+            found[key, corpus.name] = (
+                f"{warning}{key}: {corpus.name}, {corpus.documents} documents, {corpus.tokens} tokens, "
+                f"{corpus.index.unknown}"
+            )
+        return list(found.values())
 
 
 def open_corpora(config: Config) -> Corpora:

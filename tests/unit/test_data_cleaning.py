@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_cleaning_against_its_definition(text: str) -> None:
     assert clean_text(clean_text(text)) == clean_text(text)
 
 
-def write_jsonl(path: Path, texts: list[str]) -> Path:
+def write_jsonl(path: Path, texts: Sequence[str | None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -98,11 +99,13 @@ def test_interrupted_cleaning_remembers_what_it_kept(tmp_path: Path, monkeypatch
     monkeypatch.setattr(text_folder, "PART_BYTES", 4000)
     originals = [" ".join(f"{i}x{j}" for j in range(100)) for i in range(40)]
     near = [text.replace(f"{i}x5 ", "new ") for i, text in enumerate(originals)]
-    mixed = [*originals, *originals[:5], *near[:5], "\x00", "the end"]
+    mixed = [*originals[:3], None, *originals[3:], *originals[:5], None, *near[:5], "\x00", "the end"]
     source = write_jsonl(tmp_path / "in.jsonl", mixed)
     arguments = ["--input", str(source), "--near_duplicates", "0.8", "--output"]
     clean.main([*arguments, str(tmp_path / "whole")])
     assert kept(tmp_path / "whole") == [*originals, "the end"]
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["report"]["without_text"] == 2
 
     finish, parts = text_folder.TextFolder._finish_part, []
 

@@ -171,7 +171,7 @@ def test_foreign_ids_that_cannot_be(tmp_path: Path, tokenizer: Path, members: di
 
 
 def test_an_index_that_does_not_fit_is_not_kept_silently(tmp_path: Path, tokenizer: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"a.u16": b"\1\0"})
+    write_tar(tmp_path / "a.tar", {"a.u16": b"\x09\0"})
     index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
     other = make_tokenizer(tmp_path / "other", "byte_bpe", vocab_size=600)
     with pytest.raises(DataError, match="of another tokenizer; add --overwrite"):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import re
+import tarfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import datasets
 import pyarrow
@@ -12,12 +17,12 @@ import pyarrow.parquet
 import pytest
 
 import data_tools.text_folder as text_folder
-from data_tools import fetch
+from data_tools import clean, fetch, index, sample_corpus, tokenize_corpus, train_tokenizer
 from data_tools.cleaning import CleaningReport
 from data_tools.sources import input_files, read_documents
 from data_tools.text_folder import UNFINISHED_FILE
 from neomoba_dist.data.errors import DataError
-from tests.corpora import folder_digests
+from tests.corpora import folder_digests, make_tokenizer
 
 
 def texts_in(folder: Path) -> list[str]:
@@ -40,7 +45,6 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert [(d.id, d.text) for d in documents] == [
         ("a.txt", "text a\n"),
         ("c.parquet:0", "c1"),
-        ("c.parquet:1", ""),
         ("c.parquet:2", "c2"),
         ("d.jsonl.gz:1", "b1"),
         ("7", "b2"),
@@ -49,7 +53,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         ("sub/b.jsonl:1", "b1"),
         ("7", "b2"),
     ]
-    assert sum(d.raw_bytes for d in documents[4:8]) == sum((folder / n).stat().st_size for n in _COMPRESSED)
+    assert sum(d.raw_bytes for d in documents[3:7]) == sum((folder / n).stat().st_size for n in _COMPRESSED)
 
 
 _COMPRESSED = ("d.jsonl.gz", "e.jsonl.zst")
@@ -69,6 +73,91 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         texts_in(tmp_path)
+
+
+RECORDS = [{"text": "a"}, {"text": None}, {"text": None, "content": "b"}, {"text": "c"}]
+WRONG = [{"text": 7}, {"text": ["x"]}, {"body": "x"}, {"text": {"x": "y"}}, "x", None]
+
+
+def write_records(folder: Path, kind: str, records: list[Any]) -> Path:
+    """One file of these records."""
+    path = folder / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [record["text"] for record in records]}), path)
+    elif kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            for number, record in enumerate(records):
+                member = tarfile.TarInfo(f"{number}.json")
+                payload = json.dumps(record).encode()
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+        index.main([str(folder)])
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("kind", "place"), [("jsonl", "a.jsonl:2"), ("parquet", "a.parquet:1"), ("tar", "a.tar:")])
+def test_a_record_without_text_is_left_out_counted_and_named(tmp_path: Path, kind: str, place: str) -> None:
+    records = [{"text": "a"}, {"text": None}, {"text": None}, {"text": "c"}]
+    path = write_records(tmp_path, kind, records)
+    report = CleaningReport()
+    documents = list(read_documents(input_files([tmp_path]), report))
+    assert [document.text for document in documents] == ["a", "c"]
+    (line,) = report.lines()
+    assert line.startswith(f"left out 2 records without text, the first: {tmp_path / place}")
+    assert line.endswith("no text under 'text' or 'content' ('text' is null)")
+    if kind == "jsonl":
+        assert sum(document.raw_bytes for document in documents) == path.stat().st_size
+    with pytest.raises(DataError, match=rf"{place}.*'text' is null\); repair the file or leave --strict out"):
+        list(read_documents(input_files([tmp_path]), CleaningReport(strict=True)))
+
+
+def test_wrong_types_and_missing_keys_are_treated_like_null(tmp_path: Path) -> None:
+    write_records(tmp_path, "jsonl", [*RECORDS, *WRONG])
+    report = CleaningReport()
+    assert [d.text for d in read_documents(input_files([tmp_path]), report)] == ["a", "b", "c"]
+    assert report.without_text == 1 + len(WRONG)
+
+
+@pytest.mark.parametrize(
+    "values", [[["a"], ["b"]], [1, 2], [1.5, 2.0], [True, False], [{"a": 1}, {"a": 2}], [b"a", b"b"]]
+)
+def test_a_parquet_column_of_another_type_is_one_line(tmp_path: Path, values: list[Any]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    kind = re.escape(str(pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type))
+    with pytest.raises(DataError, match=rf"a.parquet: column 'text' holds {kind}, not strings$"):
+        texts_in(tmp_path)
+
+
+def test_parquet_takes_the_column_that_holds_strings(tmp_path: Path) -> None:
+    words = pyarrow.array(["a", "b", "a"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 3], "content": words}), tmp_path / "a.parquet")
+    assert texts_in(tmp_path) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("command", [clean, sample_corpus, train_tokenizer, tokenize_corpus, fetch])
+def test_every_command_that_reads_text_has_strict(
+    tmp_path: Path, command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_records(tmp_path, "jsonl", [{"text": f"a text of words {i}"} for i in range(200)] + [{"text": None}])
+    flag = "--source" if command is fetch else "--input"
+    arguments = [flag, str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]
+    if command is tokenize_corpus:
+        arguments += ["--tokenizer", str(make_tokenizer(tmp_path / "tokenizer", "byte_bpe")), "--workers", "1"]
+    if command is train_tokenizer:
+        arguments += ["--kind", "byte_bpe", "--vocab_size", "400"]
+    with pytest.raises(DataError, match=r"a.jsonl:201: .*'text' is null\); repair the file or leave --strict out"):
+        command.main([*arguments, "--strict"])
+    capsys.readouterr()
+    command.main([*arguments, *(["--overwrite"] if command in (clean, fetch) else [])])
+    assert "left out 1 records without text, the first: " in capsys.readouterr().out
+
+
+def test_nothing_but_null_says_what_was_left_out(tmp_path: Path) -> None:
+    write_records(tmp_path, "jsonl", [{"text": None}] * 3)
+    with pytest.raises(DataError, match="no text left after cleaning; left out 3 records without text, the first: "):
+        train_tokenizer.main(["--input", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
 def test_invalid_utf8_names_the_line_in_compressed_files_too(tmp_path: Path) -> None:
@@ -164,6 +253,30 @@ def test_fetch_of_local_files_goes_on_where_it_stopped(tmp_path: Path, monkeypat
             fetch.main([*source, str(tmp_path / "again")])
     fetch.main([*source, str(tmp_path / "again")])
     assert folder_digests(tmp_path / "again") == folder_digests(tmp_path / "whole")
+
+
+def test_fetch_leaves_out_what_has_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(text_folder, "PART_BYTES", 300)
+    rows = [None if i % 3 == 1 else f"text {i} " + "word " * 20 for i in range(30)]
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "set" / "train.parquet")
+    source = ["--source", f"hf:{tmp_path / 'set'}@main", "--output"]
+    fetch.main([*source, str(tmp_path / "whole")])
+    assert texts_in(tmp_path / "whole") == [row for row in rows if row]
+    assert "left out 10 records without text, the first: --source hf:" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 11)
+        with pytest.raises(Interrupted):
+            fetch.main([*source, str(tmp_path / "again")])
+    fetch.main([*source, str(tmp_path / "again")])
+    assert folder_digests(tmp_path / "again") == folder_digests(tmp_path / "whole")
+    with pytest.raises(DataError, match="row 1: 'text' is null; repair the file"):
+        fetch.main([*source, str(tmp_path / "strict"), "--strict"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": [["a"]]}), tmp_path / "set" / "train.parquet")
+    with pytest.raises(DataError, match=r"column 'text' holds List, not strings"):
+        fetch.main([*source, str(tmp_path / "lists")])
 
 
 def test_fetch_limit_and_other_text(tmp_path: Path, hub: Path) -> None:
