@@ -8,13 +8,13 @@ from torch import nn
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import Shard
+from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
 
-Pieces = list[tuple[Shard, torch.Tensor]]
+Pieces = list[tuple[ShardedTensorSpec, torch.Tensor]]
 
 
 def pieces(module: nn.Module, of: str) -> Pieces:

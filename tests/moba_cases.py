@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.cpu import attend as gathered
-from neomoba_dist.model.attention.kernels.cpu.tasks import Document, Problem
+from neomoba_dist.model.attention.kernels.cpu.tasks import Document
+from neomoba_dist.model.attention.kernels.layout import Problem
 
 HEADS = {"MHA": (3, 3), "GQA": (4, 2), "MQA": (3, 1)}
 DOCUMENTS = {
@@ -32,7 +33,7 @@ def cu(borders: list[int]) -> Tensor:
 def force_method(patch: pytest.MonkeyPatch, method: str) -> None:
     """One way of computing for all documents: the choice between them depends on speed alone."""
 
-    def choose(problem: Problem, doc: Document, routes: Tensor) -> list[Document]:
+    def choose(problem: Problem, doc: Document, block_indices: Tensor) -> list[Document]:
         return [doc._replace(method=method)]
 
     patch.setattr(gathered, "_choose_methods", choose)

@@ -28,7 +28,7 @@ def block_score(q_D: Tensor, summary: list[Tensor]) -> float:
 
 
 def chosen_blocks(scores: list[float], own: int, top_k: int, causal: bool) -> set[int]:
-    """The own block and the top_k - 1 best others; of equal scores the higher index wins."""
+    """The current block and the top_k - 1 best others; of equal scores the higher index wins."""
     others = range(own) if causal else [block for block in range(len(scores)) if block != own]
     best = sorted(others, key=lambda block: (scores[block], block), reverse=True)
     return {own, *best[: top_k - 1]}

@@ -3,8 +3,8 @@
 A row is filler in which pairs of a key and its value lie at random places, every pair twice. At the second place the
 value must be predicted, so the first one must be found: by its block, among all blocks of the row. A small causal model
 whose layers are all MoBA is trained on rows that grow to --lengths, then tested on new rows: accuracy by distance, with
-its own attention, with its own blocks alone (top_k 1, which must fail beyond a block) and with full attention. Chance
-is 1 / 64. Writes recall.json.
+its own attention, with the current blocks alone (top_k 1, which must fail beyond a block) and with full attention.
+Chance is 1 / 64. Writes recall.json.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def test(model: NeoBERT, setting: Setting, attention: str) -> list[dict[str, Any
     from neomoba_dist.model.attention.layer import set_full_attention
     from neomoba_dist.model.neobert import NeoBERT
 
-    if attention == "own block":
+    if attention == "current block":
         config = replace(model.config, moba_top_k=1)
         control = NeoBERT(config, model.mesh, seed=0).to(setting.device)
         control.load_state_dict(model.state_dict())
@@ -206,7 +206,7 @@ def test(model: NeoBERT, setting: Setting, attention: str) -> list[dict[str, Any
     return found
 
 
-ATTENTIONS = ("moba", "own block", "full")
+ATTENTIONS = ("moba", "current block", "full")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from neomoba_dist.checkpoint.layout import CheckpointError, find_checkpoint, logical_name, read_index, read_json
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import Shard, shard_of
+from neomoba_dist.model.init import ShardedTensorSpec, shard_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ class CheckpointReader:
         """trainer.json: what the training loop needs to go on."""
         return read_json(self.folder / "trainer.json")
 
-    def read(self, kind: str, shard: Shard) -> torch.Tensor:
+    def read(self, kind: str, shard: ShardedTensorSpec) -> torch.Tensor:
         """The part of a logical tensor that `shard` describes, shape `shard.extent`, on the CPU.
 
         Raises CheckpointError if the tensor is missing, has another shape or is not completely there.

@@ -22,7 +22,7 @@ from neomoba_dist.checkpoint.layout import (
     step_folder,
 )
 from neomoba_dist.config import Config
-from neomoba_dist.model.init import Shard, shard_of
+from neomoba_dist.model.init import ShardedTensorSpec, shard_of
 from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -34,7 +34,7 @@ class StateSource(Protocol):
     mesh: Mesh
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def saved_buffers(self) -> Iterator[tuple[Shard, torch.Tensor]]: ...
+    def saved_buffers(self) -> Iterator[tuple[ShardedTensorSpec, torch.Tensor]]: ...
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor: ...
 
 

@@ -13,7 +13,7 @@ import torch
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, ModelConfig
-from neomoba_dist.model.init import Initializer, Shard
+from neomoba_dist.model.init import Initializer, ShardedTensorSpec
 from neomoba_dist.parallel.mesh import Mesh
 
 
@@ -43,7 +43,7 @@ class UpcycledReader(CheckpointReader):
         if problem:
             raise CheckpointError(f"{self.folder}: {problem}")
 
-    def read(self, kind: str, shard: Shard) -> torch.Tensor:
+    def read(self, kind: str, shard: ShardedTensorSpec) -> torch.Tensor:
         layer, _, part = shard.name.partition(".mlp.")
         if part == "router.weight":
             return self._init.draw(shard.name, shard.shape)
@@ -52,7 +52,7 @@ class UpcycledReader(CheckpointReader):
         if not part.startswith("experts."):
             return super().read(kind, shard)
         name = f"{layer}.mlp.{part.removeprefix('experts.')}"
-        one = super().read(kind, Shard(name, shard.shape[1:], shard.start[1:], shard.extent[1:]))
+        one = super().read(kind, ShardedTensorSpec(name, shard.shape[1:], shard.start[1:], shard.extent[1:]))
         return one.expand(shard.extent)
 
 

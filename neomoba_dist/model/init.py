@@ -1,7 +1,7 @@
 """How a parameter comes into being: declared by logical name and whole shape, drawn whole, then sliced.
 
-The draw depends on (seed, logical name) alone, so the initial weights are the same for every layout, and the `Shard`
-that each parameter carries tells checkpoints where its values lie in the whole tensor.
+The draw depends on (seed, logical name) alone, so the initial weights are the same for every layout, and the
+`ShardedTensorSpec` that each parameter carries tells checkpoints where its values lie in the whole tensor.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from neomoba_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardedTensorSpec:
     """Where a parameter lies in its logical tensor.
 
     shape: of the whole tensor. start, extent: offset and shape of the part held here; left out: the whole. The
@@ -40,8 +40,8 @@ class Shard:
         return tensor
 
 
-def shard_of(parameter: nn.Parameter) -> Shard:
-    """The `Shard` of a parameter that an `Initializer` made."""
+def shard_of(parameter: nn.Parameter) -> ShardedTensorSpec:
+    """The `ShardedTensorSpec` of a parameter that an `Initializer` made."""
     return parameter.shard  # type: ignore[attr-defined]  # a plain attribute: DeepSpeed keeps the object
 
 
@@ -63,8 +63,8 @@ class Initializer:
         """
         whole = self.draw(name, shape, scale)
         if shard_dim is None:
-            return self._parameter(whole, Shard(name, shape))
-        part, shard = self._cut(whole, Shard(name, shape), shard_dim, padded)
+            return self._parameter(whole, ShardedTensorSpec(name, shape))
+        part, shard = self._cut(whole, ShardedTensorSpec(name, shape), shard_dim, padded)
         return self._parameter(part, shard)
 
     def experts(self, name: str, shape: tuple[int, int, int], *, shard_dim: int, scale: float = 1.0) -> nn.Parameter:
@@ -79,14 +79,16 @@ class Initializer:
         parts = []
         for expert in range(first, first + local):
             whole = self.draw(f"{name}.{expert}", shape[1:], scale)
-            part, shard = self._cut(whole, Shard(name, shape[1:]), shard_dim - 1, 0)
+            part, shard = self._cut(whole, ShardedTensorSpec(name, shape[1:]), shard_dim - 1, 0)
             parts.append(part)
         start[1:], extent[1:] = shard.start, shard.extent
-        return self._parameter(torch.stack(parts), Shard(name, shape, tuple(start), tuple(extent), ("ep", "tp")))
+        return self._parameter(
+            torch.stack(parts), ShardedTensorSpec(name, shape, tuple(start), tuple(extent), ("ep", "tp"))
+        )
 
     def ones(self, name: str, size: int) -> nn.Parameter:
         """A norm's weight: ones, held whole on every rank, without weight decay."""
-        return self._parameter(torch.ones(size, dtype=self.dtype), Shard(name, (size,)))
+        return self._parameter(torch.ones(size, dtype=self.dtype), ShardedTensorSpec(name, (size,)))
 
     def draw(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
         """The initial values of the whole tensor of this name: N(0, (scale * std)^2)."""
@@ -94,7 +96,9 @@ class Initializer:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std * scale).to(self.dtype)
 
-    def _cut(self, whole: torch.Tensor, shard: Shard, dim: int, padded: int) -> tuple[torch.Tensor, Shard]:
+    def _cut(
+        self, whole: torch.Tensor, shard: ShardedTensorSpec, dim: int, padded: int
+    ) -> tuple[torch.Tensor, ShardedTensorSpec]:
         """This tp rank's part along `dim`, zero beyond the whole tensor's length."""
         tp, total = self.mesh["tp"], whole.shape[dim]
         local = (padded or total) // tp.size
@@ -104,9 +108,9 @@ class Initializer:
         part.narrow(dim, 0, length).copy_(whole.narrow(dim, offset, length))
         start = tuple(offset if d == dim else 0 for d in range(whole.ndim))
         extent = tuple(length if d == dim else n for d, n in enumerate(whole.shape))
-        return part, Shard(shard.name, shard.shape, start, extent, ("tp",))
+        return part, ShardedTensorSpec(shard.name, shard.shape, start, extent, ("tp",))
 
-    def _parameter(self, part: torch.Tensor, shard: Shard) -> nn.Parameter:
+    def _parameter(self, part: torch.Tensor, shard: ShardedTensorSpec) -> nn.Parameter:
         parameter = nn.Parameter(part)
         parameter.shard = shard  # type: ignore[attr-defined]
         # DeepSpeed sums the squared norms of marked parameters over tp and counts all others once

@@ -3,7 +3,7 @@
 Tests hold the communication ledger to these formulas, and they choose where the configuration says "auto".
 
 Legend: T tokens of the batch, S tokens of one rank, C ranks, p = (C - 1) / C, Hq / Hkv heads of one tensor-parallel
-rank, D head size, e bytes of an element, k blocks per query (the own block included).
+rank, D head size, e bytes of an element, k blocks per query (the current block included).
 """
 
 from dataclasses import dataclass, replace
@@ -111,7 +111,7 @@ def kept_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: i
 
 def passing_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
     """Bytes of a layer's backward pass that a rank holds at once beside what it kept: keys and values of other ranks
-    with their gradients, once in the dtype of the keys and once summed in float32, or the visitors' gradients."""
+    with their gradients, once in the dtype of the keys and once summed in float32, or those of the received queries."""
     inner = ulysses_ranks(ranks, shape.kv_heads) if strategy.startswith("ulysses") else 1
     outer, row, name = ranks // inner, shape.head_dim * shape.element_size, strategy.removeprefix("ulysses+")
     tokens, query_heads, kv_heads = local_tokens * inner, shape.query_heads // inner, shape.kv_heads // inner

@@ -115,7 +115,7 @@ def _rounds(local: int, split: str, block_size: int) -> int:
 
 
 class Segment(NamedTuple):
-    """A stretch of one document within one unit: global indices, and the borders of the document."""
+    """The part of one document within one unit: global indices, and the borders of the document."""
 
     start: int
     stop: int

@@ -26,7 +26,7 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import Initializer, Shard, shard_of
+from neomoba_dist.model.init import Initializer, ShardedTensorSpec, shard_of
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
@@ -136,7 +136,7 @@ class Engine(ABC):
         for layer in moe_layers(self.module):
             layer.router.set_step(step)
 
-    def saved_buffers(self) -> Iterator[tuple[Shard, torch.Tensor]]:
+    def saved_buffers(self) -> Iterator[tuple[ShardedTensorSpec, torch.Tensor]]:
         """What else belongs into a checkpoint, the same on all ranks of dp x cp x tp."""
         return saved_buffers(self.module)
 

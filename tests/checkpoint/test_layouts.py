@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
-from neomoba_dist.model.init import Shard
+from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.train.engine import build_engine
 from tests.equivalence import Pieces, assemble
 from tests.ranks import run_ranks
@@ -43,7 +43,7 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, entry in reader.index["tensors"].items():
         kind, _, rest = name.removeprefix("optimizer.").partition(".")
-        tensors[name] = reader.read(kind, Shard(rest, tuple(entry["shape"])))
+        tensors[name] = reader.read(kind, ShardedTensorSpec(rest, tuple(entry["shape"])))
     return tensors
 
 

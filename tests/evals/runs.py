@@ -12,7 +12,7 @@ from torch import nn
 
 from neomoba_dist.checkpoint.save import save_checkpoint
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import Shard
+from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -35,7 +35,7 @@ class WholeState:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
-    def saved_buffers(self) -> list[tuple[Shard, torch.Tensor]]:
+    def saved_buffers(self) -> list[tuple[ShardedTensorSpec, torch.Tensor]]:
         return list(saved_buffers(self.model))
 
     def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.layout import make_layout
 from neomoba_dist.model.attention.kernels.ops import implementation
-from neomoba_dist.model.attention.kernels.select import route_any
-from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.kernels.select import select_blocks_any
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, select_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -33,18 +33,18 @@ def cu(borders: list[int]) -> Tensor:
 
 
 def assert_equals_float64(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **options: Any) -> None:
-    """The same routes on the CPU in float64 must give the same output, logsumexp and gradients."""
+    """The same block_indices on the CPU in float64 must give the same output, logsumexp and gradients."""
     gate = {name: options.pop(name) for name in ("top_k", "gate", "pooling") if name in options}
     pooling = {"pooling": gate["pooling"]} if "pooling" in gate else {}
     borders = options["cu_seqlens"]
     means = block_means(k, block_size=options["block_size"], cu_seqlens=borders, **pooling)
-    routes = route(q, means, **gate, **options)
-    out, lse = attend(q, k, v, routes, **options)
+    block_indices = select_blocks(q, means, **gate, **options)
+    out, lse = attend(q, k, v, block_indices, **options)
     loss = (out * grad).sum() + lse.sin().sum()
     got = (out, lse, *torch.autograd.grad(loss, (q, k, v)))
     exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
     there = {**options, "cu_seqlens": None if borders is None else borders.cpu()}
-    out, lse = attend(*exact, routes.cpu(), **there)
+    out, lse = attend(*exact, block_indices.cpu(), **there)
     loss = (out * grad.cpu().double()).sum() + lse.sin().sum()
     want = (out, lse, *torch.autograd.grad(loss, exact))
     for result, expected in zip(got, want, strict=True):
@@ -92,9 +92,9 @@ def test_gate_equals_torch(pooling: str, gate: str) -> None:
     there = block_means(k.cpu(), block_size=64, cu_seqlens=cu(BORDERS).cpu(), pooling=pooling)
     assert (means.cpu() - there).abs().max() <= 1e-6
     options = {"top_k": 4, "causal": True, "gate": gate, "pooling": pooling}
-    got = route(q, means, block_size=64, cu_seqlens=cu(BORDERS), **options)
+    got = select_blocks(q, means, block_size=64, cu_seqlens=cu(BORDERS), **options)
     layout = make_layout(2048, 2048, 64, cu(BORDERS), None, None, q.device)
-    want = route_any(q.double(), means.double(), layout, **options)
+    want = select_blocks_any(q.double(), means.double(), layout, **options)
     assert (got != want).any(-1).float().mean() < 1e-3  # near ties may fall either way in float32
 
 

@@ -10,12 +10,12 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible
-from neomoba_dist.model.attention.context.allgather import route_local
-from neomoba_dist.model.attention.context.dispatch import chosen_pieces, gather_means, plan_trips
+from neomoba_dist.model.attention.context.allgather import select_local_blocks
+from neomoba_dist.model.attention.context.dispatch import chosen_pieces, gather_means, plan_dispatch
 from neomoba_dist.model.attention.context.merge import Exchange
 from neomoba_dist.model.attention.context.strategy import context_attention
 from neomoba_dist.model.attention.layer import Attention
-from neomoba_dist.model.attention.moba import block_means, route
+from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.ledger import Ledger
@@ -196,42 +196,42 @@ def test_sliding_window(ranks: int, causal: bool) -> None:
 
 @pytest.mark.parametrize("changes", [(("moba_top_k", 1),), (("moba_top_k", 99),), (("moba_block_size", 3),)])
 def test_few_and_all_blocks(changes: tuple[tuple[str, int], ...]) -> None:
-    """Own block alone, every block, and blocks much smaller than the units."""
+    """Current block alone, every block, and blocks much smaller than the units."""
     cases = [case for causal in (True, False) for case in strategies(4, (4, 2), PACKED, causal) if case.kind == "moba"]
     check(4, [case._replace(changes=changes) for case in cases])
 
 
 def hot_rank() -> tuple[int, int]:
-    """Trips, and the visitors of the fullest one."""
+    """Number of rounds, and the queries that this rank receives in the fullest one."""
     mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
     split = ContextSplit.of_tokens(ALIGNED[-1], 4, "block_cyclic", BLOCK)
     q, k, *_ = (x[split.global_index(mesh["cp"].index)] for x in tensors(ALIGNED[-1], (4, 2), hot=True))
     exchange = Exchange.of(torch.tensor(ALIGNED, dtype=torch.int32), split, mesh, "cp", True, (BLOCK, 3))
     everything = exchange.pieces()
-    routes = route_local(q, gather_means(k, everything, exchange), exchange)
-    trips = plan_trips(chosen_pieces(routes, everything, exchange), everything, 2, exchange)
-    return len(trips), max(len(trip.routes) for trip in trips)
+    block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
+    rounds = plan_dispatch(chosen_pieces(block_indices, everything, exchange), everything, 2, exchange)
+    return len(rounds), max(len(dispatch.block_indices) for dispatch in rounds)
 
 
 def test_blocks_that_everybody_chooses() -> None:
-    """Their owner's visitors come in several trips, so that it never holds queries of all tokens."""
+    """Their owner receives the queries in several rounds, so that it never holds those of all tokens."""
     check(4, [Case("moba", ALIGNED, causal, settings=(("context_moba", "route_queries"),), hot=True)
               for causal in (True, False)])  # fmt: skip
     tokens, heads, others = ALIGNED[-1] // 4, 4, 2
     results = run_ranks(4, hot_rank)
-    assert {trips for trips, _ in results} == {2}
-    assert max(visitors for _, visitors in results) <= 1.5 * tokens * heads * others
+    assert {rounds for rounds, _ in results} == {2}
+    assert max(received for _, received in results) <= 1.5 * tokens * heads * others
 
 
 def routes_of_rank(causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Global indices and routes of a rank's queries, from the gathered means of everybody's pieces."""
+    """Global indices and block_indices of a rank's queries, from the gathered means of everybody's pieces."""
     mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
     split = ContextSplit.of_tokens(PACKED[-1], 4, "block_cyclic", BLOCK)
     index, padding = split.global_index(mesh["cp"].index), split.num_tokens - PACKED[-1]
     q, k, *_ = (torch.cat((x, x.new_ones(padding, *x.shape[1:])))[index] for x in tensors(PACKED[-1], (4, 2)))
     cu = torch.tensor([*PACKED, split.num_tokens], dtype=torch.int32)
     exchange = Exchange.of(cu, split, mesh, "cp", causal, (BLOCK, 3))
-    return index, route_local(q, gather_means(k, exchange.pieces(), exchange), exchange)
+    return index, select_local_blocks(q, gather_means(k, exchange.pieces(), exchange), exchange)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -239,12 +239,12 @@ def test_routing_is_identical(causal: bool) -> None:
     q, k, *_ = tensors(PACKED[-1], (4, 2))
     cu = torch.tensor(PACKED, dtype=torch.int32)
     means = block_means(k, block_size=BLOCK, cu_seqlens=cu)
-    expected = route(q, means, block_size=BLOCK, top_k=3, causal=causal, cu_seqlens=cu)
+    expected = select_blocks(q, means, block_size=BLOCK, top_k=3, causal=causal, cu_seqlens=cu)
     assert (expected[:, :, 1:] >= 0).float().mean() > 0.5
     seen = 0
-    for index, routes in run_ranks(4, routes_of_rank, causal):
+    for index, block_indices in run_ranks(4, routes_of_rank, causal):
         inside = index < PACKED[-1]
-        assert routes[inside].equal(expected[index[inside]])
+        assert block_indices[inside].equal(expected[index[inside]])
         seen += int(inside.sum())
     assert seen == PACKED[-1]
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels import ops
-from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, route_cpu
-from neomoba_dist.model.attention.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, select_blocks_cpu
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, Places, Problem, make_layout
 from neomoba_dist.model.attention.kernels.select import best_blocks
 from neomoba_dist.model.attention.kernels.triton.common import Tiles
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
 from neomoba_dist.model.attention.kernels.triton.index import build_index
-from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, route_triton
-from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, route
+from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
+from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, select_blocks
 
 PACKED = [0, 0, 20, 21, 64]
 
@@ -78,8 +78,8 @@ def test_longer_with_several_tiles() -> None:
 
 def test_parts_of_the_routes_and_queries_without_keys() -> None:
     q, k, v, _ = draw(64, 64, (2, 1), 16, torch.float32)
-    routes = route(q, block_means(k, block_size=16), block_size=16, top_k=2)
-    here = torch.where(routes == 1, routes, -1)
+    block_indices = select_blocks(q, block_means(k, block_size=16), block_size=16, top_k=2)
+    here = torch.where(block_indices == 1, block_indices, -1)
     (out, lse), (want, want_lse) = (attend(q, k, v, here, block_size=16, impl=i) for i in ("triton", "reference"))
     assert (out - want).abs().max() <= 1e-5
     assert torch.equal(lse.isinf(), want_lse.isinf())
@@ -123,8 +123,8 @@ def test_pooling_and_gate(pooling: str) -> None:
         means = block_means_cpu(k, layout, pooling)
         assert (block_means_triton(k, layout, pooling) - means).abs().max() <= 1e-6
         options = {"top_k": 4, "causal": causal, "gate": gate, "pooling": pooling}
-        got = route_triton(q, means, layout, tiles=Tiles(32, 16, 4, 1), **options)
-        assert torch.equal(got, route_cpu(q, means, layout, **options))
+        got = select_blocks_triton(q, means, layout, tiles=Tiles(32, 16, 4, 1), **options)
+        assert torch.equal(got, select_blocks_cpu(q, means, layout, **options))
 
 
 def test_gate_ties_and_not_a_number() -> None:
@@ -135,7 +135,7 @@ def test_gate_ties_and_not_a_number() -> None:
     means[5] = -0.0
     means[6] = 0.0
     options = {"top_k": 4, "causal": True, "gate": "per_head", "pooling": "mean"}
-    got = route_triton(q, means, layout, tiles=Tiles(16, 16, 4, 1), **options)
+    got = select_blocks_triton(q, means, layout, tiles=Tiles(16, 16, 4, 1), **options)
     assert got[39, 0].tolist() == [9, 2, 8, 7]
     scores = torch.einsum("thd,nhd->thn", q, means)[:, 0]
     past = torch.arange(10) < torch.arange(40)[:, None] // 4
@@ -154,22 +154,24 @@ def test_pooling_keeps_what_is_not_a_number() -> None:
 
 def test_index_holds_each_choice_once() -> None:
     generator = torch.Generator().manual_seed(0)
-    routes = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(1300 * 2)]).view(1300, 2, 4).int()
-    routes[torch.rand(routes.shape, generator=generator) < 0.3] = -1
+    block_indices = (
+        torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(1300 * 2)]).view(1300, 2, 4).int()
+    )
+    block_indices[torch.rand(block_indices.shape, generator=generator) < 0.3] = -1
     blocks = torch.tensor([(100 * n, 60 + n, 0, 0, 0) for n in range(6)], dtype=torch.int32)
-    index = build_index(routes, blocks, list_tile=16, query_tile=16)
+    index = build_index(block_indices, blocks, list_tile=16, query_tile=16)
     for head in range(2):
         tiles = []
         for block in range(6):
             start, stop = index.first[head, block : block + 2].tolist()
-            want = (routes[:, head, 1:] == block).any(1).nonzero()[:, 0]
+            want = (block_indices[:, head, 1:] == block).any(1).nonzero()[:, 0]
             assert torch.equal(index.queries[head, start:stop].long().sort().values, want)
             keys = (100 * block, 101 * block + 60)
             tiles += [[*keys, place, min(place + 16, stop)] for place in range(start, stop, 16)]
         assert index.tiles[head, : len(tiles)].tolist() == tiles
         assert (index.tiles[head, len(tiles) :] == 0).all()
         for column in range(3):
-            slots, chosen = index.slots[:, head, column], routes[:, head, column + 1]
+            slots, chosen = index.slots[:, head, column], block_indices[:, head, column + 1]
             assert torch.equal(slots < 0, chosen < 0)
             there = slots >= 0
             assert torch.equal(index.queries[head, slots[there].long()].long(), there.nonzero()[:, 0])
@@ -181,10 +183,10 @@ def test_index_holds_each_choice_once() -> None:
 def test_tiles_do_not_matter_and_bits_repeat() -> None:
     q, k, v, _ = (x.detach() for x in draw(64, 64, (2, 1), 16, torch.float32))
     layout = make_layout(64, 64, 16, None, None, None, q.device)
-    routes = route(q, block_means(k, block_size=16), block_size=16, top_k=3)
-    out, lse = attend_triton(q, k, v, routes, layout, True, Tiles(16, 16, 4, 1))
-    again, _ = attend_triton(q, k, v, routes, layout, True, Tiles(16, 16, 4, 1))
-    other, other_lse = attend_triton(q, k, v, routes, layout, True, Tiles(32, 32, 4, 1))
+    block_indices = select_blocks(q, block_means(k, block_size=16), block_size=16, top_k=3)
+    out, lse = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
+    again, _ = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
+    other, other_lse = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(32, 32, 4, 1))
     assert torch.equal(out, again)
     assert (out - other).abs().max() <= 1e-6
     assert (lse - other_lse).abs().max() <= 1e-6
@@ -196,12 +198,12 @@ def test_spans_of_keys(rows: int) -> None:
     spans = torch.tensor([(0, 7), (7, 1), (8, 0), (10, 20), (30, 33)])
     q, k, v, grad = draw(37, 64, (2, 1), 16, torch.float32)
     generator = torch.Generator().manual_seed(1)
-    routes = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(37 * rows)])
-    routes = routes.view(37, rows, 3).int()
-    routes[5] = -1
+    block_indices = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(37 * rows)])
+    block_indices = block_indices.view(37, rows, 3).int()
+    block_indices[5] = -1
     results = []
     for impl in ("triton", "torch"):
-        out, lse = ops.attend(q, k, v, routes, 33, False, None, None, None, spans, impl)
+        out, lse = ops.attend(q, k, v, block_indices, *Places(33, False, spans=spans), impl)
         seen = lse.masked_fill(lse == -torch.inf, 0.0)
         results.append((out, lse.exp(), *torch.autograd.grad((out * grad).sum() + seen.sin().sum(), (q, k, v))))
     for got, want in zip(*results, strict=True):

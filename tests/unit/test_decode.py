@@ -9,7 +9,7 @@ from neomoba_dist.generate.decode import Decoder, generate
 from neomoba_dist.generate.stage import Stage
 from neomoba_dist.model.attention import cache as cache_module
 from neomoba_dist.model.attention import moba
-from neomoba_dist.model.attention.kernels.full import attend_stretches
+from neomoba_dist.model.attention.kernels.full import attend_documents
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from tests.decoding import greedy_by_recomputing, random_documents, whole_pass
@@ -100,7 +100,7 @@ def test_document_by_document_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
     def compare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **places: Any) -> torch.Tensor:
         expected = moba.moba_attention(q, k, v, **places)
-        found = attend_stretches(q, k, v, decoder.cache.step.stretches)
+        found = attend_documents(q, k, v, decoder.cache.step.document_ranges)
         largest.append(float((found - expected).abs().max()))
         return expected
 
@@ -141,25 +141,25 @@ def test_routes_equal_those_of_a_whole_pass(monkeypatch: pytest.MonkeyPatch) -> 
     seen: list[tuple[int, torch.Tensor]] = []
 
     def record(q: torch.Tensor, means: torch.Tensor, **places: Any) -> torch.Tensor:
-        routes, keys = original(q, means, **places), places["cu_seqlens_k"]
+        block_indices, keys = original(q, means, **places), places["cu_seqlens_k"]
         keys = places["cu_seqlens"] if keys is None else keys
         if places["top_k"] > 1:  # 1: a full layer
             firsts = [0, *(-(-keys.diff() // 8)).cumsum(0).tolist()][:-1]
-            parts = zip(firsts, routes.split(places["cu_seqlens"].diff().tolist()), strict=True)
+            parts = zip(firsts, block_indices.split(places["cu_seqlens"].diff().tolist()), strict=True)
             seen.extend((d, torch.where(part >= 0, part - first, -1)) for d, (first, part) in enumerate(parts))
-        return routes
+        return block_indices
 
-    original = moba.route
-    monkeypatch.setattr(moba, "route", record)
-    monkeypatch.setattr(cache_module, "route", record)
+    original = moba.select_blocks
+    monkeypatch.setattr(moba, "select_blocks", record)
+    monkeypatch.setattr(cache_module, "select_blocks", record)
     model, documents = make(), random_documents(LENGTHS)
     whole_pass(model, documents, "moba")
     whole, seen[:] = list(seen), []
     in_chunks(Decoder(Stage.of(model), LENGTHS, "moba"), documents, 20)  # too long for the dense shortcut
     for document in range(len(LENGTHS)):
         for layer in range(2):
-            expected = [routes for d, routes in whole if d == document][layer]
-            found = torch.cat([routes for d, routes in seen if d == document][layer::2])
+            expected = [block_indices for d, block_indices in whole if d == document][layer]
+            found = torch.cat([block_indices for d, block_indices in seen if d == document][layer::2])
             assert torch.equal(found, expected)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.cpu import attend as gathered
-from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, route
+from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, select_blocks
 from tests.moba_cases import DOCUMENTS, HEADS, cu, force_method, tensors
 from tests.reference import moba_loops
 
@@ -101,7 +101,7 @@ def test_gradcheck_through_output_and_logsumexp() -> None:
         def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = causal) -> Any:
             means = block_means(k, block_size=3, cu_seqlens=cu([0, 9, 11]))
             places = {"block_size": 3, "cu_seqlens": cu([0, 9, 11]), "causal": causal}
-            return attend(q, k, v, route(q, means, top_k=2, **places), **places)
+            return attend(q, k, v, select_blocks(q, means, top_k=2, **places), **places)
 
         assert torch.autograd.gradcheck(attention, (q, k, v))
 
@@ -121,9 +121,9 @@ def test_bfloat16_is_as_good_as_its_rounding(causal: bool) -> None:
     q, k, v, grad = tensors(700, (4, 2), 64, torch.bfloat16)
     options = {"block_size": 64, "top_k": 3, "causal": causal}
     out = moba_attention(q, k, v, **options)
-    routes = route(q, block_means(k, block_size=64), block_size=64, top_k=3, causal=causal)
+    block_indices = select_blocks(q, block_means(k, block_size=64), block_size=64, top_k=3, causal=causal)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, _ = attend(*exact, routes, block_size=64, causal=causal, impl="reference")
+    want, _ = attend(*exact, block_indices, block_size=64, causal=causal, impl="reference")
     grads = torch.autograd.grad(out, (q, k, v), grad)
     want_grads = torch.autograd.grad(want, exact, grad.double())
     for got, expected in zip((out, *grads), (want, *want_grads), strict=True):
@@ -210,13 +210,13 @@ def test_few_queries_read_their_chosen_blocks_only() -> None:
     q, k, v, _ = (x.detach() for x in tensors(1024, HEADS["GQA"], 8, torch.float32))
     q = q[-1:]
     places = {"block_size": 16, "cu_seqlens": cu([0, 1]), "cu_seqlens_k": cu([0, 1024]), "q_offset": 1023}
-    routes = route(q, block_means(k, block_size=16), top_k=3, num_keys=1024, **places)
-    out, lse = attend(q, k, v, routes, **places)
-    expected, expected_lse = attend(q, k, v, routes, impl="reference", **places)
+    block_indices = select_blocks(q, block_means(k, block_size=16), top_k=3, num_keys=1024, **places)
+    out, lse = attend(q, k, v, block_indices, **places)
+    expected, expected_lse = attend(q, k, v, block_indices, impl="reference", **places)
     assert (out - expected).abs().max() <= 2e-6
     assert (lse - expected_lse).abs().max() <= 2e-6
     unread = torch.ones(64, dtype=torch.bool)
-    unread[routes.flatten().long()] = False
+    unread[block_indices.flatten().long()] = False
     assert unread.any()
     k, v = (x.masked_fill(unread.repeat_interleave(16)[:, None, None], torch.nan) for x in (k, v))
-    assert torch.equal(attend(q, k, v, routes, **places)[0], out)
+    assert torch.equal(attend(q, k, v, block_indices, **places)[0], out)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, select_blocks
 from tests.moba_cases import cu, tensors
 
 
@@ -78,12 +78,12 @@ def test_top_1_is_the_own_block() -> None:
 def test_ties_go_to_the_higher_block() -> None:
     q = torch.ones(40, 1, 4)
     means = torch.ones(10, 1, 4)
-    routes = route(q, means, block_size=4, top_k=3)
-    assert routes[39, 0].tolist() == [9, 8, 7]
-    assert route(q, means, block_size=4, top_k=3, causal=False)[0, 0].tolist() == [0, 9, 8]
-    many = route(torch.ones(80, 1, 4), torch.ones(20, 1, 4), block_size=4, top_k=19)
+    block_indices = select_blocks(q, means, block_size=4, top_k=3)
+    assert block_indices[39, 0].tolist() == [9, 8, 7]
+    assert select_blocks(q, means, block_size=4, top_k=3, causal=False)[0, 0].tolist() == [0, 9, 8]
+    many = select_blocks(torch.ones(80, 1, 4), torch.ones(20, 1, 4), block_size=4, top_k=19)
     assert many[79, 0].tolist() == list(range(19, 0, -1))
-    assert routes[5, 0].tolist() == [1, 0, -1]
+    assert block_indices[5, 0].tolist() == [1, 0, -1]
 
 
 def test_queries_with_an_offset_equal_the_whole() -> None:
@@ -101,10 +101,10 @@ def test_parts_over_split_keys_merge_to_the_whole() -> None:
     """What context parallelism does: each rank attends to the routed blocks that it holds, the parts merge by lse."""
     q, k, v, _ = tensors(128, (4, 2), 8, torch.float64)
     whole, whole_lse = moba_attention(q, k, v, block_size=16, top_k=3, return_lse=True)
-    routes = route(q, block_means(k, block_size=16), block_size=16, top_k=3)
+    block_indices = select_blocks(q, block_means(k, block_size=16), block_size=16, top_k=3)
     parts = []
     for first, last in ((0, 4), (4, 8)):
-        here = torch.where((routes >= first) & (routes < last), routes, -1)
+        here = torch.where((block_indices >= first) & (block_indices < last), block_indices, -1)
         parts.append(attend(q, k, v, here, block_size=16))
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum(out * (part_lse - lse).exp()[..., None] for out, part_lse in parts)

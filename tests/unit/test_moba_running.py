@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from neomoba_dist.model.attention import moba
-from neomoba_dist.model.attention.kernels.chunked import attend_chunked, attend_chunked_backward
-from neomoba_dist.model.attention.kernels.cpu import attend as gathered
-from neomoba_dist.model.attention.kernels.cpu.tasks import Problem
+from neomoba_dist.model.attention.kernels import ops, reference
+from neomoba_dist.model.attention.kernels.layout import Places
 from neomoba_dist.model.attention.moba import moba_attention
 from tests.moba_cases import cu, tensors
 
@@ -86,13 +83,9 @@ def test_next_to_nothing(tokens: int) -> None:
 
 
 def run_in_chunks(patch: pytest.MonkeyPatch, logits: int) -> None:
-    patch.setattr("neomoba_dist.model.attention.kernels.chunked.LOGITS_PER_CHUNK", logits)
-    patch.setattr(gathered, "attend_cpu", attend_chunked)
-
-    def backward(problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Any:
-        return attend_chunked_backward(problem, grad, grad_lse)
-
-    patch.setattr(gathered, "attend_cpu_backward", backward)
+    patch.setattr(reference, "LOGITS_PER_CHUNK", logits)
+    patch.setattr(ops, "attend_cpu", reference.attend_chunked)
+    patch.setattr(ops, "attend_cpu_backward", reference.attend_chunked_backward)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -104,13 +97,13 @@ def test_results_lie_in_memory_as_compiled_graphs_expect(chunked: bool, monkeypa
         torch.randn(heads, 20, 4, generator=torch.Generator().manual_seed(heads)).transpose(0, 1)
         for heads in (2, 1, 1, 2)
     )
-    routes = moba.route(q, moba.block_means(k, block_size=4), block_size=4, top_k=2)
-    rest = (4, True, None, None, None, None, "torch")
-    inputs = (q, k, v, routes, *rest)
+    block_indices = moba.select_blocks(q, moba.block_means(k, block_size=4), block_size=4, top_k=2)
+    rest = (*Places(4, True), "torch")
+    inputs = (q, k, v, block_indices, *rest)
     found = torch.ops.neomoba.attend(*inputs)
     for operator, arguments in (
         (torch.ops.neomoba.attend, inputs),
-        (torch.ops.neomoba.attend_backward, (grad, None, q, k, v, routes, *found, *rest)),
+        (torch.ops.neomoba.attend_backward, (grad, None, *found, q, k, v, block_indices, *rest)),
     ):
         with FakeTensorMode() as fake:
             promised = operator(*(fake.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))

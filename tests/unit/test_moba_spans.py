@@ -6,22 +6,25 @@ import pytest
 import torch
 
 from neomoba_dist.model.attention.kernels import ops
+from neomoba_dist.model.attention.kernels.layout import Places
 
 SPANS = [(0, 7), (7, 1), (8, 0), (8, 9), (20, 13), (33, 7)]  # of one key, empty, long, with a gap before 20
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routes: torch.Tensor, spans: torch.Tensor) -> tuple:
-    return ops.attend(q, k, v, routes, 16, False, None, None, None, spans, "auto")
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, spans: torch.Tensor
+) -> tuple:
+    return ops.attend(q, k, v, block_indices, *Places(16, False, spans=spans), "auto")
 
 
 def loop_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, routes: torch.Tensor, spans: list[tuple[int, int]]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, spans: list[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype)
     outs = []
     for t in range(q.shape[0]):
         for h in range(q.shape[1]):
-            chosen = routes[t, h * routes.shape[1] // q.shape[1]].tolist()
+            chosen = block_indices[t, h * block_indices.shape[1] // q.shape[1]].tolist()
             keys = sorted({i for c in chosen if c >= 0 for i in range(spans[c][0], sum(spans[c]))})
             kv = h // (q.shape[1] // k.shape[1])
             if not keys:
@@ -36,18 +39,18 @@ def loop_reference(
 def problem(rows: int, dtype: torch.dtype, spans: list[tuple[int, int]]) -> tuple:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(n, h, 16, generator=generator, dtype=dtype) for n, h in ((37, 4), (40, 2), (40, 2)))
-    routes = torch.stack([torch.randperm(len(spans), generator=generator)[:3] for _ in range(37 * rows)])
-    routes = routes.view(37, rows, 3).int()
-    routes[5] = -1  # no keys at all
-    return q, k, v, routes, torch.tensor(spans)
+    block_indices = torch.stack([torch.randperm(len(spans), generator=generator)[:3] for _ in range(37 * rows)])
+    block_indices = block_indices.view(37, rows, 3).int()
+    block_indices[5] = -1  # no keys at all
+    return q, k, v, block_indices, torch.tensor(spans)
 
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_forward_and_backward_against_loops(rows: int) -> None:
-    q, k, v, routes, spans = problem(rows, torch.float64, SPANS)
+    q, k, v, block_indices, spans = problem(rows, torch.float64, SPANS)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = attend(*leaves, routes, spans)
-    expected, expected_lse = loop_reference(*leaves, routes, SPANS)
+    out, lse = attend(*leaves, block_indices, spans)
+    expected, expected_lse = loop_reference(*leaves, block_indices, SPANS)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-13)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
@@ -68,7 +71,7 @@ def test_parts_of_the_keys_add_up_under_the_common_lse() -> None:
     with torch.no_grad():
         parts = [
             ops.attend_backward(
-                grad, None, q, k, v, everything, out, lse, 40, False, None, None, None, torch.tensor([half]), "auto"
+                grad, None, out, lse, q, k, v, everything, *Places(40, False, spans=torch.tensor([half])), "auto"
             )
             for half in halves
         ]

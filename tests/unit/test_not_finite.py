@@ -1,8 +1,8 @@
 """Numbers that are not finite reach the queries that see them, and no others.
 
 A query of not-a-number spoils its own row. A key or value spoils the rows of queries that attend to it: of its own
-document, causally, by route or window. Every way of computing agrees; the exception is torch's own full attention of a
-single document, where a value also reaches earlier queries (docs/kernels.md).
+document, causally, by MoBA's choice or window. Every way of computing agrees; the exception is torch's own full
+attention of a single document, where a value also reaches earlier queries (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.chunked import attend_chunked
 from neomoba_dist.model.attention.kernels.cpu import attend as gathered
-from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, route
+from neomoba_dist.model.attention.kernels.reference import attend_chunked
+from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, select_blocks
 from neomoba_dist.model.attention.sliding_window import sliding_window_attention
 from tests.moba_cases import cu, force_method, tensors
 
@@ -34,11 +34,11 @@ def spoilt_rows(out: Tensor) -> Tensor:
     return ~out.isfinite().all(-1)
 
 
-def seen_by(routes: Tensor, causal: bool) -> Tensor:
-    """bool [T, H]: the queries whose routes hold the bad token, which is visible to them."""
-    token = torch.arange(len(routes))
-    own = (routes[..., 0] == 2) & ((token >= BAD_TOKEN) | (not causal))[:, None]
-    return own | (routes[..., 1:] == 2).any(-1)
+def seen_by(block_indices: Tensor, causal: bool) -> Tensor:
+    """bool [T, H]: the queries whose block_indices hold the bad token, which is visible to them."""
+    token = torch.arange(len(block_indices))
+    own = (block_indices[..., 0] == 2) & ((token >= BAD_TOKEN) | (not causal))[:, None]
+    return own | (block_indices[..., 1:] == 2).any(-1)
 
 
 @pytest.fixture(params=["gathered", "cached", "masked", "chosen", "chunked", "reference"])
@@ -59,11 +59,11 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_keys_and_values_reach_those_that_attend_to_them(impl: str, name: str, causal: bool, value: float) -> None:
     q, k, v, _ = (x.detach() for x in tensors(96, (4, 2), 8, torch.float32))
     places = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
-    routes = route(q, block_means(k, block_size=16, cu_seqlens=cu(BORDERS)), top_k=2, **places)
-    expected = seen_by(routes, causal) & torch.tensor([True, True, False, False])  # KV head 0 has the first two
-    clean, _ = attend(q, k, v, routes, impl=impl, **places)
+    block_indices = select_blocks(q, block_means(k, block_size=16, cu_seqlens=cu(BORDERS)), top_k=2, **places)
+    expected = seen_by(block_indices, causal) & torch.tensor([True, True, False, False])  # KV head 0 has the first two
+    clean, _ = attend(q, k, v, block_indices, impl=impl, **places)
     damaged = {"k": k, "v": v, name: spoil(k if name == "k" else v, value)}
-    out, _ = attend(q, damaged["k"], damaged["v"], routes, impl=impl, **places)
+    out, _ = attend(q, damaged["k"], damaged["v"], block_indices, impl=impl, **places)
     if name == "v" or value != torch.inf:  # an infinite key may also weigh nothing
         assert torch.equal(spoilt_rows(out), expected)
     assert not spoilt_rows(out)[~expected].any()
@@ -78,11 +78,11 @@ def test_a_query_spoils_its_own_row(impl: str, causal: bool) -> None:
     places = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
     means = block_means(k, block_size=16, cu_seqlens=cu(BORDERS))
     q = spoil(q)
-    routes = route(q, means, top_k=2, **places)
-    out, _ = attend(q, k, v, routes, impl=impl, **places)
+    block_indices = select_blocks(q, means, top_k=2, **places)
+    out, _ = attend(q, k, v, block_indices, impl=impl, **places)
     assert spoilt_rows(out).nonzero().tolist() == [[BAD_TOKEN, 0]]
-    assert routes[BAD_TOKEN].min() >= 0  # it chooses blocks all the same, none that is masked
-    assert routes[BAD_TOKEN].max() <= (2 if causal else 4)
+    assert block_indices[BAD_TOKEN].min() >= 0  # it chooses blocks all the same, none that is masked
+    assert block_indices[BAD_TOKEN].max() <= (2 if causal else 4)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from neomoba_dist.model.attention.kernels.layout import BlockLayout, make_layout
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, Problem, make_layout
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
-from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, route_triton
+from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
 
 FREE = ("aten.empty", "aten.new_empty", "aten.view", "aten.slice", "aten.select", "aten.detach", "aten.alias")
 Variant = tuple[str, ...]
@@ -64,13 +64,13 @@ def steps(tokens: int, cu_seqlens: Tensor | None) -> tuple[Callable[[], Any], Ca
     def forward() -> tuple[Tensor, ...]:
         means = block_means_triton(k, layout(0), "mean")
         options = {"top_k": 3, "causal": True, "gate": "per_head", "pooling": "mean"}
-        routes = route_triton(q, means, layout(tokens), **options)
-        return routes, *attend_triton(q, k, k, routes, layout(tokens), True)
+        block_indices = select_blocks_triton(q, means, layout(tokens), **options)
+        return block_indices, *attend_triton(Problem(q, k, k, block_indices, layout(tokens), True))
 
     def backward() -> None:
-        routes = torch.empty(tokens, 4, 3, dtype=torch.int32)
+        block_indices = torch.empty(tokens, 4, 3, dtype=torch.int32)
         lse = torch.empty(tokens, 4)
-        attend_triton_backward(q, k, k, routes, q, lse, q, None, layout(tokens), True)
+        attend_triton_backward(Problem(q, k, k, block_indices, layout(tokens), True), q, lse, q, None)
 
     return forward, backward
 

@@ -1,6 +1,6 @@
 """Keys and values of the tokens so far, for decoding a batch of documents of different lengths.
 
-Every document owns a stretch of a packed buffer, `capacity` tokens long; what lies beyond its length is zero and, as
+Every document owns `capacity` consecutive tokens of a packed buffer; what lies beyond its length is zero and, as
 the model is causal, is seen by no query. So the buffers serve the attention functions as they are, with `borders` as
 the keys' cu_seqlens. MoBA layers also keep the means of complete blocks, computed once, when the block is complete,
 from the cached keys: decoding then chooses the same blocks as a whole pass. A key convolution keeps its tail.
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.attention.kernels.full import attend_stretches
+from neomoba_dist.model.attention.kernels.full import attend_documents
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.key_conv import add_taps
-from neomoba_dist.model.attention.moba import Places as MobaPlaces
-from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, route
-from neomoba_dist.model.attention.sliding_window import bias_weight, find_places, with_routes
+from neomoba_dist.model.attention.moba import Packing, attend, block_means, moba_attention, select_blocks
+from neomoba_dist.model.attention.sliding_window import bias_weight, find_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 
 
@@ -35,8 +34,8 @@ class Step:
     counts: new tokens of each document, the same. places: document and position of every new token, int64 [2, T].
     target: row of every new token in the buffers, int64 [T]. near: rows of the keys that a sliding-window layer's new
     queries can see, int64 [K], empty where there is no such layer. numbers, block_keys: blocks that these tokens
-    complete, int64 [n], and the rows of their keys [n * block_size]. stretches: for each document with new tokens the
-    rows of its new queries, and those of all its keys so far in the buffers.
+    complete, int64 [n], and the rows of their keys [n * block_size]. document_ranges: for each document with new
+    tokens the rows of its new queries, and those of all its keys so far in the buffers.
     """
 
     first: bool
@@ -47,7 +46,7 @@ class Step:
     near: Tensor
     numbers: Tensor
     block_keys: Tensor
-    stretches: list[tuple[slice, slice]]
+    document_ranges: list[tuple[slice, slice]]
 
 
 class KVCache:
@@ -103,12 +102,12 @@ class KVCache:
             self.borders.long()[document] + position,
             self._near_rows(before, after),
             *self._completed_blocks(before, after),
-            self._stretches(counts, after),
+            self._document_ranges(counts, after),
         )
         self.lengths = after
         return position
 
-    def _stretches(self, counts: Sequence[int], after: Sequence[int]) -> list[tuple[slice, slice]]:
+    def _document_ranges(self, counts: Sequence[int], after: Sequence[int]) -> list[tuple[slice, slice]]:
         starts = zip(accumulate(counts, initial=0), accumulate(self.capacities, initial=0), counts, after, strict=False)
         return [(slice(q, q + new), slice(k, k + length)) for q, k, new, length in starts if new]
 
@@ -198,19 +197,19 @@ class LayerCache:
             window, far = config.sliding_window, config.global_tokens
             mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far)
             return masked_attention(q, self.k[step.near], self.v[step.near], mask, weight)
-        places = MobaPlaces(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
+        packing = Packing(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
         blocks = None
         if self.means is not None:
-            blocks = route(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **places)
+            blocks = select_blocks(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **packing)
         if bias is not None:
             mask = Mask(step.places, find_places(len(self.k), borders), True, aligned=False)
             if blocks is not None and self.means is not None:
-                mask = with_routes(mask, blocks, borders, size, len(self.means))
+                mask = with_block_indices(mask, blocks, borders, size, len(self.means))
             return masked_attention(q, self.k, self.v, mask, weight)
         if blocks is not None:
-            return attend(q, self.k, self.v, blocks, **places)[0]
+            return attend(q, self.k, self.v, blocks, **packing)[0]
         if q.device.type != "cpu":
-            return attend_stretches(q, self.k, self.v, step.stretches)
+            return attend_documents(q, self.k, self.v, step.document_ranges)
         # one block as long as the longest document is full attention
-        places["block_size"] = max(self.cache.capacities)
-        return moba_attention(q, self.k, self.v, top_k=1, **places)
+        packing["block_size"] = max(self.cache.capacities)
+        return moba_attention(q, self.k, self.v, top_k=1, **packing)

@@ -1,11 +1,11 @@
-"""MoBA, Mixture of Block Attention: each query attends to its own block of keys and to the best few other blocks.
+"""MoBA, Mixture of Block Attention: each query attends to its current block of keys and to the best few other blocks.
 
 Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section 2. `moba_attention` is
-`block_means` -> `route` -> `attend`; the parts are public because context parallelism and decoding put their
-communication and their caches between them. All implementations share one `route`, so they choose the same blocks.
+`block_means` -> `select_blocks` -> `attend`; the parts are public because context parallelism and decoding put their
+communication and their caches between them. All implementations share one selection, so they choose the same blocks.
 
 Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks (an upper bound that depends on
-shapes only), R rows of the routing per query: Hq for gate "per_head", Hkv for "kv_group".
+shapes only), R rows of the selection per query: Hq for gate "per_head", Hkv for "kv_group".
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.full import full_attention
-from neomoba_dist.model.attention.kernels.layout import make_layout, max_blocks
+from neomoba_dist.model.attention.kernels.layout import Places, make_layout, max_blocks
 from neomoba_dist.model.attention.kernels.reference import attend_reference
 from neomoba_dist.model.attention.kernels.select import GATES, POOLINGS, pooled_width
 from neomoba_dist.parallel.documents import check_cu_seqlens
 
-__all__ = ["attend", "block_means", "check_cu_seqlens", "full_attention", "moba_attention", "route"]
+__all__ = ["attend", "block_means", "check_cu_seqlens", "full_attention", "moba_attention", "select_blocks"]
 
 
-class Places(TypedDict):
+class Packing(TypedDict):
     """Where queries and keys lie, as every part takes it."""
 
     block_size: int
@@ -93,9 +93,9 @@ def moba_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention over packed documents, scaled by 1 / sqrt(D).
 
-    The own block is always chosen and counts in `top_k`. Causal: the own block is causally masked and the others are
-    complete past blocks. Bidirectional: nothing is masked and the others are any blocks of the document, the short last
-    one included. `top_k=1` is the own block alone; a document of at most `top_k` blocks gets full attention.
+    The current block is always chosen and counts in `top_k`. Causal: it is causally masked and the others are complete
+    past blocks. Bidirectional: nothing is masked and the others are any blocks of the document, the short last
+    one included. `top_k=1` is the current block alone; a document of at most `top_k` blocks gets full attention.
 
     Args:
         q: [T, Hq, D]; k, v: [S, Hkv, D], Hkv divides Hq, one floating dtype, D <= 256. Keys already carry positions.
@@ -122,16 +122,18 @@ def moba_attention(
     plain = cu_seqlens_k is None and q_offset_is_zero(q_offset)
     if plain and q.shape[0] == k.shape[0] <= block_size * top_k and not return_lse and impl != "reference":
         return full_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
-    places = Places(block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset)
+    packing = Packing(block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset)
     cu_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if top_k > 1:
         means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling)
-    else:  # `route` looks at their shape alone
+    else:  # `select_blocks` looks at their shape alone
         documents = 1 if cu_keys is None else cu_keys.shape[0] - 1
         blocks = max_blocks(k.shape[0], block_size, documents)
         means = k.new_empty(blocks, k.shape[1], pooled_width(k.shape[2], pooling))
-    routes = route(q, means, top_k=top_k, causal=causal, gate=gate, pooling=pooling, num_keys=k.shape[0], **places)
-    out, lse = attend(q, k, v, routes, causal=causal, impl=impl, **places)
+    block_indices = select_blocks(
+        q, means, top_k=top_k, causal=causal, gate=gate, pooling=pooling, num_keys=k.shape[0], **packing
+    )
+    out, lse = attend(q, k, v, block_indices, causal=causal, impl=impl, **packing)
     return (out, lse) if return_lse else out
 
 
@@ -144,7 +146,7 @@ def block_means(k: Tensor, *, block_size: int, cu_seqlens: Tensor | None = None,
     return ops.block_means(k.detach(), block_size, cu_seqlens, pooling)
 
 
-def route(
+def select_blocks(
     q: Tensor,
     means: Tensor,
     *,
@@ -160,8 +162,8 @@ def route(
 ) -> Tensor:
     """The blocks that each query attends to: int32 [T, R, min(top_k, N)], -1 where there is none, without gradient.
 
-    Column 0 is the query's own block. The others follow by falling score, ties to the higher block index. Scores are
-    plain dot products in float32 (float64 for float64), never held as [N, heads, T].
+    Column 0 is the query's current block. The others follow by falling score, ties to the higher block index. Scores
+    are plain dot products in float32 (float64 for float64), never held as [N, heads, T].
 
     Args:
         q: [T, Hq, D].
@@ -171,16 +173,15 @@ def route(
     """
     total = q.shape[0] if num_keys is None else num_keys
     offset = offset_tensor(q_offset, q, cu_seqlens)
-    return ops.route(
-        q.detach(), means.detach(), total, block_size, top_k, causal, cu_seqlens, cu_seqlens_k, offset, gate, pooling
-    )
+    places = Places(block_size, causal, cu_seqlens, cu_seqlens_k, offset)
+    return ops.select_blocks(q.detach(), means.detach(), total, top_k, gate, pooling, *places)
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    routes: Tensor,
+    block_indices: Tensor,
     *,
     block_size: int,
     causal: bool = True,
@@ -189,12 +190,12 @@ def attend(
     q_offset: Tensor | int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query over the keys of its routed blocks, differentiable through both results.
+    """Softmax attention of each query over the keys of its selected blocks, differentiable through both results.
 
     Args:
         q: [T, Hq, D]; k, v: [S, Hkv, D].
-        routes: int32 [T, R, columns]; column 0 holds the query's own block or -1 and is causally masked if `causal`;
-            the blocks of the other columns are attended whole. -1 is no block; no block stands twice in a row.
+        block_indices: int32 [T, R, columns]; column 0 holds the query's current block or -1 and is causally masked if
+            `causal`; the blocks of the other columns are attended whole. -1 is no block; none stands twice in a row.
         others: as in `moba_attention`.
 
     Returns:
@@ -203,8 +204,9 @@ def attend(
     offset = offset_tensor(q_offset, q, cu_seqlens)
     if impl == "reference":
         layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, offset, q.device)
-        return attend_reference(q, k, v, routes, layout, causal=causal)
-    return ops.attend(q, k, v, routes, block_size, causal, cu_seqlens, cu_seqlens_k, offset, None, impl)
+        return attend_reference(q, k, v, block_indices, layout, causal=causal)
+    places = Places(block_size, causal, cu_seqlens, cu_seqlens_k, offset)
+    return ops.attend(q, k, v, block_indices, *places, impl)
 
 
 def q_offset_is_zero(q_offset: Tensor | int) -> bool:
@@ -244,7 +246,7 @@ def check_arguments(
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if top_k < 1:
-        raise ValueError(f"top_k must be at least 1 (the own block counts), got {top_k}")
+        raise ValueError(f"top_k must be at least 1 (the current block counts), got {top_k}")
     for name, value, known in (("gate", gate, GATES), ("pooling", pooling, POOLINGS), ("impl", impl, IMPLEMENTATIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
-from neomoba_dist.model.attention.moba import block_means, route
+from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.positions import ScoreBias
 
 
@@ -97,13 +97,13 @@ def biased_attention(
     if moba is not None:
         block_size, top_k = moba
         means = block_means(k, block_size=block_size, cu_seqlens=cu_seqlens)
-        blocks = route(q, means, block_size=block_size, top_k=top_k, causal=causal, cu_seqlens=cu_seqlens)
-        mask = with_routes(mask, blocks, cu_seqlens, block_size, len(means))
+        blocks = select_blocks(q, means, block_size=block_size, top_k=top_k, causal=causal, cu_seqlens=cu_seqlens)
+        mask = with_block_indices(mask, blocks, cu_seqlens, block_size, len(means))
     return masked_attention(q, k, v, mask, bias_weight(bias, q.device))
 
 
-def with_routes(mask: Mask, blocks: Tensor, cu_seqlens_k: Tensor, block_size: int, num_blocks: int) -> Mask:
-    """`mask` narrowed to MoBA's choice `blocks` (moba.route); blocks restart at each document."""
+def with_block_indices(mask: Mask, blocks: Tensor, cu_seqlens_k: Tensor, block_size: int, num_blocks: int) -> Mask:
+    """`mask` narrowed to MoBA's choice `blocks` (moba.select_blocks); blocks restart at each document."""
     first_block = F.pad(((cu_seqlens_k.diff().long() + block_size - 1) // block_size).cumsum(0), (1, 0))
     document, position = mask.keys
     key_block = first_block[document] + position // block_size

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.init import Initializer, Shard
+from neomoba_dist.model.init import Initializer, ShardedTensorSpec
 from neomoba_dist.model.mlp import SwiGLU
 from neomoba_dist.model.moe.experts import Experts
 from neomoba_dist.model.moe.router import Router
@@ -64,7 +64,7 @@ def moe_layers(module: nn.Module) -> list[MoE]:
     return [layer for layer in module.modules() if isinstance(layer, MoE)]
 
 
-def saved_buffers(module: nn.Module) -> Iterator[tuple[Shard, torch.Tensor]]:
+def saved_buffers(module: nn.Module) -> Iterator[tuple[ShardedTensorSpec, torch.Tensor]]:
     """What belongs into a checkpoint though no optimizer moves it: the routers' biases."""
     for layer in moe_layers(module):
         yield layer.router.bias_shard, layer.router.bias

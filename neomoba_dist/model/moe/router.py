@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.init import Initializer, Shard
+from neomoba_dist.model.init import Initializer, ShardedTensorSpec
 from neomoba_dist.model.moe.balance import auxiliary_loss, sums_of_rows
 from neomoba_dist.model.moe.fp32_linear import exact_linear
 from neomoba_dist.model.moe.router_ops import route_tokens, rows_in_order
@@ -43,7 +43,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.mesh = config, init.mesh
         self.weight = init.weight(f"{name}.weight", (config.num_experts, config.hidden_size))
-        self.bias_shard = Shard(f"{name}.bias", (config.num_experts,))
+        self.bias_shard = ShardedTensorSpec(f"{name}.bias", (config.num_experts,))
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         # of the jitter: seed, step, index of the layer; a tensor, so that a compiled graph serves all steps and layers
         self.register_buffer("key", torch.tensor([init.seed, 0, index]), persistent=False)

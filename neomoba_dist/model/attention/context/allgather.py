@@ -6,24 +6,24 @@ Legend: S tokens of this rank, T of all ranks, Hq/Hkv query and KV heads, h KV h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.context.merge import (
     Exchange,
+    LocalAttention,
     Merged,
     Rectangle,
-    Routes,
-    Squares,
+    SelectedSpans,
     add_rectangle_gradients,
     add_rectangles,
     zeros_like_all,
 )
 from neomoba_dist.model.attention.kernels.layout import make_layout
 from neomoba_dist.model.attention.kernels.select import score_dtype
-from neomoba_dist.model.attention.moba import block_means, route
+from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.parallel.comm import pass_on
 from neomoba_dist.parallel.context import gather_tokens, scatter_gradients
 
@@ -34,35 +34,43 @@ def local_rows(exchange: Exchange, start: int, stop: int) -> slice:
     return slice(first, first + stop - start)
 
 
-def stretches(exchange: Exchange) -> list[tuple[int, int, int, int]]:
-    """Consecutive queries and the keys, of all ranks, that they see beside their own square: global indices
-    (start, stop, first key, last key), some with none.
+class QueryRange(NamedTuple):
+    """Consecutive queries and the keys, of any rank, that they attend to outside their own segment: global indices."""
 
-    Causal MoBA: what stands of the own block before the unit. Full attention: what stands of the document before, and
-    for a bidirectional model what stands after it.
+    start: int
+    stop: int
+    first_key: int
+    last_key: int  # past the last one; the first key where there are none
+
+
+def query_ranges(exchange: Exchange) -> list[QueryRange]:
+    """This rank's queries with the keys of other segments, some with none.
+
+    Causal MoBA: what stands of the current block before the unit. Full attention: what stands of the document before,
+    and for a bidirectional model what stands after it.
     """
     found = []
     for segment in exchange.segments():
         if exchange.moba is None:
-            found.append((segment.start, segment.stop, segment.document_start, segment.start))
+            found.append(QueryRange(segment.start, segment.stop, segment.document_start, segment.start))
             if not exchange.causal:
-                found.append((segment.start, segment.stop, segment.stop, segment.document_stop))
+                found.append(QueryRange(segment.start, segment.stop, segment.stop, segment.document_stop))
             continue
         size = exchange.moba[0]
         skipped = (segment.start - segment.document_start) // size * size
         first = range(segment.document_start + skipped, segment.stop, size)
         for block in first:
             start, stop = max(block, segment.start), min(block + size, segment.stop)
-            found.append((start, stop, block, start))
+            found.append(QueryRange(start, stop, block, start))
     return found
 
 
-def squares(exchange: Exchange, device: torch.device) -> Squares:
-    """This rank's own squares: segments for full attention, their parts in one block for MoBA."""
-    starts = sorted({start for start, *_ in stretches(exchange)})
+def local_attention(exchange: Exchange, device: torch.device) -> LocalAttention:
+    """Of this rank's segments; for MoBA of their parts within one block."""
+    starts = sorted({found.start for found in query_ranges(exchange)})
     places = [local_rows(exchange, start, start).start for start in starts]
     lengths = [b - a for a, b in zip(places, [*places[1:], exchange.split.local_tokens], strict=True)]
-    return Squares(lengths, exchange.causal, device)
+    return LocalAttention(lengths, exchange.causal, device)
 
 
 class GatheredAttention(torch.autograd.Function):
@@ -75,7 +83,7 @@ class GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
-        outs, statistics, chosen = [], [], []
+        outs, statistics, selections = [], [], []
         own, rectangles = _own_parts(exchange, q.device)
         for heads, keys in _chunks(q, k, exchange):
             queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
@@ -84,16 +92,16 @@ class GatheredAttention(torch.autograd.Function):
             if own is not None:
                 merged.add(slice(None), *own.forward(queries, own_k, own_v))
             add_rectangles(merged, rectangles, queries, all_k, all_v)
-            routes = _moba_routes(queries, all_k, exchange)
-            if routes is not None:
-                merged.add(slice(None), *routes.forward(queries, all_k, all_v))
-            chosen.append(routes)
+            selected = _selected_blocks(queries, all_k, exchange)
+            if selected is not None:
+                merged.add(slice(None), *selected.forward(queries, all_k, all_v))
+            selections.append(selected)
             outs.append(merged.out.to(q.dtype))
             statistics.append(merged.lse)
         out, lse = torch.cat(outs, dim=1), torch.cat(statistics, dim=1)
-        ctx.exchange, ctx.longest = exchange, [None if routes is None else routes.longest for routes in chosen]
+        ctx.exchange, ctx.longest = exchange, [None if one is None else one.longest for one in selections]
         # saved, not kept on ctx: activation checkpointing must see whatever grows with the tokens
-        tensors = (x for routes in chosen if routes is not None for x in (routes.routes, routes.spans))
+        tensors = (x for one in selections if one is not None for x in (one.block_indices, one.spans))
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out
 
@@ -103,14 +111,14 @@ class GatheredAttention(torch.autograd.Function):
         parts, tensors = [], iter(saved)
         own, rectangles = _own_parts(exchange, q.device)
         for (heads, keys), longest in zip(_chunks(q, k, exchange), ctx.longest, strict=True):
-            routes = None if longest is None else Routes(next(tensors), next(tensors), longest)
+            selected = None if longest is None else SelectedSpans(next(tensors), next(tensors), longest)
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
             results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
             all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
             totals = zeros_like_all(queries, all_k, all_v)
             add_rectangle_gradients(totals, rectangles, queries, all_k, all_v, *results)
-            if routes is not None:
-                for total, part in zip(totals, routes.backward(queries, all_k, all_v, *results), strict=True):
+            if selected is not None:
+                for total, part in zip(totals, selected.backward(queries, all_k, all_v, *results), strict=True):
                     total += part
             chunk = [totals[0], *(_scatter(x.to(q.dtype), exchange) for x in totals[1:])]
             if own is not None:
@@ -138,41 +146,41 @@ def _scatter(grad: Tensor, exchange: Exchange) -> Tensor:
     return scatter_gradients(grad, exchange.mesh, exchange.axis, exchange.split)
 
 
-def _own_parts(exchange: Exchange, device: torch.device) -> tuple[Squares | None, list[Rectangle]]:
-    """Squares, and rectangles against the gathered keys. A bidirectional MoBA query routes to its own block like to
-    any other, and has neither."""
+def _own_parts(exchange: Exchange, device: torch.device) -> tuple[LocalAttention | None, list[Rectangle]]:
+    """LocalAttention, and rectangles against the gathered keys. A bidirectional MoBA query attends to its current block
+    like to any other, and has neither."""
     if exchange.moba is not None and not exchange.causal:
         return None, []
     rectangles = [
         (local_rows(exchange, start, stop), slice(first, last))
-        for start, stop, first, last in stretches(exchange)
+        for start, stop, first, last in query_ranges(exchange)
         if last > first
     ]
-    return squares(exchange, device), rectangles
+    return local_attention(exchange, device), rectangles
 
 
-def _moba_routes(q: Tensor, all_k: Tensor, exchange: Exchange) -> Routes | None:
+def _selected_blocks(q: Tensor, all_k: Tensor, exchange: Exchange) -> SelectedSpans | None:
     """Which whole blocks of the gathered keys every query of this rank chose; its own one where nothing is masked."""
     if exchange.moba is None:
         return None
     size, _ = exchange.moba
     cu = exchange.cu_seqlens
-    routes = route_local(q, block_means(all_k, block_size=size, cu_seqlens=cu), exchange)
-    routes = routes[:, :, 1:] if exchange.causal else routes
-    if routes.shape[2] == 0:
+    block_indices = select_local_blocks(q, block_means(all_k, block_size=size, cu_seqlens=cu), exchange)
+    block_indices = block_indices[:, :, 1:] if exchange.causal else block_indices
+    if block_indices.shape[2] == 0:
         return None
     layout = make_layout(len(q), len(all_k), size, cu, cu, None, q.device)
-    return Routes(routes.contiguous(), torch.stack(layout.block_spans(), dim=1), size)
+    return SelectedSpans(block_indices.contiguous(), torch.stack(layout.block_spans(), dim=1), size)
 
 
-def route_local(q: Tensor, means: Tensor, exchange: Exchange) -> Tensor:
-    """moba.route for this rank's queries, unit by unit: int32 [S, Hq, columns]. means: of all blocks."""
+def select_local_blocks(q: Tensor, means: Tensor, exchange: Exchange) -> Tensor:
+    """moba.select_blocks for this rank's queries, unit by unit: int32 [S, Hq, columns]. means: of all blocks."""
     assert exchange.moba is not None
     (size, top_k), split, cu = exchange.moba, exchange.split, exchange.cu_seqlens
     parts = []
     for number, start in enumerate(split.unit_starts(exchange.rank)):
         parts.append(
-            route(
+            select_blocks(
                 q[number * split.unit : (number + 1) * split.unit],
                 means,
                 block_size=size,
@@ -197,7 +205,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         merged = Merged(q)
-        merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
+        merged.add(slice(None), *local_attention(exchange, q.device).forward(q, k, v))
         for rectangles, (keys, values) in _around(k, v, exchange):
             add_rectangles(merged, rectangles, q, keys, values)
         out = merged.out.to(q.dtype)
@@ -209,7 +217,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
         grad, dtype, travelling = grads[0].contiguous(), score_dtype(q.dtype), None
-        dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
+        dq, dk, dv = (x.to(dtype) for x in local_attention(exchange, q.device).backward(q, k, v, out, lse, grad))
         for rectangles, (keys, values) in _around(k, v, exchange):
             here = keys is k
             totals = (dq, dk, dv) if here else (dq, *zeros_like_all(keys, values))
@@ -227,22 +235,22 @@ class RingAttention(torch.autograd.Function):
 
 def _around(k: Tensor, v: Tensor, exchange: Exchange) -> Iterator[tuple[list[Rectangle], tuple[Tensor, Tensor]]]:
     """(rectangles against its keys, its keys and values) for every rank of the axis, this one's first."""
-    ranks, seen = exchange.split.ranks, stretches(exchange)
+    ranks, ranges = exchange.split.ranks, query_ranges(exchange)
     for step in range(ranks):
         transfer = pass_on((k, v), exchange.mesh, exchange.axis) if step < ranks - 1 else None
-        yield _ring_rectangles(exchange, seen, (exchange.rank - step) % ranks), (k, v)
+        yield _ring_rectangles(exchange, ranges, (exchange.rank - step) % ranks), (k, v)
         if transfer is not None:
             k, v = transfer.wait()
 
 
-def _ring_rectangles(exchange: Exchange, seen: list[tuple[int, int, int, int]], owner: int) -> list[Rectangle]:
-    """Of `stretches`, the queries of this rank and the keys of the owner that they see, local indices on either side.
+def _ring_rectangles(exchange: Exchange, ranges: list[QueryRange], owner: int) -> list[Rectangle]:
+    """Of `ranges`, the queries of this rank and the keys of the owner that they attend to, both as local indices.
 
-    A square's own keys are left out: they lie between the keys before and the keys after it.
+    The keys of the queries' own segment are left out: they lie between the keys before and the keys after it.
     """
     split = exchange.split
     found = []
-    for start, stop, first, last in seen:
+    for start, stop, first, last in ranges:
         keys = slice(*(split.tokens_before(owner, index) for index in (first, last)))
         if keys.stop > keys.start:
             found.append((local_rows(exchange, start, stop), keys))

@@ -19,8 +19,8 @@ from neomoba_dist.model.attention.cache import KVCache, LayerCache
 from neomoba_dist.model.attention.kernels.layout import max_blocks
 from neomoba_dist.model.attention.kernels.masks import Mask
 from neomoba_dist.model.attention.kernels.select import score_dtype
-from neomoba_dist.model.attention.moba import route
-from neomoba_dist.model.attention.sliding_window import find_places, with_routes
+from neomoba_dist.model.attention.moba import select_blocks
+from neomoba_dist.model.attention.sliding_window import find_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.comm import all_gather, all_reduce
 from neomoba_dist.parallel.mesh import Mesh
@@ -30,12 +30,12 @@ class ShardedKVCache(KVCache):
     """A KVCache whose layers hold this rank's share. Blocks of `moba_block_size` tokens go to the ranks in turn.
 
     key_places: document and position of every local row, int64 [2, S]. Of the tokens on their way: which of them stay
-    here and where, `kept` and `rows`; which of the blocks that they complete, `own_blocks` and `block_rows`.
+    here and where, `kept` and `rows`; which of the blocks that they complete, `current_blocks` and `block_rows`.
     """
 
     kept: Tensor
     rows: Tensor
-    own_blocks: Tensor
+    current_blocks: Tensor
     block_rows: Tensor
 
     def __init__(
@@ -66,7 +66,7 @@ class ShardedKVCache(KVCache):
         size, borders = self.config.moba_block_size, self.borders.long()
         first = self.step.block_keys[::size]
         document = torch.searchsorted(borders[1:], first, right=True)
-        self.own_blocks, starts = self._local(document, first - borders[document])
+        self.current_blocks, starts = self._local(document, first - borders[document])
         self.block_rows = (starts[:, None] + torch.arange(size, device=self.device)).flatten()
         return position_ids
 
@@ -96,7 +96,7 @@ class ShardedLayerCache(LayerCache):
         self.k[cache.rows], self.v[cache.rows] = k_TND[cache.kept], v_TND[cache.kept]
         if self.means is not None and len(step.numbers):
             known = self.means.new_zeros(len(step.numbers), *self.means.shape[1:])
-            known[cache.own_blocks] = self._means_of(cache.block_rows, size)
+            known[cache.current_blocks] = self._means_of(cache.block_rows, size)
             self.means[step.numbers] = all_reduce(known, cache.mesh, "cp")  # one rank's and zeros: the same bits
         return not step.first
 
@@ -108,7 +108,7 @@ class ShardedLayerCache(LayerCache):
             mask = mask._replace(window=config.sliding_window, global_tokens=config.global_tokens)
         if self.means is not None:
             size, borders, total = config.moba_block_size, cache.borders, sum(cache.capacities)
-            blocks = route(
+            blocks = select_blocks(
                 q,
                 self.means,
                 block_size=size,
@@ -118,7 +118,7 @@ class ShardedLayerCache(LayerCache):
                 q_offset=step.offset,
                 num_keys=total,
             )
-            mask = with_routes(mask, blocks, borders, size, len(self.means))
+            mask = with_block_indices(mask, blocks, borders, size, len(self.means))
             assert mask.key_block is not None
             # rows past a document's capacity are in the future of every query, whatever block they are given
             mask = mask._replace(key_block=mask.key_block.clamp(max=len(self.means) - 1))

@@ -1,7 +1,7 @@
 """Context parallelism that moves queries: each goes to the ranks that hold the blocks it chose, MoBA's cheapest way
 when ranks outnumber KV heads. Keys and values, and their gradients, never leave their rank.
 
-A block that lies on two ranks is two pieces, each attended where it lies. A query head visits a rank once, whatever
+A block that lies on two ranks is two pieces, each attended where it lies. A query head goes to a rank once, whatever
 number of its blocks lie there. What travels forth is the query and the numbers of its pieces, and back the output over
 them with its logsumexp; in the backward pass the gradient with two statistics, and back the query's gradient.
 
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.attention.context.allgather import route_local, squares
-from neomoba_dist.model.attention.context.merge import Exchange, Merged, Routes
+from neomoba_dist.model.attention.context.allgather import local_attention, select_local_blocks
+from neomoba_dist.model.attention.context.merge import Exchange, Merged, SelectedSpans
 from neomoba_dist.model.attention.kernels.layout import max_blocks
 from neomoba_dist.model.attention.kernels.select import score_dtype
 from neomoba_dist.model.attention.moba import block_means
@@ -26,57 +26,59 @@ from neomoba_dist.parallel.comm import all_gather, all_to_all
 from neomoba_dist.parallel.context_split import Pieces
 
 
-class RoutedQueries(torch.autograd.Function):
+class DispatchedQueries(torch.autograd.Function):
     """MoBA: q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D].
 
     Everything of a token's size that the backward pass needs is a saved tensor, so that activation checkpointing sees
-    it. Visitors are kept if they came in one trip, else they travel again.
+    it. Received queries are kept if one round brought them all, else they travel again.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         everything = exchange.pieces()
-        routes = route_local(q, gather_means(k, everything, exchange), exchange)
-        chosen, spans = chosen_pieces(routes, everything, exchange), local_spans(everything, k, exchange)
+        block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
+        chosen, spans = chosen_pieces(block_indices, everything, exchange), local_spans(everything, k, exchange)
         longest = int(everything.length.max())
-        trips = plan_trips(chosen, everything, k.shape[1], exchange)
+        rounds = plan_dispatch(chosen, everything, k.shape[1], exchange)
         merged = Merged(q)
-        merged.add(slice(None), *squares(exchange, q.device).forward(q, k, v))
-        visitors = q
-        for trip in trips:
-            visitors = trip.send(q, exchange)
-            here = Routes(trip.routes, spans, longest)
-            out, lse = here.forward(visitors, _heads_as_tokens(k), _heads_as_tokens(v))
-            for rows, *part in zip(trip.rows(), trip.back(out, exchange), trip.back(lse, exchange), strict=True):
+        merged.add(slice(None), *local_attention(exchange, q.device).forward(q, k, v))
+        received_queries = q
+        for dispatch in rounds:
+            received_queries = dispatch.send(q, exchange)
+            here = SelectedSpans(dispatch.block_indices, spans, longest)
+            out, lse = here.forward(received_queries, _heads_as_tokens(k), _heads_as_tokens(v))
+            for rows, *part in zip(
+                dispatch.rows(), dispatch.combine(out, exchange), dispatch.combine(lse, exchange), strict=True
+            ):
                 merged.add(rows, part[0][:, 0], part[1][:, 0])
         result = merged.out.to(q.dtype)
         ctx.exchange, ctx.longest = exchange, longest
-        kept = visitors if len(trips) == 1 else q
-        ctx.save_for_backward(q, k, v, result, merged.lse, kept, spans, *(x for trip in trips for x in trip))
+        kept = received_queries if len(rounds) == 1 else q
+        ctx.save_for_backward(q, k, v, result, merged.lse, kept, spans, *(x for dispatch in rounds for x in dispatch))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse, kept, spans, *parts), exchange = ctx.saved_tensors, ctx.exchange
-        trips = [Trip(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
+        rounds = [Dispatch(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
         grad, dtype = grads[0].contiguous(), score_dtype(q.dtype)
-        dq, dk, dv = (x.to(dtype) for x in squares(exchange, q.device).backward(q, k, v, out, lse, grad))
+        dq, dk, dv = (x.to(dtype) for x in local_attention(exchange, q.device).backward(q, k, v, out, lse, grad))
         delta = (out.to(dtype) * grad.to(dtype)).sum(-1)
-        for trip in trips:
-            visitors = kept if len(trips) == 1 else trip.send(q, exchange)
-            there = trip.send(grad, exchange)
-            statistics = trip.send(torch.stack((lse, delta), dim=2), exchange)[:, 0]
+        for dispatch in rounds:
+            received_queries = kept if len(rounds) == 1 else dispatch.send(q, exchange)
+            there = dispatch.send(grad, exchange)
+            statistics = dispatch.send(torch.stack((lse, delta), dim=2), exchange)[:, 0]
             # delta stands for the output, which stays at home: the kernels take out . grad - grad_lse, so 0 + delta
-            part_q, *part_kv = Routes(trip.routes, spans, ctx.longest).backward(
-                visitors,
+            part_q, *part_kv = SelectedSpans(dispatch.block_indices, spans, ctx.longest).backward(
+                received_queries,
                 _heads_as_tokens(k),
                 _heads_as_tokens(v),
-                torch.zeros_like(visitors),
+                torch.zeros_like(received_queries),
                 statistics[:, :1].contiguous(),
                 there,
                 grad_lse=-statistics[:, 1:].contiguous(),
             )
-            for rows, part in zip(trip.rows(), trip.back(part_q, exchange), strict=True):
+            for rows, part in zip(dispatch.rows(), dispatch.combine(part_q, exchange), strict=True):
                 dq[rows] += part[:, 0]
             for total, part in zip((dk, dv), part_kv, strict=True):
                 total += part.view(k.shape[1], len(k), -1).transpose(0, 1)
@@ -115,16 +117,16 @@ def gather_means(k: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
     return means.to(k.dtype)
 
 
-def chosen_pieces(routes: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
+def chosen_pieces(block_indices: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
     """The pieces that every query head attends to beside its own one: int64 [S, Hq, columns], -1 for none.
 
-    Of its own block a causal query sees the pieces before its own, of the others all.
+    Of its current block a causal query sees the pieces before its own, of the others all.
     """
-    device = routes.device
+    device = block_indices.device
     first, start = everything.first.to(device), everything.start.to(device)
     own_piece = torch.searchsorted(start, exchange.split.global_index(exchange.rank, device), right=True) - 1
-    block = routes.long().clamp(min=0)
-    count = torch.where(routes >= 0, first[block + 1] - first[block], 0)
+    block = block_indices.long().clamp(min=0)
+    count = torch.where(block_indices >= 0, first[block + 1] - first[block], 0)
     most = int(everything.first.diff().max())
     piece = first[block][..., None] + torch.arange(most, device=device)
     seen = torch.arange(most, device=device) < count[..., None]
@@ -133,17 +135,17 @@ def chosen_pieces(routes: Tensor, everything: Pieces, exchange: Exchange) -> Ten
     return piece.masked_fill(~seen, -1).flatten(2)
 
 
-class Trip(NamedTuple):
+class Dispatch(NamedTuple):
     """Some query heads on their way to the ranks of their pieces. M of this rank leave, N of all ranks arrive.
 
     token, head: int64 [M], by destination. counts: int64 [2, C] on the CPU, rows that leave for and arrive from every
-    rank. routes: int32 [N, 1, columns], pieces of this rank that each arrived row attends to (local_spans).
+    rank. block_indices: int32 [N, 1, columns], pieces of this rank that each arrived row attends to (local_spans).
     """
 
     token: Tensor
     head: Tensor
     counts: Tensor
-    routes: Tensor
+    block_indices: Tensor
 
     def rows(self) -> list[tuple[Tensor, Tensor]]:
         """What leaves for every rank: (token, head)."""
@@ -155,14 +157,14 @@ class Trip(NamedTuple):
         leave, arrive = self.counts.tolist()
         return all_to_all(x[self.token, self.head], exchange.mesh, exchange.axis, leave, arrive)[:, None]
 
-    def back(self, x: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
-        """What the arrived rows [N, ...] became, at home again, by the rank they had visited: [M, ...] each."""
+    def combine(self, x: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
+        """Results of the received rows [N, ...], back at home, by the rank that computed them: [M, ...] each."""
         leave, arrive = self.counts.tolist()
         return all_to_all(x, exchange.mesh, exchange.axis, arrive, leave).split(leave)
 
 
-def plan_trips(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> list[Trip]:
-    """Who travels where, in as many trips as keep a rank's visitors within 1.5 times what even choices would send it.
+def plan_dispatch(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> list[Dispatch]:
+    """Which queries go where, in as many rounds as keep what a rank receives within 1.5 times an even share.
 
     chosen: int64 [S, Hq, columns] from `chosen_pieces`. Where many queries choose the same blocks, their owner would
     otherwise hold queries of all T tokens.
@@ -174,23 +176,23 @@ def plan_trips(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: 
     kv_head = torch.arange(chosen.shape[1], device=device) // (chosen.shape[1] // num_kv_heads)
     # the number of a piece among all heads' pieces of its owner
     number = everything.number.to(device)[chosen.clamp(min=0)] + kv_head[:, None] * counts[owner.clamp(min=0)]
-    visits, numbers, firsts = [], [], []
+    sent_rows, numbers, firsts = [], [], []
     for rank in range(ranks):
         there = owner == rank
-        visits.append(there.any(-1).nonzero(as_tuple=True))
-        wanted = there[visits[-1]]
-        numbers.append(number[visits[-1]][wanted])
-        firsts.append(torch.nn.functional.pad(wanted.sum(-1).cumsum(0), (1, 0)))
-    leaving = torch.tensor([len(token) for token, _ in visits], device=device)
+        sent_rows.append(there.any(-1).nonzero(as_tuple=True))
+        is_chosen = there[sent_rows[-1]]
+        numbers.append(number[sent_rows[-1]][is_chosen])
+        firsts.append(torch.nn.functional.pad(is_chosen.sum(-1).cumsum(0), (1, 0)))
+    leaving = torch.tensor([len(token) for token, _ in sent_rows], device=device)
     table = all_gather(leaving, exchange.mesh, axis).tolist()
     limit = 1.5 * chosen.shape[0] * chosen.shape[1] * max(1, exchange.moba[1] - 1)
     total = max(1, math.ceil(max(sum(column) for column in zip(*table, strict=True)) / limit))
-    trips = []
-    for trip in range(total):
-        arrive = [row[exchange.rank] * (trip + 1) // total - row[exchange.rank] * trip // total for row in table]
+    rounds = []
+    for step in range(total):
+        arrive = [row[exchange.rank] * (step + 1) // total - row[exchange.rank] * step // total for row in table]
         rows, streams = [], []
-        for (token, head), listed, first in zip(visits, numbers, firsts, strict=True):
-            low, high = (len(token) * step // total for step in (trip, trip + 1))
+        for (token, head), listed, first in zip(sent_rows, numbers, firsts, strict=True):
+            low, high = (len(token) * edge // total for edge in (step, step + 1))
             rows.append((token[low:high], head[low:high]))
             stream = listed[first[low] : first[high]] + 1
             last = first[low + 1 : high + 1] - first[low] - 1
@@ -202,8 +204,8 @@ def plan_trips(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: 
         sent = [len(stream) for stream in streams]
         arrived = all_to_all(torch.cat(streams).int(), exchange.mesh, axis, sent, received)
         token, head = (torch.cat(part) for part in zip(*rows, strict=True))
-        trips.append(Trip(token, head, torch.tensor([[len(t) for t, _ in rows], arrive]), _unpack(arrived)))
-    return trips
+        rounds.append(Dispatch(token, head, torch.tensor([[len(t) for t, _ in rows], arrive]), _unpack(arrived)))
+    return rounds
 
 
 def local_spans(everything: Pieces, k: Tensor, exchange: Exchange) -> Tensor:
@@ -222,6 +224,6 @@ def _unpack(stream: Tensor) -> Tensor:
     first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     column = torch.arange(len(stream), device=stream.device) - first[row]
     width = max(1, int(lengths.max())) if len(lengths) else 1
-    routes = torch.full((len(lengths), width), -1, dtype=torch.int32, device=stream.device)
-    routes[row, column] = stream.abs() - 1
-    return routes[:, None]
+    block_indices = torch.full((len(lengths), width), -1, dtype=torch.int32, device=stream.device)
+    block_indices[row, column] = stream.abs() - 1
+    return block_indices[:, None]

@@ -1,7 +1,8 @@
 """The parts that attention over several ranks is made of, each with the backward pass under the common logsumexp.
 
-A part is a set of queries and the keys that they see in it: squares (every query's own stretch of tokens, causally
-masked), rectangles (some queries, some consecutive keys) and routes (MoBA's choice among spans of keys).
+A part is a set of queries and the keys that they attend to in it: every query's own segment of this rank, causally
+masked (LocalAttention); some queries and some consecutive keys (rectangles); MoBA's choice among spans of keys
+(SelectedSpans).
 
 Legend: S queries, K keys, Hq/Hkv query and KV heads, D head size.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels import ops
-from neomoba_dist.model.attention.kernels.layout import make_layout
+from neomoba_dist.model.attention.kernels.layout import Places, make_layout
 from neomoba_dist.model.attention.kernels.select import score_dtype
 from neomoba_dist.parallel.context_split import ContextSplit, Pieces, Segment, pieces, segments
 from neomoba_dist.parallel.mesh import Mesh
@@ -54,7 +55,7 @@ class Exchange:
         return self.mesh[self.axis].index
 
     def segments(self) -> list[Segment]:
-        """The stretches of documents that this rank holds."""
+        """The parts of documents that this rank holds."""
         return segments(self.split, self.rank, self.borders)
 
     def pieces(self) -> Pieces:
@@ -72,16 +73,19 @@ class Merged:
 
     def add(self, rows: slice | Tensor | tuple[Tensor, Tensor], out: Tensor, lse: Tensor) -> None:
         """Merge what some queries (each at most once) found among further keys."""
-        before = self.lse[rows]
-        merged = torch.logaddexp(before, lse)
-        base = merged.masked_fill(merged == -torch.inf, 0.0)
-        old, new = (before - base).exp()[..., None], (lse - base).exp()[..., None]
-        self.out[rows] = self.out[rows] * old + out * new
-        self.lse[rows] = merged
+        self.out[rows], self.lse[rows] = update_out_and_lse(self.out[rows], self.lse[rows], out, lse)
 
 
-class Squares:
-    """Every query with the keys of its own stretch: consecutive stretches of `lengths` tokens, on this rank."""
+def update_out_and_lse(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys from those over each; lse -inf stands for no keys."""
+    merged = torch.logaddexp(lse, new_lse)
+    base = merged.masked_fill(merged == -torch.inf, 0.0)
+    weight, new_weight = (lse - base).exp()[..., None], (new_lse - base).exp()[..., None]
+    return out * weight + new_out * new_weight, merged
+
+
+class LocalAttention:
+    """Every query with the keys of its own segment: consecutive segments of `lengths` tokens, on this rank."""
 
     def __init__(self, lengths: Sequence[int], causal: bool, device: torch.device) -> None:
         self.causal, self.longest = causal, max(lengths)
@@ -89,52 +93,56 @@ class Squares:
         self.cu = self.cu.to(device, torch.int32)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.attend(q, k, v, self._routes(k), self.longest, self.causal, self.cu, None, None, None, "auto")
+        return ops.attend(q, k, v, self._block_indices(k), *self._places(), "auto")
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> Grads:
-        routes = self._routes(k)
-        return ops.attend_backward(
-            grad, None, q, k, v, routes, out, lse, self.longest, self.causal, self.cu, None, None, None, "auto"
-        )
+        return ops.attend_backward(grad, None, out, lse, q, k, v, self._block_indices(k), *self._places(), "auto")
 
-    def _routes(self, k: Tensor) -> Tensor | None:
+    def _places(self) -> Places:
+        return Places(self.longest, self.causal, self.cu)
+
+    def _block_indices(self, k: Tensor) -> Tensor | None:
         if k.device.type == "cpu":
             return None
         layout = make_layout(len(k), len(k), self.longest, self.cu, None, None, k.device)
-        own = layout.own_blocks(*layout.query_places(0, len(k)))
+        own = layout.current_blocks(*layout.query_places(0, len(k)))
         return own.int()[:, None, None].expand(-1, k.shape[1], 1).contiguous()
 
 
-class Routes:
-    """Queries with the spans that they chose: routes int32 [S, R, columns], spans int64 [N, 2] (start, length)."""
+class SelectedSpans:
+    """Queries with the spans that they chose.
 
-    def __init__(self, routes: Tensor, spans: Tensor, longest: int) -> None:
-        self.routes, self.spans, self.longest = routes, spans, longest
+    block_indices: int32 [S, R, columns], numbers of spans. spans: int64 [N, 2], start and length, at most `longest`.
+    """
+
+    def __init__(self, block_indices: Tensor, spans: Tensor, longest: int) -> None:
+        self.block_indices, self.spans, self.longest = block_indices, spans, longest
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.attend(q, k, v, self.routes, self.longest, False, None, None, None, self.spans, "auto")
+        return ops.attend(q, k, v, self.block_indices, *self._places(), "auto")
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None = None
     ) -> Grads:
-        return ops.attend_backward(
-            grad, grad_lse, q, k, v, self.routes, out, lse, self.longest, False, None, None, None, self.spans, "auto"
-        )
+        return ops.attend_backward(grad, grad_lse, out, lse, q, k, v, self.block_indices, *self._places(), "auto")
+
+    def _places(self) -> Places:
+        return Places(self.longest, False, spans=self.spans)
 
 
 Rectangle = tuple[slice, slice]  # local queries, keys
 
 
-def rectangle_routes(q: Tensor, k: Tensor) -> Routes:
+def rectangle_spans(q: Tensor, k: Tensor) -> SelectedSpans:
     """All of q with all of k."""
-    routes = torch.zeros(len(q), k.shape[1], 1, dtype=torch.int32, device=q.device)
-    return Routes(routes, torch.tensor([(0, len(k))], device=q.device), len(k))
+    block_indices = torch.zeros(len(q), k.shape[1], 1, dtype=torch.int32, device=q.device)
+    return SelectedSpans(block_indices, torch.tensor([(0, len(k))], device=q.device), len(k))
 
 
 def add_rectangles(merged: Merged, rectangles: Sequence[Rectangle], q: Tensor, k: Tensor, v: Tensor) -> None:
     """Forward of rectangles."""
     for rows, keys in rectangles:
-        merged.add(rows, *rectangle_routes(q[rows], k[keys]).forward(q[rows], k[keys], v[keys]))
+        merged.add(rows, *rectangle_spans(q[rows], k[keys]).forward(q[rows], k[keys], v[keys]))
 
 
 def zeros_like_all(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +163,7 @@ def add_rectangle_gradients(
     """Backward of rectangles, added to dq [S, Hq, D], dk and dv [K, Hkv, D]."""
     dq, dk, dv = totals
     for rows, keys in rectangles:
-        routes = rectangle_routes(q[rows], k[keys])
-        parts = routes.backward(q[rows], k[keys], v[keys], out[rows], lse[rows], grad[rows])
+        rectangle = rectangle_spans(q[rows], k[keys])
+        parts = rectangle.backward(q[rows], k[keys], v[keys], out[rows], lse[rows], grad[rows])
         for total, where, part in zip((dq, dk, dv), (rows, keys, keys), parts, strict=True):
             total[where] += part

@@ -24,7 +24,7 @@ from torch import Tensor
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.context import possible, ulysses_ranks
 from neomoba_dist.model.attention.context.allgather import GatheredAttention, RingAttention
-from neomoba_dist.model.attention.context.dispatch import RoutedQueries
+from neomoba_dist.model.attention.context.dispatch import DispatchedQueries
 from neomoba_dist.model.attention.context.merge import Exchange
 from neomoba_dist.model.attention.sliding_window import sliding_window_attention
 from neomoba_dist.model.optional import log_choice
@@ -34,7 +34,11 @@ from neomoba_dist.parallel.context_split import ContextSplit, context_split
 from neomoba_dist.parallel.mesh import Mesh
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-FUNCTIONS: dict[str, Any] = {"allgather_kv": GatheredAttention, "ring": RingAttention, "route_queries": RoutedQueries}
+FUNCTIONS: dict[str, Any] = {
+    "allgather_kv": GatheredAttention,
+    "ring": RingAttention,
+    "route_queries": DispatchedQueries,
+}
 
 
 def context_attention(

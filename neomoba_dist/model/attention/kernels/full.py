@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.cpu.flash import expand_keys, group_queries, ungroup_queries
-from neomoba_dist.model.attention.kernels.layout import one_document
+from neomoba_dist.model.attention.kernels.layout import Places, one_document
 from neomoba_dist.model.optional import is_available
 
 
@@ -38,7 +38,7 @@ def full_attention(
     packed = cu_seqlens is not None and cu_seqlens.shape[0] > 2
     if q.device.type == "cpu":
         if packed:
-            return ops.attend(q, k, v, None, max(1, q.shape[0]), causal, cu_seqlens, None, None, None, "torch")[0]
+            return ops.attend(q, k, v, None, *Places(max(1, q.shape[0]), causal, cu_seqlens), "torch")[0]
         return _sdpa(q, k, v, causal, None)
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     if fits and (packed or is_available("flash_attn")):
@@ -46,20 +46,20 @@ def full_attention(
     return _sdpa(q, k, v, causal, cu_seqlens if packed else None)
 
 
-def attend_stretches(q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[tuple[slice, slice]]) -> Tensor:
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[slice, slice]]) -> Tensor:
     """Causal attention of a few new queries to all keys of their document so far, by SDPA, document by document.
 
     For decoding on a GPU: SDPA spreads one query's keys over the device, a kernel with tiles of queries does not.
 
     Args:
         q: [T, Hq, D] of all documents; k, v: [S, Hkv, D], Hkv divides Hq.
-        stretches: rows of q and of k for each document, T in all; the last query stands at the last key.
+        ranges: rows of q and of k for each document, T in all; the last query stands at the last key.
 
     Returns:
         [T, Hq, D] in the dtype of q.
     """
     parts = []
-    for queries, keys in stretches:
+    for queries, keys in ranges:
         part_q, part_k, part_v = (x[rows].transpose(0, 1)[None] for x, rows in ((q, queries), (k, keys), (v, keys)))
         new, known = part_q.shape[2], part_k.shape[2]
         mask = causal_lower_right(new, known) if new > 1 else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class BlockLayout:
         position = index - self.cu_q[document] + self.q_offset[document]
         return document, position
 
-    def own_blocks(self, document: Tensor, position: Tensor) -> Tensor:
+    def current_blocks(self, document: Tensor, position: Tensor) -> Tensor:
         """Block that holds each query's own position, -1 where the keys of the document end before it."""
         own = self.first_block[document] + position // self.block_size
         return torch.where(own < self.first_block[document + 1], own, -1)
@@ -115,7 +116,43 @@ def make_layout(
 def make_span_layout(num_queries: int, longest: int, spans: Tensor) -> BlockLayout:
     """Blocks that are spans of keys: int64 [N, 2] start and length, disjoint, at most `longest` keys each.
 
-    Queries have no own block: every column of a routing is attended whole. The Triton kernels give each span's keys
-    their gradient in one place, so overlapping spans, which the CPU path would bear, are wrong there.
+    Queries have no current block: every column of a selection is attended whole. The Triton kernels give each span's
+    keys their gradient in one place, so overlapping spans, which the CPU path would bear, are wrong there.
     """
     return BlockLayout(num_queries, 0, longest, len(spans), spans.device, spans=spans)
+
+
+class Places(NamedTuple):
+    """Where queries and keys lie, as the operators take it one by one (their schema: PLACES)."""
+
+    block_size: int  # with spans: of the longest one
+    causal: bool
+    cu_seqlens: Tensor | None = None  # this and the next two: as in moba_attention
+    cu_seqlens_k: Tensor | None = None
+    q_offset: Tensor | None = None
+    spans: Tensor | None = None  # as in make_span_layout
+
+    def layout(self, num_queries: int, num_keys: int, device: torch.device) -> BlockLayout:
+        """The blocks of these documents, or the given spans."""
+        if self.spans is not None:
+            return make_span_layout(num_queries, self.block_size, self.spans)
+        borders = (self.cu_seqlens, self.cu_seqlens_k, self.q_offset)
+        return make_layout(num_queries, num_keys, self.block_size, *borders, device)
+
+
+PLACES = "SymInt block_size, bool causal, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, Tensor? spans"
+
+
+class Problem(NamedTuple):
+    """One call: q [T, Hq, D], k and v [S, Hkv, D], block_indices int32 [T, R, columns] or None for full attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_indices: Tensor | None
+    layout: BlockLayout
+    causal: bool
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.chunked import attend_chunked, attend_chunked_backward
-from neomoba_dist.model.attention.kernels.cpu import attend as gathered
-from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, route_cpu
-from neomoba_dist.model.attention.kernels.cpu.tasks import Problem
-from neomoba_dist.model.attention.kernels.layout import BlockLayout, make_layout, make_span_layout, max_blocks
+from neomoba_dist.model.attention.kernels.cpu.attend import attend_cpu, attend_cpu_backward
+from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, select_blocks_cpu
+from neomoba_dist.model.attention.kernels.layout import PLACES, Places, Problem, make_layout, max_blocks
+from neomoba_dist.model.attention.kernels.reference import attend_chunked, attend_chunked_backward
 from neomoba_dist.model.attention.kernels.select import (
     block_means_any,
-    empty_routes,
+    empty_block_indices,
     pooled_width,
-    route_any,
     score_dtype,
+    select_blocks_any,
 )
 from neomoba_dist.model.optional import is_available, log_choice
 
@@ -72,166 +71,104 @@ def _(k: Tensor, block_size: int, cu_seqlens: Tensor | None, pooling: str) -> Te
     return k.new_empty(max_blocks(k.shape[0], block_size, documents), k.shape[1], pooled_width(k.shape[2], pooling))
 
 
-@torch.library.custom_op("neomoba::route", mutates_args=())
-def route(
-    q: Tensor,
-    means: Tensor,
-    num_keys: int,
-    block_size: int,
-    top_k: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    gate: str,
-    pooling: str,
-) -> Tensor:
-    """See moba.route."""
-    layout = make_layout(q.shape[0], num_keys, block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
-    options: dict[str, Any] = {"top_k": top_k, "causal": causal, "gate": gate, "pooling": pooling}
+SELECT = "Tensor q, Tensor means, SymInt num_keys, SymInt top_k, str gate, str pooling"
+
+
+@torch.library.custom_op("neomoba::select_blocks", mutates_args=(), schema=f"({SELECT}, {PLACES}) -> Tensor")
+def select_blocks(q: Tensor, means: Tensor, num_keys: int, top_k: int, gate: str, pooling: str, *places: Any) -> Tensor:
+    """See moba.select_blocks. places: the fields of `layout.Places`."""
+    where = Places(*places)
+    layout = where.layout(q.shape[0], num_keys, q.device)
+    options: dict[str, Any] = {"top_k": top_k, "causal": where.causal, "gate": gate, "pooling": pooling}
     if q.device.type == "cpu":
-        return route_cpu(q, means, layout, **options)
+        return select_blocks_cpu(q, means, layout, **options)
     if implementation(q) == "triton":
-        from neomoba_dist.model.attention.kernels.triton.select import route_triton
+        from neomoba_dist.model.attention.kernels.triton.select import select_blocks_triton
 
-        return route_triton(q, means, layout, **options)
-    return route_any(q, means, layout, **options)
-
-
-@route.register_fake
-def _(
-    q: Tensor,
-    means: Tensor,
-    num_keys: int,
-    block_size: int,
-    top_k: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    gate: str,
-    pooling: str,
-) -> Tensor:
-    return empty_routes(q, means, top_k, gate)
+        return select_blocks_triton(q, means, layout, **options)
+    return select_blocks_any(q, means, layout, **options)
 
 
-def _layout(
-    q: Tensor,
-    k: Tensor,
-    block_size: int,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    spans: Tensor | None,
-) -> BlockLayout:
-    if spans is not None:
-        return make_span_layout(q.shape[0], block_size, spans)
-    return make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, q_offset, q.device)
+@select_blocks.register_fake
+def _(q: Tensor, means: Tensor, num_keys: int, top_k: int, gate: str, pooling: str, *places: Any) -> Tensor:
+    return empty_block_indices(q, means, top_k, gate)
 
 
-@torch.library.custom_op("neomoba::attend", mutates_args=())
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    block_size: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    spans: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """See moba.attend and moba.attend_spans; without routes every query attends to its whole document."""
-    layout = _layout(q, k, block_size, cu_seqlens, cu_seqlens_k, q_offset, spans)
-    if routes is not None and implementation(q, impl) == "triton":
+OPERANDS = f"Tensor q, Tensor k, Tensor v, Tensor? block_indices, {PLACES}, str impl"
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, *places: Any) -> Problem:
+    where = Places(*places)
+    return Problem(q, k, v, block_indices, where.layout(q.shape[0], k.shape[0], q.device), where.causal)
+
+
+@torch.library.custom_op("neomoba::attend", mutates_args=(), schema=f"({OPERANDS}) -> (Tensor, Tensor)")
+def attend(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    """See moba.attend and `layout.make_span_layout`; without block_indices every query attends to its whole document.
+
+    operands: k, v, block_indices, the fields of `layout.Places`, impl.
+    """
+    *parts, impl = operands
+    problem = _problem(q, *parts)
+    if problem.block_indices is not None and implementation(q, impl) == "triton":
         from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
 
-        return attend_triton(q, k, v, routes, layout, causal)
-    problem = Problem(q, k, v, routes, layout, causal)
-    return gathered.attend_cpu(problem) if q.device.type == "cpu" else attend_chunked(problem)
+        return attend_triton(problem)
+    return attend_cpu(problem) if q.device.type == "cpu" else attend_chunked(problem)
 
 
 @attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    block_size: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    spans: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
 
 
-@torch.library.custom_op("neomoba::attend_backward", mutates_args=())
+@torch.library.custom_op(
+    "neomoba::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {OPERANDS}) -> (Tensor, Tensor, Tensor)",
+)
 def attend_backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    spans: Tensor | None,
-    impl: str,
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, *operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    layout = _layout(q, k, block_size, cu_seqlens, cu_seqlens_k, q_offset, spans)
+    """Gradients of q, k and v. operands: as of `attend`."""
+    *parts, impl = operands
+    problem = _problem(q, *parts)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if routes is not None and implementation(q, impl) == "triton":
+    if problem.block_indices is not None and implementation(q, impl) == "triton":
         from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
 
-        return attend_triton_backward(q, k, v, routes, out, lse, grad_out, grad_lse, layout, causal)
-    problem = Problem(q, k, v, routes, layout, causal)
-    if q.device.type == "cpu":
-        return gathered.attend_cpu_backward(problem, out, lse, grad_out, grad_lse)
-    return attend_chunked_backward(problem, grad_out, grad_lse)
+        return attend_triton_backward(problem, out, lse, grad_out, grad_lse)
+    backward = attend_cpu_backward if q.device.type == "cpu" else attend_chunked_backward
+    return backward(problem, out, lse, grad_out, grad_lse)
 
 
 @attend_backward.register_fake
 def _(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    routes: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_offset: Tensor | None,
-    spans: Tensor | None,
-    impl: str,
+    *operands: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, ctx.block_size, ctx.causal, cu_seqlens, cu_seqlens_k, q_offset, spans, ctx.impl = inputs
+    q, k, v, block_indices, *fields, ctx.impl = inputs
+    places = Places(*fields)
+    ctx.block_size, ctx.causal, *borders = places
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, routes, *output, cu_seqlens, cu_seqlens_k, q_offset, spans)
+    ctx.save_for_backward(*output, q, k, v, block_indices, *borders)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, routes, out, lse, *places = ctx.saved_tensors
-    tensors = (grad_out, grad_lse, q, k, v, routes, out, lse)
-    return *attend_backward(*tensors, ctx.block_size, ctx.causal, *places, ctx.impl), *[None] * 8
+    out, lse, q, k, v, block_indices, *borders = ctx.saved_tensors
+    places = Places(ctx.block_size, ctx.causal, *borders)
+    gradients = attend_backward(grad_out, grad_lse, out, lse, q, k, v, block_indices, *places, ctx.impl)
+    return *gradients, *[None] * (2 + len(places))
 
 
 attend.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -1,11 +1,11 @@
 """Block representatives and the gate in plain torch, for any device: which blocks does each query attend to?
 
 The gate (Lu et al., MoBA, arXiv 2502.13189, section 2.2) scores a block by the dot product of the query with a summary
-of the block's keys and keeps the `top_k` best, the query's own block always among them. It has no gradient.
+of the block's keys and keeps the `top_k` best, the query's current block always among them. It has no gradient.
 
-Nothing here copies a value from the device; routing_cpu does the same faster where reading values is free.
+Nothing here copies a value from the device; cpu/select.py does the same faster where reading values is free.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks, R rows of the routing.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks, R rows of the selection.
 """
 
 from __future__ import annotations
@@ -80,36 +80,36 @@ def gate_queries(q: Tensor, num_kv_heads: int, gate: str, pooling: str) -> Tenso
     return grouped.sum(2, keepdim=True) if gate == "kv_group" else grouped
 
 
-def empty_routes(q: Tensor, means: Tensor, top_k: int, gate: str) -> Tensor:
+def empty_block_indices(q: Tensor, means: Tensor, top_k: int, gate: str) -> Tensor:
     """int32 [T, R, columns] without any block, R = Hq or Hkv, columns = min(top_k, N)."""
     heads = means.shape[1] if gate == "kv_group" else q.shape[1]
     columns = max(1, min(top_k, means.shape[0]))
     return torch.full((q.shape[0], heads, columns), -1, dtype=torch.int32, device=q.device)
 
 
-def route_any(
+def select_blocks_any(
     q: Tensor, means: Tensor, layout: BlockLayout, *, top_k: int, causal: bool, gate: str, pooling: str
 ) -> Tensor:
-    """Chosen blocks int32 [T, R, columns]; see moba.route."""
-    routes = empty_routes(q, means, top_k, gate)
-    tokens, heads, columns = routes.shape
+    """Chosen blocks int32 [T, R, columns]; see moba.select_blocks."""
+    block_indices = empty_block_indices(q, means, top_k, gate)
+    tokens, heads, columns = block_indices.shape
     keys = means.to(score_dtype(q.dtype)).permute(1, 2, 0)  # [Hkv, D', N]
     block = torch.arange(means.shape[0], device=q.device)
     tile = max(1, TILE_ELEMENTS // max(1, heads * means.shape[0]))
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         document, position = layout.query_places(start, stop)
-        own = layout.own_blocks(document, position)
-        routes[start:stop, :, 0] = own[:, None]
+        own = layout.current_blocks(document, position)
+        block_indices[start:stop, :, 0] = own[:, None]
         if columns == 1:
             continue
         first, last = layout.first_block[document], layout.first_block[document + 1]
-        # A query whose own block has no keys here comes after all of its document's blocks.
+        # A query whose current block has no keys here comes after all of its document's blocks.
         limit = torch.where(own >= 0, own, last) if causal else last
         candidate = (block >= first[:, None]) & (block < limit[:, None]) & (block != own[:, None])
         scores = torch.einsum("thgd,hdn->thgn", gate_queries(q[start:stop], means.shape[1], gate, pooling), keys)
-        routes[start:stop, :, 1:] = best_blocks(scores.flatten(1, 2), candidate[:, None], columns - 1)
-    return routes
+        block_indices[start:stop, :, 1:] = best_blocks(scores.flatten(1, 2), candidate[:, None], columns - 1)
+    return block_indices
 
 
 def best_blocks(scores: Tensor, candidate: Tensor | None, count: int) -> Tensor:

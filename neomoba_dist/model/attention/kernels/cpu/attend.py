@@ -6,7 +6,7 @@
 - few queries and many keys, as in decoding: only the chosen blocks are read;
 - all others: queries gathered per block (gather_plan, gather_head).
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the routing,
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the selection,
 N blocks of one document.
 """
 
@@ -23,12 +23,12 @@ from neomoba_dist.model.attention.kernels.cpu.flash import flash_backward, flash
 from neomoba_dist.model.attention.kernels.cpu.head import is_finite
 from neomoba_dist.model.attention.kernels.cpu.tasks import (
     Document,
-    Problem,
     backward_task,
     forward_task,
     split_document,
 )
 from neomoba_dist.model.attention.kernels.cpu.threads import one_thread, run_side_by_side
+from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.select import score_dtype
 
 # Nanoseconds on one AVX-512 core, forward: they only decide which of two exact methods runs.
@@ -103,7 +103,7 @@ def _rows_to_write(q: Tensor, docs: list[Document]) -> Tensor:
 
 def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
     """The documents that have both queries and keys. `sparse_only`: the flash kernel knows no gradient of the lse."""
-    layout, routes = problem.layout, problem.routes
+    layout, block_indices = problem.layout, problem.block_indices
     if layout.spans is not None:
         tokens, keys = problem.q.shape[0], problem.k.shape[0]
         return [Document(slice(0, tokens), slice(0, keys), 0, 0, "gathered")] if tokens and keys else []
@@ -114,38 +114,38 @@ def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
         if q_span[1] == q_span[0] or k_span[1] == k_span[0]:
             continue
         doc = Document(slice(*q_span), slice(*k_span), position, first_block, "full")
-        if sparse_only and routes is not None:
+        if sparse_only and block_indices is not None:
             found.append(doc._replace(method="gathered"))
         else:
-            found.extend([doc] if routes is None else _choose_methods(problem, doc, routes))
+            found.extend([doc] if block_indices is None else _choose_methods(problem, doc, block_indices))
     return found
 
 
 def _spell_out(problem: Problem) -> Problem:
-    """Full attention over damaged values as routes to the one block of each document, so that it may be gathered."""
-    if problem.routes is not None or not problem.causal or is_finite(problem.v):
+    """Full attention over damaged values as a selection of each document's one block, so that it may be gathered."""
+    if problem.block_indices is not None or not problem.causal or is_finite(problem.v):
         return problem
-    own = problem.layout.own_blocks(*problem.layout.query_places(0, problem.q.shape[0]))
-    return problem._replace(routes=own.int()[:, None, None].expand(-1, problem.k.shape[1], -1))
+    own = problem.layout.current_blocks(*problem.layout.query_places(0, problem.q.shape[0]))
+    return problem._replace(block_indices=own.int()[:, None, None].expand(-1, problem.k.shape[1], -1))
 
 
-def _choose_methods(problem: Problem, doc: Document, routes: Tensor) -> list[Document]:
+def _choose_methods(problem: Problem, doc: Document, block_indices: Tensor) -> list[Document]:
     """The document as one piece or two, each with the cheapest way to compute it."""
     block_size, causal = problem.layout.block_size, problem.causal
-    if doc.num_queries * problem.group * routes.shape[2] * block_size <= doc.num_keys // FEW:
+    if doc.num_queries * problem.group * block_indices.shape[2] * block_size <= doc.num_keys // FEW:
         return [doc._replace(method="cached")]
     values_finite = is_finite(problem.v[doc.keys])
     flash = values_finite or not causal  # the causal flash kernel lets a damaged value reach earlier queries
     square = doc.position == 0 and doc.num_queries == doc.num_keys
     blocks = -(-doc.num_keys // block_size)
-    if flash and (square or not causal) and _all_chosen(routes[doc.queries], blocks, block_size, causal):
+    if flash and (square or not causal) and _all_chosen(block_indices[doc.queries], blocks, block_size, causal):
         return [doc]
-    early = routes.shape[2] * block_size  # causal queries before it see all keys before them
+    early = block_indices.shape[2] * block_size  # causal queries before it see all keys before them
     exact = problem.q.dtype == score_dtype(problem.q.dtype)  # half precision would round the gradients of two pieces
     if exact and causal and square and values_finite and early < doc.num_queries and _prefers_flash(problem, early):
         split = doc.queries.start + early
         head = doc._replace(queries=slice(doc.queries.start, split), keys=slice(doc.keys.start, doc.keys.start + early))
-        if _all_chosen(routes[head.queries], routes.shape[2], block_size, causal):
+        if _all_chosen(block_indices[head.queries], block_indices.shape[2], block_size, causal):
             tail = doc._replace(queries=slice(split, doc.queries.stop), position=early)
             return [head, tail._replace(method=_cheapest_method(problem, tail, values_finite))]
     return [doc._replace(method=_cheapest_method(problem, doc, values_finite))]
@@ -159,10 +159,10 @@ def _prefers_flash(problem: Problem, tokens: int) -> bool:
 
 
 def _cheapest_method(problem: Problem, doc: Document, values_finite: bool) -> str:
-    assert problem.routes is not None
+    assert problem.block_indices is not None
     block_size, num_heads = problem.layout.block_size, problem.q.shape[1]
     pairs = num_heads * doc.num_queries * doc.num_keys
-    sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, problem.routes.shape[2] * block_size)
+    sparse_pairs = num_heads * doc.num_queries * min(doc.num_keys, problem.block_indices.shape[2] * block_size)
     blocks = -(-doc.num_keys // block_size) * problem.k.shape[1]
     gathered = sparse_pairs * NS_PER_GATHERED_PAIR + blocks * NS_PER_BLOCK
     if pairs * NS_PER_MASKED_PAIR > gathered:
@@ -172,36 +172,36 @@ def _cheapest_method(problem: Problem, doc: Document, values_finite: bool) -> st
     return "masked" if maskable else "gathered"
 
 
-def _all_chosen(routes_TRC: Tensor, blocks: int, block_size: int, causal: bool) -> bool:
+def _all_chosen(block_indices_TRC: Tensor, blocks: int, block_size: int, causal: bool) -> bool:
     """Whether every query of a document attends to every block that full attention would show it."""
-    tokens, heads, columns = routes_TRC.shape
+    tokens, heads, columns = block_indices_TRC.shape
     if columns < blocks:
         return False
     whole, rest = divmod(tokens, block_size)
     expected = block_size * whole * (whole + 1) // 2 + rest * (whole + 1) if causal else tokens * blocks
-    return int((routes_TRC >= 0).sum()) == expected * heads
+    return int((block_indices_TRC >= 0).sum()) == expected * heads
 
 
 def flash_pieces(problem: Problem, doc: Document) -> Iterator[tuple[slice, Tensor | None]]:
     """What the flash kernel computes at a time: queries, and the keys each sees, bool [queries, Hq, S] (None: all)."""
-    if doc.method == "full" or problem.routes is None:
+    if doc.method == "full" or problem.block_indices is None:
         yield doc.queries, None
         return
     height = max(1, MASK_ELEMENTS // (doc.num_keys * problem.q.shape[1]))
     for start in range(doc.queries.start, doc.queries.stop, height):
         rows = slice(start, min(start + height, doc.queries.stop))
-        yield rows, document_mask(problem, problem.routes[rows], doc, rows)
+        yield rows, document_mask(problem, problem.block_indices[rows], doc, rows)
 
 
-def document_mask(problem: Problem, routes_TRC: Tensor, doc: Document, rows: slice) -> Tensor:
+def document_mask(problem: Problem, block_indices_TRC: Tensor, doc: Document, rows: slice) -> Tensor:
     """bool [queries, Hq, S]: the keys of one document that some of its queries see."""
-    routes_TRC = (routes_TRC - (doc.first_block - 1)).clamp_(min=0).long()  # 0 for "no block"
+    block_indices_TRC = (block_indices_TRC - (doc.first_block - 1)).clamp_(min=0).long()  # 0 for "no block"
     blocks = -(-doc.num_keys // problem.layout.block_size)
     position = torch.arange(doc.num_keys)
     block = position // problem.layout.block_size + 1
-    chosen = torch.zeros(*routes_TRC.shape[:2], blocks + 1, dtype=torch.bool)
-    chosen.scatter_(-1, routes_TRC[:, :, 1:], True)
-    own = routes_TRC[:, :, :1] == block
+    chosen = torch.zeros(*block_indices_TRC.shape[:2], blocks + 1, dtype=torch.bool)
+    chosen.scatter_(-1, block_indices_TRC[:, :, 1:], True)
+    own = block_indices_TRC[:, :, :1] == block
     if problem.causal:
         start = doc.position + rows.start - doc.queries.start
         own &= (position <= torch.arange(start, start + rows.stop - rows.start)[:, None])[:, None]

@@ -1,4 +1,4 @@
-"""MoBA attention of one KV head over one document on the CPU, forward and backward, from a HeadPlan.
+"""MoBA attention of one KV head over one document on the CPU, forward and backward, from a WorkList.
 
 Logits live in powers of two: queries are scaled by log2(e) / sqrt(D). While |q| |k| stays small, exp2 of the plain
 logits can neither overflow nor vanish, so nothing is subtracted and pieces simply add up; otherwise the pieces are
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from neomoba_dist.model.attention.kernels.cpu.gemm import linear
-from neomoba_dist.model.attention.kernels.cpu.plan import HeadPlan, Item, Rows, TileItem, Tiles
+from neomoba_dist.model.attention.kernels.cpu.plan import Item, RowSelection, RowTiles, TileItem, WorkList
 from neomoba_dist.model.attention.kernels.select import score_dtype
 
 SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^127, 2^-60 from its smallest number
 
 
-class Head(NamedTuple):
+class KeyValueHead(NamedTuple):
     """Keys and values of one KV head of one document, as `prepare` makes them.
 
     The values have one more column of ones, so that one product gives weighted values and the total weight, or in the
@@ -47,7 +47,7 @@ class Head(NamedTuple):
         return bool(bound <= SAFE_EXPONENT)  # False for not-a-number
 
 
-class Cache(NamedTuple):
+class UnpreparedHead(NamedTuple):
     """The same for few queries, as in decoding: only the chosen blocks are prepared, and no other key is even read."""
 
     k_SD: Tensor
@@ -91,20 +91,20 @@ class OnlineSoftmax:
         self.sums_RE = q_RD.new_zeros(len(q_RD), q_RD.shape[1] + 1)
         self.peak_R = None if bounded else q_RD.new_full((len(q_RD),), -torch.inf)
 
-    def add(self, rows: Rows, logits: Tensor, v: Tensor) -> None:
+    def add(self, rows: RowSelection, logits: Tensor, v: Tensor) -> None:
         """Add keys with `logits` [..., m, keys] (overwritten) and values `v` [..., keys, E] to the rows [..., m]."""
         if self.peak_R is not None:
             self._raise_peak(rows, logits)
         weights = logits.exp2_()
-        accumulate(self.sums_RE, rows, torch.bmm(weights, v) if weights.dim() == 3 else linear(weights, v.t()))
+        add_to_rows(self.sums_RE, rows, torch.bmm(weights, v) if weights.dim() == 3 else linear(weights, v.t()))
 
-    def _raise_peak(self, rows: Rows, logits: Tensor) -> None:
+    def _raise_peak(self, rows: RowSelection, logits: Tensor) -> None:
         assert self.peak_R is not None
-        old = take(self.peak_R, rows)
+        old = rows_of(self.peak_R, rows)
         new = torch.maximum(old, logits.amax(-1))
         base = new.masked_fill(new == -torch.inf, 0.0)
-        put(self.sums_RE, rows, take(self.sums_RE, rows) * (old - base).exp2()[..., None])
-        put(self.peak_R, rows, new)
+        set_rows(self.sums_RE, rows, rows_of(self.sums_RE, rows) * (old - base).exp2()[..., None])
+        set_rows(self.peak_R, rows, new)
         logits.sub_(base[..., None])
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class OnlineSoftmax:
         return values_RD.div_(total_R.masked_fill(total_R == 0, 1.0)[:, None]), lse * math.log(2)
 
 
-def forward_head(head: Head | Cache, plan: HeadPlan, q_RD: Tensor) -> tuple[Tensor, Tensor]:
+def forward_head(head: KeyValueHead | UnpreparedHead, plan: WorkList, q_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Output [R, D] and logsumexp [R] of one head; the last row means nothing.
 
     Args:
@@ -122,21 +122,21 @@ def forward_head(head: Head | Cache, plan: HeadPlan, q_RD: Tensor) -> tuple[Tens
     """
     state = OnlineSoftmax(q_RD, head.is_bounded(q_RD))
     for tiles in plan.tiles:
-        assert isinstance(head, Head)
+        assert isinstance(head, KeyValueHead)
         logits = torch.bmm(tiles.rows.view(q_RD), tiles.keys.view(head.k_SD).transpose(1, 2))
         if tiles.masked:
             logits.masked_fill_(later_keys(tiles, head.group), -torch.inf)
         state.add(tiles.rows, logits, tiles.keys.view(head.v_SE))
     for item in plan.items:
         k, v = head.part(item)
-        logits = linear(take(q_RD, item.rows), k)
+        logits = linear(rows_of(q_RD, item.rows), k)
         if item.masked:
             logits.masked_fill_(future(item, head), -torch.inf)
         state.add(item.rows, logits, v)
     return state.result()
 
 
-def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward_head(head: KeyValueHead, plan: WorkList, q_RE: Tensor, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [R, D], dk [S, D], dv [S, D] of one head. The products with one more column yield "logits - lse" and
     "grad . v - delta" at no extra cost.
 
@@ -162,7 +162,7 @@ def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> 
         tiles.rows.view(dq_RD).add_(torch.bmm(slope, tiles.keys.view(head.k_SD)))
     for item in plan.items:
         keys = slice(item.key_start, item.key_stop)
-        q_ME, grad_ME = take(q_RE, item.rows), take(grad_RE, item.rows)
+        q_ME, grad_ME = rows_of(q_RE, item.rows), rows_of(grad_RE, item.rows)
         weights = linear(q_ME, k_SE[keys])
         if item.masked:
             weights.masked_fill_(future(item, head), -torch.inf)
@@ -170,7 +170,7 @@ def backward_head(head: Head, plan: HeadPlan, q_RE: Tensor, grad_RE: Tensor) -> 
         dv_DS[:, keys].add_(linear(grad_ME[:, :dim].t(), weights.t()))
         slope = linear(grad_ME, v_SE[keys]).mul_(weights)
         dk_DS[:, keys].add_(linear(q_ME[:, :dim].t(), slope.t()))
-        accumulate(dq_RD, item.rows, linear(slope, head.k_SD[keys].t()))
+        add_to_rows(dq_RD, item.rows, linear(slope, head.k_SD[keys].t()))
     return dq_RD.mul_(dim**-0.5), dk_DS.t().mul(math.log(2)), dv_DS.t()
 
 
@@ -180,31 +180,31 @@ def later_keys(tiles: TileItem, group: int) -> Tensor:
     return torch.ones(edge, edge, dtype=torch.bool).triu_(1).repeat_interleave(group, dim=0)
 
 
-def future(item: Item, head: Head | Cache) -> Tensor:
+def future(item: Item, head: KeyValueHead | UnpreparedHead) -> Tensor:
     """bool [m, keys]: keys after the row's own position."""
     keys = torch.arange(item.key_start, item.key_stop)
     rows = item.rows if isinstance(item.rows, Tensor) else torch.arange(item.rows.start, item.rows.stop)
     return keys > (rows // head.group + head.position)[:, None]
 
 
-def take(x: Tensor, rows: Rows) -> Tensor:
-    """Rows of x; a view of it for slices and tiles."""
+def rows_of(x: Tensor, rows: RowSelection) -> Tensor:
+    """RowSelection of x; a view of it for slices and tiles."""
     if isinstance(rows, Tensor):
         return x.index_select(0, rows)
-    return rows.view(x) if isinstance(rows, Tiles) else x[rows]
+    return rows.view(x) if isinstance(rows, RowTiles) else x[rows]
 
 
-def put(x: Tensor, rows: Rows, values: Tensor) -> None:
+def set_rows(x: Tensor, rows: RowSelection, values: Tensor) -> None:
     """Overwrite rows of x."""
     if isinstance(rows, Tensor):
         x.index_copy_(0, rows, values)
     else:
-        take(x, rows).copy_(values)
+        rows_of(x, rows).copy_(values)
 
 
-def accumulate(x: Tensor, rows: Rows, values: Tensor) -> None:
+def add_to_rows(x: Tensor, rows: RowSelection, values: Tensor) -> None:
     """Add to rows of x."""
     if isinstance(rows, Tensor):
         x.index_add_(0, rows, values)
     else:
-        take(x, rows).add_(values)
+        rows_of(x, rows).add_(values)

@@ -1,7 +1,7 @@
 """Which queries meet which keys in one KV head of one document: the work list of MoBA's CPU path.
 
 MoBA is a list of small unmasked attentions: the queries that chose a block, gathered, against the keys of that block.
-The causal triangle of the own blocks is cut into small diagonal tiles and unmasked rectangles, because a masked
+The causal triangle of the current blocks is cut into small diagonal tiles and unmasked rectangles, because a masked
 512 x 512 block costs twice what its triangle needs; the same piece of all whole blocks is one batch.
 
 Legend: a row is one (query token, query head of the group) pair, row = token * G + head, and one more row of zeros
@@ -26,7 +26,7 @@ MAX_KEYS = 512
 ROW_STEP = 64
 
 
-class Tiles(NamedTuple):
+class RowTiles(NamedTuple):
     """`number` ranges of rows, each `height` long, `step` apart."""
 
     start: int
@@ -41,11 +41,11 @@ class Tiles(NamedTuple):
         return x.as_strided(size, (self.step * stride, *x.stride()), x.storage_offset() + self.start * stride)
 
 
-Rows = slice | Tensor | Tiles  # consecutive rows, int64 row numbers, or a batch of tiles
+RowSelection = slice | Tensor | RowTiles  # consecutive rows, int64 row numbers, or a batch of tiles
 
 
 class Item(NamedTuple):
-    """Rows that attend to the keys key_start..key_stop, causally masked by position if `masked`."""
+    """RowSelection that attend to the keys key_start..key_stop, causally masked by position if `masked`."""
 
     rows: slice | Tensor
     key_start: int
@@ -56,8 +56,8 @@ class Item(NamedTuple):
 class TileItem(NamedTuple):
     """Tiles of rows, each of which attends to its tile of keys, causally masked if `masked` (the tiles are square)."""
 
-    rows: Tiles
-    keys: Tiles
+    rows: RowTiles
+    keys: RowTiles
     masked: bool
 
     def split(self) -> Iterator[Item]:
@@ -67,14 +67,14 @@ class TileItem(NamedTuple):
             yield Item(slice(row, row + self.rows.height), key, key + self.keys.height)
 
 
-class HeadPlan(NamedTuple):
-    """The pieces of all whole own blocks, and everything else."""
+class WorkList(NamedTuple):
+    """The pieces of all whole current blocks, and everything else."""
 
     tiles: list[TileItem]
     items: list[Item]
 
 
-class Span(NamedTuple):
+class PlannedQueries(NamedTuple):
     """The planned queries of one document: tokens start..stop of `q`, the first at `position`; keys of the document."""
 
     start: int
@@ -86,21 +86,21 @@ class Span(NamedTuple):
     key_spans: list[tuple[int, int]] | None = None  # first and last key of every block, where they are not counted
 
 
-def plan_head(span: Span, routes_TGC: Tensor, first_block: int, *, tiled: bool) -> HeadPlan:
+def list_work(queries: PlannedQueries, block_indices_TGC: Tensor, first_block: int, *, tiled: bool) -> WorkList:
     """The work list of one KV head.
 
     Args:
-        routes_TGC: int [tokens, G, columns], global block numbers, -1 for none.
-        tiled: whether own blocks may become tiles.
+        block_indices_TGC: int [tokens, G, columns], global block numbers, -1 for none.
+        tiled: whether current blocks may become tiles.
     """
-    if not span.causal:
-        return HeadPlan([], list(routed_items(span, routes_TGC, first_block)))
-    own = routes_TGC[:, :, 0] >= 0
-    others = routed_items(span, routes_TGC[:, :, 1:], first_block)
-    if not tiled or not bool(own.all()) or span.position + span.stop - span.start > span.num_keys:
-        return HeadPlan([], [*partial_own_items(span, own), *others])
-    tiles, items = own_items(span, routes_TGC.shape[1])
-    return HeadPlan(tiles, [*items, *others])
+    if not queries.causal:
+        return WorkList([], list(selected_items(queries, block_indices_TGC, first_block)))
+    own = block_indices_TGC[:, :, 0] >= 0
+    others = selected_items(queries, block_indices_TGC[:, :, 1:], first_block)
+    if not tiled or not bool(own.all()) or queries.position + queries.stop - queries.start > queries.num_keys:
+        return WorkList([], [*partial_current_items(queries, own), *others])
+    tiles, items = current_items(queries, block_indices_TGC.shape[1])
+    return WorkList(tiles, [*items, *others])
 
 
 def tile_edge(block_size: int) -> int:
@@ -109,14 +109,14 @@ def tile_edge(block_size: int) -> int:
     return next(divisors, min(TILE, block_size))
 
 
-def own_items(span: Span, group: int) -> tuple[list[TileItem], list[Item]]:
-    """Own blocks, all causal: batches of the pieces of whole blocks, and the pieces of a cut first or last block."""
-    block_size, first, last = span.block_size, span.position, span.position + span.stop - span.start
+def current_items(queries: PlannedQueries, group: int) -> tuple[list[TileItem], list[Item]]:
+    """Current blocks, all causal: batches of pieces of whole blocks, and the pieces of a cut first or last block."""
+    block_size, first, last = queries.block_size, queries.position, queries.position + queries.stop - queries.start
     low = -(-first // block_size)
     high = max(low, last // block_size)  # the blocks low..high are whole
     tiles: list[TileItem] = []
     items: list[Item] = []
-    for tile in _whole_blocks(span, low, high, group):
+    for tile in _whole_blocks(queries, low, high, group):
         if tile.masked or tile.rows.height * tile.keys.height < LARGE_TILE:
             tiles.append(tile)
         else:
@@ -150,39 +150,43 @@ def _below_diagonal(borders: list[int]) -> Iterator[tuple[slice, slice, bool]]:
     yield from _below_diagonal(borders[middle:])
 
 
-def _whole_blocks(span: Span, low: int, high: int, group: int) -> Iterator[TileItem]:
+def _whole_blocks(queries: PlannedQueries, low: int, high: int, group: int) -> Iterator[TileItem]:
     """The blocks low..high: pieces that are alike and evenly spaced, in batches whose logits fit into the cache."""
     alike: dict[tuple[int, int, int, bool], list[int]] = defaultdict(list)
-    for rows, keys, masked in triangle(span.block_size, span.block_size):
-        alike[rows.stop - rows.start, keys.stop - keys.start, rows.start - keys.start, masked].append(keys.start)
+    for part, keys, masked in triangle(queries.block_size, queries.block_size):
+        alike[part.stop - part.start, keys.stop - keys.start, part.start - keys.start, masked].append(keys.start)
     for (height, width, below, masked), starts in alike.items():
-        step = span.block_size // len(starts)
-        even = starts == list(range(starts[0], starts[0] + span.block_size, step))
-        for start, spacing in [(starts[0], step)] if even else [(start, span.block_size) for start in starts]:
-            total, most = (high - low) * (span.block_size // spacing), max(1, ITEM_ELEMENTS // (height * group * width))
+        step = queries.block_size // len(starts)
+        even = starts == list(range(starts[0], starts[0] + queries.block_size, step))
+        for start, spacing in [(starts[0], step)] if even else [(start, queries.block_size) for start in starts]:
+            total, most = (
+                (high - low) * (queries.block_size // spacing),
+                max(1, ITEM_ELEMENTS // (height * group * width)),
+            )
             for first in range(0, total, most):
-                number, key = min(most, total - first), low * span.block_size + start + first * spacing
-                queries = Tiles((key + below - span.position) * group, height * group, spacing * group, number)
-                yield TileItem(queries, Tiles(key, width, spacing, number), masked)
+                number, key = min(most, total - first), low * queries.block_size + start + first * spacing
+                rows = RowTiles((key + below - queries.position) * group, height * group, spacing * group, number)
+                yield TileItem(rows, RowTiles(key, width, spacing, number), masked)
 
 
-def partial_own_items(span: Span, own: Tensor) -> Iterator[Item]:
-    """Own blocks where some queries have none, which happens when a rank holds a part of the keys only."""
+def partial_current_items(queries: PlannedQueries, own: Tensor) -> Iterator[Item]:
+    """Current blocks where some queries have none, which happens when a rank holds a part of the keys only."""
     rows = own.flatten().nonzero()[:, 0]
-    block = (rows // own.shape[1] + span.position) // span.block_size
+    block = (rows // own.shape[1] + queries.position) // queries.block_size
     for number in block.unique().tolist():
-        start = number * span.block_size
+        start = number * queries.block_size
         chosen = rows[block == number]
-        yield from split_item(Item(chosen, start, min(start + span.block_size, span.num_keys), masked=True))
+        yield from split_item(Item(chosen, start, min(start + queries.block_size, queries.num_keys), masked=True))
 
 
-def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[Item]:
+def selected_items(queries: PlannedQueries, block_indices_TGC: Tensor, first_block: int) -> Iterator[Item]:
     """For each block the rows that chose it, in ascending order."""
-    tokens, group, columns = routes_TGC.shape
+    tokens, group, columns = block_indices_TGC.shape
     if columns == 0:
         return
-    blocks = -(-span.num_keys // span.block_size) if span.key_spans is None else len(span.key_spans)
-    local = (routes_TGC - (first_block - 1)).clamp_(min=0).flatten()  # 0 for "no block", else 1 + block of the document
+    blocks = -(-queries.num_keys // queries.block_size) if queries.key_spans is None else len(queries.key_spans)
+    # 0 for "no block", else 1 + block of the document
+    local = (block_indices_TGC - (first_block - 1)).clamp_(min=0).flatten()
     if blocks < torch.iinfo(torch.int16).max:
         local = local.to(torch.int16)  # a quarter of the sorting time
     order = local.sort(stable=True).indices
@@ -193,16 +197,16 @@ def routed_items(span: Span, routes_TGC: Tensor, first_block: int) -> Iterator[I
             rows = order[offset : offset + count] // columns
             if count > ROW_STEP:
                 rows = torch.nn.functional.pad(rows, (0, -count % ROW_STEP), value=tokens * group)
-            yield from split_item(Item(rows, *_block_keys(span, block)))
+            yield from split_item(Item(rows, *_block_keys(queries, block)))
         offset += count
 
 
-def _block_keys(span: Span, block: int) -> tuple[int, int]:
+def _block_keys(queries: PlannedQueries, block: int) -> tuple[int, int]:
     """First and last key of a block of the document."""
-    if span.key_spans is not None:
-        return span.key_spans[block]
-    start = block * span.block_size
-    return start, min(start + span.block_size, span.num_keys)
+    if queries.key_spans is not None:
+        return queries.key_spans[block]
+    start = block * queries.block_size
+    return start, min(start + queries.block_size, queries.num_keys)
 
 
 def split_item(item: Item) -> Iterator[Item]:

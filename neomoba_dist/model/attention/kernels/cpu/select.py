@@ -1,8 +1,8 @@
 """Block representatives and the gate on the CPU, where reading `cu_seqlens` is free: no work on impossible blocks.
 
-The same results as routing.py, tile by tile of queries against just the blocks of their document that they may choose.
+The same results as kernels/select.py, tile by tile of queries against just the blocks that they may choose.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks, R rows of the routing.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, N blocks, R rows of the selection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from neomoba_dist.model.attention.kernels.cpu.threads import one_thread, run_sid
 from neomoba_dist.model.attention.kernels.layout import BlockLayout
 from neomoba_dist.model.attention.kernels.select import (
     best_blocks,
-    empty_routes,
+    empty_block_indices,
     gate_queries,
     pool_keys,
     pooled_width,
@@ -26,7 +26,7 @@ from neomoba_dist.model.attention.kernels.select import (
 
 TILE_QUERIES = 512
 TILE_ELEMENTS = 1 << 20  # scores of one tile
-SMALL_ROUTING = 1 << 15  # rows up to which threads only wait for each other
+SMALL_SELECTION = 1 << 15  # rows up to which threads only wait for each other
 POOLED_ELEMENTS = 1 << 22  # keys pooled by one task
 
 
@@ -52,14 +52,14 @@ def _pool_into(means: Tensor, keys: Tensor, pooling: str) -> None:
     means.copy_(pool_keys(keys, pooling))
 
 
-def route_cpu(
+def select_blocks_cpu(
     q: Tensor, means: Tensor, layout: BlockLayout, *, top_k: int, causal: bool, gate: str, pooling: str
 ) -> Tensor:
-    """Chosen blocks int32 [T, R, columns]; see moba.route."""
+    """Chosen blocks int32 [T, R, columns]; see moba.select_blocks."""
     with one_thread():
-        routes = empty_routes(q, means, top_k, gate)
+        block_indices = empty_block_indices(q, means, top_k, gate)
         keys_HDN = means.to(score_dtype(q.dtype)).permute(1, 2, 0).contiguous()
-    block_size, heads = layout.block_size, routes.shape[1]
+    block_size, heads = layout.block_size, block_indices.shape[1]
     tasks = []
     places = zip(
         pairwise(layout.cu_q.tolist()), layout.q_offset.tolist(), pairwise(layout.first_block.tolist()), strict=True
@@ -71,16 +71,18 @@ def route_cpu(
             tile = slice(low, min(low + height, stop))
             at = position + low - start
             tasks.append(
-                partial(_route_tile, q, keys_HDN, routes, tile, at, first, last, block_size, causal, gate, pooling)
+                partial(
+                    _select_tile, q, keys_HDN, block_indices, tile, at, first, last, block_size, causal, gate, pooling
+                )
             )
-    run_side_by_side(tasks, alone=q.shape[0] * heads <= SMALL_ROUTING)
-    return routes
+    run_side_by_side(tasks, alone=q.shape[0] * heads <= SMALL_SELECTION)
+    return block_indices
 
 
-def _route_tile(
+def _select_tile(
     q: Tensor,
     keys_HDN: Tensor,
-    routes: Tensor,
+    block_indices: Tensor,
     tile: slice,
     position: int,
     first: int,
@@ -90,13 +92,13 @@ def _route_tile(
     gate: str,
     pooling: str,
 ) -> None:
-    """Route consecutive queries of one document, whose blocks are first..last; the first query is at `position`."""
+    """Blocks of consecutive queries of one document, whose blocks are first..last; the first query is at `position`."""
     tokens = tile.stop - tile.start
     own = first + torch.arange(position, position + tokens) // block_size
     lowest, highest = first + position // block_size, first + (position + tokens - 1) // block_size
-    routes[tile, :, 0] = own.masked_fill(own >= last, -1)[:, None].int()
+    block_indices[tile, :, 0] = own.masked_fill(own >= last, -1)[:, None].int()
     stop = min(highest, last) if causal else last
-    if stop <= first or routes.shape[2] == 1:
+    if stop <= first or block_indices.shape[2] == 1:
         return
     queries = gate_queries(q[tile], keys_HDN.shape[0], gate, pooling).permute(1, 0, 2, 3)  # [Hkv, tokens, G, D']
     scores = torch.bmm(queries.flatten(1, 2), keys_HDN[:, :, first:stop])
@@ -105,6 +107,6 @@ def _route_tile(
         block = torch.arange(first, stop)
         allowed = block < own[:, None] if causal else block != own[:, None]
         candidate = allowed.repeat_interleave(queries.shape[2], dim=0)
-    chosen = best_blocks(scores, candidate, routes.shape[2] - 1)
+    chosen = best_blocks(scores, candidate, block_indices.shape[2] - 1)
     chosen = torch.where(chosen >= 0, chosen + first, -1).unflatten(1, (tokens, -1))
-    routes[tile, :, 1:] = chosen.transpose(0, 1).flatten(1, 2)
+    block_indices[tile, :, 1:] = chosen.transpose(0, 1).flatten(1, 2)

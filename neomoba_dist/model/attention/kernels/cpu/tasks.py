@@ -1,7 +1,7 @@
 """The tasks of MoBA's CPU path, independent of each other: one KV head of one document, or of a range of its queries.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the routing; a row
-of a task is one (query token, query head of the group) pair, and a last row of zeros pads lists of rows.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, R = Hq or Hkv rows of the selection; a
+row of a task is one (query token, query head of the group) pair, and a last row of zeros pads lists of rows.
 """
 
 from __future__ import annotations
@@ -13,25 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.cpu.head import Cache, Head, backward_head, forward_head, prepare
-from neomoba_dist.model.attention.kernels.cpu.plan import HeadPlan, Span, plan_head
-from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.cpu.head import (
+    KeyValueHead,
+    UnpreparedHead,
+    backward_head,
+    forward_head,
+    prepare,
+)
+from neomoba_dist.model.attention.kernels.cpu.plan import PlannedQueries, WorkList, list_work
+from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.select import score_dtype
-
-
-class Problem(NamedTuple):
-    """One call: q [T, Hq, D], k and v [S, Hkv, D], routes int32 [T, R, columns] or None for full attention."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    routes: Tensor | None
-    layout: BlockLayout
-    causal: bool
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
 
 
 class Document(NamedTuple):
@@ -89,7 +80,7 @@ def forward_task(task: Task, out: Tensor, lse: Tensor) -> None:
     """Write the task's share of out [T, Hq, D] and lse [T, Hq]."""
     q_RD = _query_rows(task, task.problem.q)
     q_RD *= query_scale(task.problem)
-    head = Cache(*_keys(task)) if task.doc.method == "cached" else _load(task)
+    head = UnpreparedHead(*_keys(task)) if task.doc.method == "cached" else _load(task)
     values_RD, lse_R = forward_head(head, _plan(task), q_RD)
     task.write(out, values_RD)
     task.write(lse, lse_R)
@@ -122,9 +113,9 @@ def _keys(task: Task) -> tuple[Tensor, Tensor, int, int]:
     return problem.k[keys, task.head], problem.v[keys, task.head], problem.group, task.position
 
 
-def _load(task: Task) -> Head:
+def _load(task: Task) -> KeyValueHead:
     k_SD, v_SD, *place = _keys(task)
-    return Head(*prepare(k_SD, v_SD), *place)
+    return KeyValueHead(*prepare(k_SD, v_SD), *place)
 
 
 def _query_rows(task: Task, x: Tensor, column: Tensor | None = None) -> Tensor:
@@ -142,13 +133,15 @@ def _query_rows(task: Task, x: Tensor, column: Tensor | None = None) -> Tensor:
     return copy
 
 
-def _plan(task: Task) -> HeadPlan:
+def _plan(task: Task) -> WorkList:
     """The work list of one task."""
-    problem, doc, rows, routes = task.problem, task.doc, task.rows, task.problem.routes
-    assert routes is not None
-    layout, per_head = problem.layout, routes.shape[1] == problem.q.shape[1]
+    problem, doc, rows, block_indices = task.problem, task.doc, task.rows, task.problem.block_indices
+    assert block_indices is not None
+    layout, per_head = problem.layout, block_indices.shape[1] == problem.q.shape[1]
     heads = task.query_heads if per_head else slice(task.head, task.head + 1)
-    chosen_TGC = routes[rows, heads].expand(-1, problem.group, -1)
+    chosen_TGC = block_indices[rows, heads].expand(-1, problem.group, -1)
     spans = None if layout.spans is None else [(start, start + length) for start, length in layout.spans.tolist()]
-    span = Span(rows.start, rows.stop, task.position, doc.num_keys, layout.block_size, problem.causal, spans)
-    return plan_head(span, chosen_TGC, doc.first_block, tiled=doc.method != "cached")
+    queries = PlannedQueries(
+        rows.start, rows.stop, task.position, doc.num_keys, layout.block_size, problem.causal, spans
+    )
+    return list_work(queries, chosen_TGC, doc.first_block, tiled=doc.method != "cached")

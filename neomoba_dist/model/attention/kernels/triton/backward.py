@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
     Tiles,
@@ -28,11 +28,11 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     padded,
     query_gradient,
     store_rows,
-    with_own_column,
+    with_current_column,
 )
-from neomoba_dist.model.attention.kernels.triton.forward import list_tile, own_tile
+from neomoba_dist.model.attention.kernels.triton.forward import current_tile, list_tile
 from neomoba_dist.model.attention.kernels.triton.index import build_index
-from neomoba_dist.model.attention.kernels.triton.layout import find_own_places
+from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
 
 @kernel
@@ -90,7 +90,7 @@ def add_key_gradients(
 
 @kernel
 def key_gradient_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, routes_pointer,
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, indices_pointer,
     queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row, columns, num_blocks, places,
     parts, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,7 +130,7 @@ def key_gradient_kernel(
                 )  # fmt: skip
             for place in range(own_begin, own_end, BM):
                 rows = place + tl.arange(0, BM)
-                valid = own_queries(routes_pointer, rows, own_end, list_rows, list_row, columns)
+                valid = current_queries(indices_pointer, rows, own_end, list_rows, list_row, columns)
                 visible = valid[None, :]
                 if CAUSAL:
                     visible &= n[:, None] <= (rows + shift)[None, :]
@@ -143,14 +143,14 @@ def key_gradient_kernel(
 
 
 @triton.jit
-def own_queries(routes_pointer, rows, end, list_rows, list_row, columns):
+def current_queries(indices_pointer, rows, end, list_rows, list_row, columns):
     """Which of the queries stand before `end` and chose their current block."""
-    route = routes_pointer + (rows.to(tl.int64) * list_rows + list_row) * columns
-    return (rows < end) & (tl.load(route, mask=rows < end, other=-1) >= 0)
+    chosen = indices_pointer + (rows.to(tl.int64) * list_rows + list_row) * columns
+    return (rows < end) & (tl.load(chosen, mask=rows < end, other=-1) >= 0)
 
 
 @kernel
-def routed_query_gradient_kernel(
+def selected_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, tiles_pointer,
     queries_pointer, heads, group, heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t,
     k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
@@ -172,16 +172,16 @@ def routed_query_gradient_kernel(
 
 
 @kernel
-def own_query_gradient_kernel(
+def current_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, slots_pointer, dq_pointer,
-    routes_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
+    indices_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, Hq, DIM]: the current blocks' share and the sum of the parts."""
     head = tl.program_id(1)
     list_rows, list_head = heads // heads_per_row, head // heads_per_row
-    rows, valid, start, seen_by_all, last = own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns,
+    rows, valid, start, seen_by_all, last = current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns,
                                                      CAUSAL, BM)  # fmt: skip
     if tl.max(valid.to(tl.int32), 0) > 0:
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
@@ -200,21 +200,12 @@ def own_query_gradient_kernel(
 
 @on_its_device
 def attend_triton_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    layout: BlockLayout,
-    causal: bool,
-    tiles: Tiles | None = None,
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, Hq, D], k and v [S, Hkv, D]."""
-    q, k, v, grad_out = (last_contiguous(x) for x in (q, k, v, grad_out))
-    routes = with_own_column(routes, layout)
+    layout, causal = problem.layout, problem.causal
+    q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
+    block_indices = with_current_column(problem)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
@@ -223,7 +214,7 @@ def attend_triton_backward(
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if tokens == 0:
         return dq, dk.zero_(), dv.zero_()
-    columns, heads_per_row = routes.shape[2], heads // routes.shape[1]
+    columns, heads_per_row = block_indices.shape[2], heads // block_indices.shape[1]
     row_tiles, scale = triton.cdiv(tokens, tiles.rows), dim**-0.5
     launch = {"num_warps": tiles.warps, "num_stages": max(1, tiles.stages - 1)}
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
@@ -234,23 +225,23 @@ def attend_triton_backward(
         out, grad_out, grad_lse if grad_lse is None else grad_lse.contiguous(), delta, tokens, heads, *grad_strides,
         grad_lse is not None, dim, tiles.rows, padded(dim),
     )  # fmt: skip
-    own = find_own_places(layout, tiles.rows)
-    index = build_index(routes, own.blocks, tiles.rows)
+    own = find_current_blocks(layout, tiles.rows)
+    index = build_index(block_indices, own.blocks, tiles.rows)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
     parts = triton.cdiv(layout.block_size, key_tiles.keys)
     key_gradient_kernel[(layout.num_blocks * parts, kv_heads)](
-        q, k, v, grad_out, lse, delta, dk, dv, routes, index.queries, index.first, own.blocks, heads, kv_heads,
+        q, k, v, grad_out, lse, delta, dk, dv, block_indices, index.queries, index.first, own.blocks, heads, kv_heads,
         heads_per_row, columns, layout.num_blocks, places, parts, scale, *strides, dim,
         key_tiles.rows, key_tiles.keys, *shape[3:], causal, num_warps=key_tiles.warps, num_stages=key_tiles.stages,
     )  # fmt: skip
     dq_parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
     if columns > 1:
-        routed_query_gradient_kernel[(num_tiles, heads)](
+        selected_query_gradient_kernel[(num_tiles, heads)](
             q, k, v, grad_out, lse, delta, dq_parts, index.tiles, index.queries, heads, heads // kv_heads,
             heads_per_row, places, num_tiles, scale, *strides, *shape, **launch,
         )  # fmt: skip
-    own_query_gradient_kernel[(len(own.tiles), heads)](
-        q, k, v, grad_out, lse, delta, dq_parts, index.slots, dq, routes, own.tiles, heads, heads // kv_heads,
+    current_query_gradient_kernel[(len(own.tiles), heads)](
+        q, k, v, grad_out, lse, delta, dq_parts, index.slots, dq, block_indices, own.tiles, heads, heads // kv_heads,
         heads_per_row, columns, places, scale, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return dq, dk, dv

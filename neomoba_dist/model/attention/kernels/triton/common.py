@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.layout import Problem
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
+Operand = TypeVar("Operand", Tensor, Problem)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -81,20 +82,23 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def with_own_column(routes: Tensor, layout: BlockLayout) -> Tensor:
-    """Routes as the kernels take them, own block first: queries that attend to spans have none."""
-    return routes.contiguous() if layout.spans is None else torch.nn.functional.pad(routes, (1, 0), value=-1)
+def with_current_column(problem: Problem) -> Tensor:
+    """Block indices as the kernels take them, current block first: queries that attend to spans have none."""
+    assert problem.block_indices is not None
+    if problem.layout.spans is None:
+        return problem.block_indices.contiguous()
+    return torch.nn.functional.pad(problem.block_indices, (1, 0), value=-1)
 
 
 def on_its_device(
-    function: Callable[Concatenate[Tensor, Rest], Result],
-) -> Callable[Concatenate[Tensor, Rest], Result]:
+    function: Callable[Concatenate[Operand, Rest], Result],
+) -> Callable[Concatenate[Operand, Rest], Result]:
     """Run a function on the device of its first argument: Triton launches on whichever device is the current one."""
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: Rest.args, **options: Rest.kwargs) -> Result:
-        with torch.cuda.device_of(x):
-            return function(x, *args, **options)
+    def run(first: Operand, *args: Rest.args, **options: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first.q):
+            return function(first, *args, **options)
 
     return run
 

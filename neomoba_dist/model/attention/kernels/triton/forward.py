@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
     Tiles,
@@ -29,10 +29,10 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     on_its_device,
     padded,
     store_rows,
-    with_own_column,
+    with_current_column,
 )
 from neomoba_dist.model.attention.kernels.triton.index import build_index
-from neomoba_dist.model.attention.kernels.triton.layout import find_own_places
+from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def list_tile(tiles_pointer, queries_pointer, list_row, places, num_tiles, BM: t
 
 
 @triton.jit
-def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSAL: tl.constexpr, BM: tl.constexpr):
+def current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns, CAUSAL: tl.constexpr, BM: tl.constexpr):
     """(queries [BM], which exist, first key of their current block, end of the keys that all see, of those each sees).
 
     A query whose selection does not name its current block has no keys there.
@@ -58,8 +58,8 @@ def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSA
     tile = tiles_pointer + tl.program_id(0) * 5
     rows = tl.load(tile) + tl.arange(0, BM)
     valid = rows < tl.load(tile + 1)
-    route = routes_pointer + (rows.to(tl.int64) * list_rows + list_head) * columns
-    own = valid & (tl.load(route, mask=valid, other=-1) >= 0)
+    chosen = indices_pointer + (rows.to(tl.int64) * list_rows + list_head) * columns
+    own = valid & (tl.load(chosen, mask=valid, other=-1) >= 0)
     last = tl.zeros([BM], tl.int32) + tl.load(tile + 3)
     if CAUSAL:
         last = tl.minimum(last, rows + tl.load(tile + 4) + 1)
@@ -69,7 +69,7 @@ def own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns, CAUSA
 
 
 @kernel
-def routed_forward_kernel(
+def selected_forward_kernel(
     q_pointer, k_pointer, v_pointer, part_pointer, lse_pointer, tiles_pointer, queries_pointer, heads, group,
     heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,16 +89,16 @@ def routed_forward_kernel(
 
 
 @kernel
-def own_forward_kernel(
+def current_forward_kernel(
     q_pointer, k_pointer, v_pointer, part_pointer, part_lse_pointer, slots_pointer, out_pointer, lse_pointer,
-    routes_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
+    indices_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the current blocks, merge with the parts, write out [T, Hq, DIM] and the natural lse [T, Hq]."""
     head = tl.program_id(1)
     list_rows, list_head = heads // heads_per_row, head // heads_per_row
-    rows, valid, start, seen_by_all, last = own_tile(tiles_pointer, routes_pointer, list_rows, list_head, columns,
+    rows, valid, start, seen_by_all, last = current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns,
                                                      CAUSAL, BM)  # fmt: skip
     if tl.max(valid.to(tl.int32), 0) > 0:
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
@@ -117,34 +117,33 @@ def own_forward_kernel(
 
 
 @on_its_device
-def attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: BlockLayout, causal: bool, tiles: Tiles | None = None
-) -> tuple[Tensor, Tensor]:
+def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and logsumexp float32 [T, Hq]; see moba.attend."""
-    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    routes = with_own_column(routes, layout)
+    layout, causal = problem.layout, problem.causal
+    q, k, v = (last_contiguous(x) for x in (problem.q, problem.k, problem.v))
+    block_indices = with_current_column(problem)
     tokens, heads, dim = q.shape
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    columns, group, heads_per_row = routes.shape[2], heads // k.shape[1], heads // routes.shape[1]
+    columns, group, heads_per_row = block_indices.shape[2], heads // k.shape[1], heads // block_indices.shape[1]
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    own = find_own_places(layout, tiles.rows)
-    index = build_index(routes, own.blocks, tiles.rows)
+    own = find_current_blocks(layout, tiles.rows)
+    index = build_index(block_indices, own.blocks, tiles.rows)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
     parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(heads, places, dtype=torch.float32, device=q.device)
     if columns > 1:
-        routed_forward_kernel[(num_tiles, heads)](
+        selected_forward_kernel[(num_tiles, heads)](
             q, k, v, parts, part_lse, index.tiles, index.queries, heads, group, heads_per_row, places, num_tiles,
             dim**-0.5, *strides, *shape, **launch,
         )  # fmt: skip
-    own_forward_kernel[(len(own.tiles), heads)](
-        q, k, v, parts, part_lse, index.slots, out, lse, routes, own.tiles, heads, group, heads_per_row, columns,
+    current_forward_kernel[(len(own.tiles), heads)](
+        q, k, v, parts, part_lse, index.slots, out, lse, block_indices, own.tiles, heads, group, heads_per_row, columns,
         places, dim**-0.5, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
     return out, lse

@@ -34,12 +34,12 @@ class BlockIndex(NamedTuple):
 
 
 @kernel
-def count_kernel(routes, counts, tokens, heads, columns, num_blocks, section, parts, BT: tl.constexpr):
+def count_kernel(block_indices, counts, tokens, heads, columns, num_blocks, section, parts, BT: tl.constexpr):
     """counts [R, N, parts]: how many queries of a section chose a block in a column; integer sums know no order."""
     part, row_head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     for start in range(part * section, (part + 1) * section, BT):
         t = start + tl.arange(0, BT)
-        chosen = routes + (t.to(tl.int64) * heads + row_head) * columns + 1 + column
+        chosen = block_indices + (t.to(tl.int64) * heads + row_head) * columns + 1 + column
         block = tl.load(chosen, mask=t < tokens, other=-1)
         cell = (row_head.to(tl.int64) * num_blocks + block) * parts + part * (columns - 1) + column
         tl.atomic_add(counts + cell, tl.full([BT], 1, tl.int32), mask=block >= 0, sem="relaxed")
@@ -82,12 +82,12 @@ def list_kernel(
 
 @kernel
 def scatter_kernel(
-    routes, cells, queries_pointer, slots, tokens, heads, columns, num_blocks, section, parts, BT: tl.constexpr,
+    block_indices, cells, queries_pointer, slots, tokens, heads, columns, num_blocks, section, parts, BT: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Write each query of a section at its place: where its (block, part) begins, plus its rank among them."""
     part, row_head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    base = routes + row_head * columns + 1 + column
+    base = block_indices + row_head * columns + 1 + column
     step = heads * columns
     for start in range(part * section, (part + 1) * section, BT):
         t = start + tl.arange(0, BT)
@@ -110,31 +110,33 @@ def scatter_kernel(
             tl.debug_barrier()
 
 
-def build_index(routes: Tensor, blocks: Tensor, list_tile: int, query_tile: int = 512) -> BlockIndex:
-    """Index all columns but the first of routes int32 [T, R, columns] in tiles of `list_tile` queries.
+def build_index(block_indices: Tensor, blocks: Tensor, list_tile: int, query_tile: int = 512) -> BlockIndex:
+    """Index all columns but the first of block_indices int32 [T, R, columns] in tiles of `list_tile` queries.
 
-    blocks: int32 [N, 5], those of `layout.OwnPlaces`.
+    blocks: int32 [N, 5], those of `layout.CurrentBlocks`.
     """
-    (tokens, heads, columns), num_blocks = routes.shape, len(blocks)
+    (tokens, heads, columns), num_blocks = block_indices.shape, len(blocks)
     indexed = columns - 1
     most_sections = max(1, MOST_PARTS // max(1, indexed))
     section = triton.cdiv(triton.cdiv(tokens, query_tile), most_sections) * query_tile
     sections = triton.cdiv(tokens, section)
     parts, num_tiles = sections * indexed, tokens * indexed // list_tile + num_blocks
     index = BlockIndex(
-        routes.new_empty(heads, indexed * tokens),
-        routes.new_empty(tokens, heads, indexed),
-        routes.new_empty(heads, num_blocks + 1),
-        routes.new_empty(heads, num_tiles if indexed else 0, 4),
+        block_indices.new_empty(heads, indexed * tokens),
+        block_indices.new_empty(tokens, heads, indexed),
+        block_indices.new_empty(heads, num_blocks + 1),
+        block_indices.new_empty(heads, num_tiles if indexed else 0, 4),
     )
     if indexed == 0:
         return index
-    cells = routes.new_zeros(heads, num_blocks, parts)
+    cells = block_indices.new_zeros(heads, num_blocks, parts)
     sizes, grid = (tokens, heads, columns, num_blocks, section, parts), (sections, heads, indexed)
-    count_kernel[grid](routes, cells, *sizes, query_tile, num_warps=8)
+    count_kernel[grid](block_indices, cells, *sizes, query_tile, num_warps=8)
     list_kernel[(heads,)](
         cells, blocks, index.first, index.tiles, num_blocks, parts, num_tiles, list_tile, 64,
         max(MOST_PARTS, triton.next_power_of_2(indexed)), num_warps=8,
     )  # fmt: skip
-    scatter_kernel[grid](routes, cells, index.queries, index.slots, *sizes, query_tile, 32, num_warps=8, num_stages=1)
+    scatter_kernel[grid](
+        block_indices, cells, index.queries, index.slots, *sizes, query_tile, 32, num_warps=8, num_stages=1
+    )
     return index

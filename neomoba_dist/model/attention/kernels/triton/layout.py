@@ -2,8 +2,8 @@
 """Triton kernels that find where documents, blocks and tiles of queries lie: `BlockLayout` in two launches.
 
 The same in plain torch takes some sixty operators, which is longer than the attention itself for short sequences.
-Own blocks are attended by tiles of queries of one document and one block. So neither a batch of decoded tokens walks
-the caches of its neighbours, nor does a number that is not finite reach another document.
+Current blocks are attended by tiles of queries of one document and one block. So neither a batch of decoded tokens
+walks the caches of its neighbours, nor does a number that is not finite reach another document.
 
 Legend: T queries, S keys, docs documents, N blocks, BM queries per tile.
 """
@@ -29,8 +29,8 @@ class Documents(NamedTuple):
     block_size: int
 
 
-class OwnPlaces(NamedTuple):
-    """Blocks of keys and the queries whose own blocks they are."""
+class CurrentBlocks(NamedTuple):
+    """Blocks of keys and the queries whose current blocks they are."""
 
     blocks: Tensor  # int32 [N, 5]: first key, length, first and last own query, place of the first one in the block
     tiles: Tensor  # int32 [tiles, 5]: first and last query, first and last key, key position less query number
@@ -77,7 +77,7 @@ def document_kernel(
 
 
 def describe_documents(layout: BlockLayout, parts: int = 1) -> Documents:
-    """Documents of a layout; `parts` is the number of tiles of each own block."""
+    """Documents of a layout; `parts` is the number of tiles of each current block."""
     cu_q, documents = layout.cu_seqlens, layout.documents
     cu_k = cu_q if layout.cu_seqlens_k is None else layout.cu_seqlens_k
     table = torch.empty(5, documents + 1, dtype=torch.int32, device=layout.device)
@@ -123,11 +123,11 @@ def block_span(table, documents, block, block_size):
 
 
 @kernel
-def own_places_kernel(
+def current_blocks_kernel(
     table, spans_pointer, blocks_pointer, tiles_pointer, documents, block_size, num_blocks, num_tiles, parts,
     BM: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """The two arrays of OwnPlaces."""
+    """The two arrays of CurrentBlocks."""
     index = tl.program_id(0) * BT + tl.arange(0, BT)
     width = documents + 1
     # blocks
@@ -167,8 +167,8 @@ def own_places_kernel(
     tl.store(row + 4, k_start + offset - q_start, mask=inside)
 
 
-def find_own_places(layout: BlockLayout, rows: int) -> OwnPlaces:
-    """OwnPlaces in tiles of at most `rows` queries."""
+def find_current_blocks(layout: BlockLayout, rows: int) -> CurrentBlocks:
+    """CurrentBlocks in tiles of at most `rows` queries."""
     size, tokens, documents = layout.block_size, layout.num_queries, layout.documents
     rows = min(rows, max(16, triton.next_power_of_2(min(size, tokens))))
     parts = triton.cdiv(min(size, tokens), rows)
@@ -179,7 +179,7 @@ def find_own_places(layout: BlockLayout, rows: int) -> OwnPlaces:
     blocks = torch.empty(layout.num_blocks, 5, dtype=torch.int32, device=layout.device)
     tiles = torch.empty(num_tiles, 5, dtype=torch.int32, device=layout.device)
     grid = (triton.cdiv(max(layout.num_blocks, num_tiles), 128),)
-    own_places_kernel[grid](
+    current_blocks_kernel[grid](
         described.table, layout.spans, blocks, tiles, documents, size, layout.num_blocks, num_tiles, parts, rows, 128
     )
-    return OwnPlaces(blocks, tiles, rows)
+    return CurrentBlocks(blocks, tiles, rows)

@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
 """Triton kernels of the gate: pool the keys of each block, then score and choose blocks without ever storing a score.
 
-Same results as routing.py up to the order of float32 sums; the scores of a tile of queries live in registers only.
+Same results as kernels/select.py up to the order of float32 sums; a tile's scores live in registers only.
 Choice and tie rule are one comparison: the score's bits, made monotone, with the block index below them.
 
-Legend: T queries, S keys, N blocks, R rows of the routing, BM queries, BN blocks or keys per tile, BD padded head_dim.
+Legend: T queries, S keys, N blocks, R rows of the selection, BM queries, BN blocks or keys per tile, BD padded
+head_dim.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout
-from neomoba_dist.model.attention.kernels.select import POOLINGS, empty_routes, pooled_width
+from neomoba_dist.model.attention.kernels.select import POOLINGS, empty_block_indices, pooled_width
 from neomoba_dist.model.attention.kernels.triton.common import (
     Tiles,
     choose_gate_tiles,
@@ -101,7 +102,7 @@ def block_means_triton(k: Tensor, layout: BlockLayout, pooling: str) -> Tensor:
 def gate_queries(
     q_pointer, rows, valid, row_head, group, stride_t, stride_h, SIGN: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr
 ):
-    """Sum [rows, BD] over the `group` heads of one row of the routing; SIGN 1 or -1 keeps queries of one sign."""
+    """Sum [rows, BD] over the `group` heads of one row of the selection; SIGN 1 or -1 keeps queries of one sign."""
     total = tl.zeros([rows.shape[0], BD], tl.float32)
     for member in range(group):
         q = load_rows(q_pointer, rows, valid, row_head * group + member, stride_t, stride_h, DIM, BD).to(tl.float32)
@@ -128,7 +129,7 @@ def sortable(scores, block):
 def gate_kernel(
     q_pointer,
     means_pointer,
-    routes_pointer,
+    indices_pointer,
     table,
     documents,
     block_size,
@@ -150,7 +151,7 @@ def gate_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """routes [T, R, columns] of BM queries; candidates are the blocks first..limit without the own one."""
+    """block_indices [T, R, columns] of BM queries; candidates are the blocks first..limit without the own one."""
     row_head = tl.program_id(1)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = rows < tokens
@@ -161,10 +162,10 @@ def gate_kernel(
     own = first + position // block_size
     own = tl.where(own < last, own, -1)
     limit = last
-    if CAUSAL:  # a query whose own block has no keys here comes after all of its document's blocks
+    if CAUSAL:  # a query whose current block has no keys here comes after all of its document's blocks
         limit = tl.where(own >= 0, own, last)
-    routes_row = routes_pointer + (rows.to(tl.int64) * heads + row_head) * columns
-    tl.store(routes_row, own, mask=valid)
+    indices_row = indices_pointer + (rows.to(tl.int64) * heads + row_head) * columns
+    tl.store(indices_row, own, mask=valid)
     first = tl.where(valid, first, 2147483647)
     limit = tl.where(valid & (columns > 1), limit, 0)
     # A single half precision query is exact in its own dtype, a sum of them in float32 only.
@@ -199,12 +200,12 @@ def gate_kernel(
     for column in range(1, columns):
         best = tl.max(top, 1)
         chosen = tl.where(best < LOWEST + SLOTS, -1, (best & 0x7FFFFFFF).to(tl.int32))
-        tl.store(routes_row + column, chosen, mask=valid)
+        tl.store(indices_row + column, chosen, mask=valid)
         top = tl.where(top == best[:, None], LOWEST, top)
 
 
 @on_its_device
-def route_triton(
+def select_blocks_triton(
     q: Tensor,
     means: Tensor,
     layout: BlockLayout,
@@ -215,20 +216,20 @@ def route_triton(
     pooling: str,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """See moba.route."""
-    routes = empty_routes(q, means, top_k, gate)
-    tokens, heads, columns = routes.shape
+    """See moba.select_blocks."""
+    block_indices = empty_block_indices(q, means, top_k, gate)
+    tokens, heads, columns = block_indices.shape
     if tokens == 0:
-        return routes
+        return block_indices
     q, means = last_contiguous(q), means.contiguous()
     num_kv_heads, width, dim = means.shape[1], means.shape[2], q.shape[2]
     group = q.shape[1] // num_kv_heads if gate == "kv_group" else 1
     exact = group > 1 or q.dtype == torch.float32
     tiles = choose_gate_tiles(dim, exact) if tiles is None else tiles
     gate_kernel[(triton.cdiv(tokens, tiles.rows), heads)](
-        q, means, routes, *describe_documents(layout), tokens, heads, columns, q.stride(0), q.stride(1), num_kv_heads,
-        heads // num_kv_heads, group, causal, pooling == "minmax", exact, dim, width,
+        q, means, block_indices, *describe_documents(layout), tokens, heads, columns, q.stride(0), q.stride(1),
+        num_kv_heads, heads // num_kv_heads, group, causal, pooling == "minmax", exact, dim, width,
         triton.next_power_of_2(max(1, columns - 1)), tiles.rows, tiles.keys, padded(dim),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return routes
+    return block_indices
