@@ -22,7 +22,7 @@ from neomoba_dist.model.attention.kernels.full import attend_documents
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.key_conv import add_taps
 from neomoba_dist.model.attention.moba import Packing, attend, block_means, moba_attention, select_blocks
-from neomoba_dist.model.attention.sliding_window import bias_weight, find_places, with_block_indices
+from neomoba_dist.model.attention.sliding_window import bias_weight, packed_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 
 
@@ -92,7 +92,7 @@ class KVCache:
                 raise ValueError(f"document {document}: {added} tokens do not fit a cache of {capacity}")
         offset = torch.tensor(before, device=self.device)
         borders = torch.tensor([0, *accumulate(counts)], device=self.device)
-        places = find_places(sum(counts), borders, offset)
+        places = packed_places(sum(counts), borders, offset)
         document, position = places
         self.step = Step(
             not any(before),
@@ -193,7 +193,7 @@ class LayerCache:
         config, step, borders = self.cache.config, self.cache.step, self.cache.borders
         size, weight = config.moba_block_size, bias_weight(bias, q.device)
         if self.kind == "sliding_window":
-            keys = find_places(len(self.k), borders)[:, step.near]
+            keys = packed_places(len(self.k), borders)[:, step.near]
             window, far = config.sliding_window, config.global_tokens
             mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far)
             return masked_attention(q, self.k[step.near], self.v[step.near], mask, weight)
@@ -202,7 +202,7 @@ class LayerCache:
         if self.means is not None:
             blocks = select_blocks(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **packing)
         if bias is not None:
-            mask = Mask(step.places, find_places(len(self.k), borders), True, aligned=False)
+            mask = Mask(step.places, packed_places(len(self.k), borders), True, aligned=False)
             if blocks is not None and self.means is not None:
                 mask = with_block_indices(mask, blocks, borders, size, len(self.means))
             return masked_attention(q, self.k, self.v, mask, weight)

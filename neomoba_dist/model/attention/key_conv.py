@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from neomoba_dist.model.attention.kernels.layout import document_of
 from neomoba_dist.parallel.context import with_halo
 from neomoba_dist.parallel.context_split import ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
@@ -52,7 +53,7 @@ def convolve_keys(
 
     split: how the tokens lie over cp, if they do; k_TND are then this rank's, and cu_seqlens those of all.
     """
-    offsets, borders = tap_offsets(weight_CW.shape[1], causal), cu_seqlens[1:].long()
+    offsets, borders = tap_offsets(weight_CW.shape[1], causal), cu_seqlens.long()
     before, after = -offsets.start, offsets.stop - 1
     if split is None:
         index = torch.arange(len(k_TND), device=k_TND.device)
@@ -60,13 +61,13 @@ def convolve_keys(
     else:
         index = split.global_index(mesh["cp"].index, k_TND.device)
         units = with_halo(k_TND, before, after, mesh, "cp", split)
-    width, document = units.shape[1] - before - after, torch.searchsorted(borders, index, right=True)
+    width, document = units.shape[1] - before - after, document_of(index, borders)
 
     def shifted(offset: int) -> torch.Tensor:
         if offset == 0:
             return k_TND
         source = index + offset
-        inside = (source >= 0) & (torch.searchsorted(borders, source, right=True) == document)
+        inside = (source >= 0) & (document_of(source, borders) == document)
         return units[:, before + offset : before + offset + width].flatten(0, 1) * inside[:, None, None]
 
     return add_taps(k_TND, weight_CW, causal, shifted)

@@ -10,21 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.attention.kernels.layout import find_places
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.positions import ScoreBias
 
 
-def find_places(total: int, cu_seqlens: Tensor, offset: Tensor | None = None) -> Tensor:
+def packed_places(total: int, cu_seqlens: Tensor, offset: Tensor | None = None) -> Tensor:
     """Document and position within it of `total` packed tokens: int64 [2, total].
 
     cu_seqlens: borders, int32 [documents + 1]. offset: position of each document's first token.
     """
     index = torch.arange(total, device=cu_seqlens.device, dtype=torch.int64)
-    borders = cu_seqlens.long()
-    document = torch.searchsorted(borders[1:], index, right=True)
-    position = index - borders[document]
-    return torch.stack((document, position if offset is None else position + offset[document]))
+    return torch.stack(find_places(index, cu_seqlens.long(), offset))
 
 
 def bias_weight(bias: ScoreBias | None, device: torch.device) -> Tensor | None:
@@ -63,7 +61,7 @@ def sliding_window_attention(
     `global_tokens` of each document are seen by all its queries (causally if `causal`), and see all of it.
     q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
     """
-    places, weight = find_places(len(q), cu_seqlens), bias_weight(bias, q.device)
+    places, weight = packed_places(len(q), cu_seqlens), bias_weight(bias, q.device)
     mask = Mask(places, places, causal, aligned=True, window=window)
     if not global_tokens:
         return masked_attention(q, k, v, mask, weight)
@@ -92,7 +90,7 @@ def biased_attention(
 
     moba: (block_size, top_k), None: full attention. q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
     """
-    places = find_places(len(q), cu_seqlens)
+    places = packed_places(len(q), cu_seqlens)
     mask = Mask(places, places, causal, aligned=True)
     if moba is not None:
         block_size, top_k = moba

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import KVCache, LayerCache
-from neomoba_dist.model.attention.kernels.layout import max_blocks
-from neomoba_dist.model.attention.kernels.masks import Mask
-from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.kernels.layout import find_places, max_blocks
+from neomoba_dist.model.attention.kernels.masks import Mask, attend_with_lse
 from neomoba_dist.model.attention.moba import select_blocks
-from neomoba_dist.model.attention.sliding_window import find_places, with_block_indices
+from neomoba_dist.model.attention.sliding_window import packed_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.comm import all_gather, all_reduce
 from neomoba_dist.parallel.mesh import Mesh
@@ -30,12 +29,12 @@ class ShardedKVCache(KVCache):
     """A KVCache whose layers hold this rank's share. Blocks of `moba_block_size` tokens go to the ranks in turn.
 
     key_places: document and position of every local row, int64 [2, S]. Of the tokens on their way: which of them stay
-    here and where, `kept` and `rows`; which of the blocks that they complete, `current_blocks` and `block_rows`.
+    here and where, `kept` and `rows`; which of the blocks that they complete, `local_blocks` and `block_rows`.
     """
 
     kept: Tensor
     rows: Tensor
-    current_blocks: Tensor
+    local_blocks: Tensor
     block_rows: Tensor
 
     def __init__(
@@ -50,7 +49,7 @@ class ShardedKVCache(KVCache):
         self.mesh, self.turn = mesh, config.moba_block_size * mesh["cp"].size
         room = [-(-capacity // self.turn) * config.moba_block_size for capacity in capacities]
         self.local_borders = torch.tensor([0, *accumulate(room)], dtype=torch.int32, device=mesh.device)
-        document, place = find_places(sum(room), self.local_borders)
+        document, place = packed_places(sum(room), self.local_borders)
         size, rank = config.moba_block_size, mesh["cp"].index
         self.key_places = torch.stack((document, place // size * self.turn + rank * size + place % size))
         super().__init__(config, kinds, num_kv_heads, capacities, dtype, mesh.device)
@@ -65,8 +64,7 @@ class ShardedKVCache(KVCache):
         self.kept, self.rows = self._local(*self.step.places)
         size, borders = self.config.moba_block_size, self.borders.long()
         first = self.step.block_keys[::size]
-        document = torch.searchsorted(borders[1:], first, right=True)
-        self.current_blocks, starts = self._local(document, first - borders[document])
+        self.local_blocks, starts = self._local(*find_places(first, borders))
         self.block_rows = (starts[:, None] + torch.arange(size, device=self.device)).flatten()
         return position_ids
 
@@ -96,7 +94,7 @@ class ShardedLayerCache(LayerCache):
         self.k[cache.rows], self.v[cache.rows] = k_TND[cache.kept], v_TND[cache.kept]
         if self.means is not None and len(step.numbers):
             known = self.means.new_zeros(len(step.numbers), *self.means.shape[1:])
-            known[cache.current_blocks] = self._means_of(cache.block_rows, size)
+            known[cache.local_blocks] = self._means_of(cache.block_rows, size)
             self.means[step.numbers] = all_reduce(known, cache.mesh, "cp")  # one rank's and zeros: the same bits
         return not step.first
 
@@ -122,29 +120,6 @@ class ShardedLayerCache(LayerCache):
             assert mask.key_block is not None
             # rows past a document's capacity are in the future of every query, whatever block they are given
             mask = mask._replace(key_block=mask.key_block.clamp(max=len(self.means) - 1))
-        out, lse = attend_here(q, self.k, self.v, mask)
+        out, lse = attend_with_lse(q, self.k, self.v, mask)
         total_lse = all_gather(lse, cache.mesh, "cp").logsumexp(0)
         return all_reduce(out * (lse - total_lse).exp()[..., None], cache.mesh, "cp").to(q.dtype)
-
-
-def attend_here(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Attention to the keys that are on this rank, without gradient: out [T, Hq, D], lse [T, Hq], 0 and -inf where a
-    query sees none of them; both in the dtype of the scores."""
-    dtype, heads = score_dtype(q.dtype), k.shape[1]
-    out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
-    broken = ~v.isfinite().all(-1)  # 0 times not-a-number would spread to queries that do not see the key
-    k, v = k.to(dtype), v.to(dtype).masked_fill(broken[..., None], 0)
-    for rows, keys in mask.chunks(q.shape[1], biased=True):
-        seen, _ = mask.seen(rows, keys)
-        spoilt = (seen & broken[keys].t().repeat_interleave(q.shape[1] // heads, dim=0)[:, None]).any(-1).t()
-        queries = q[rows].to(dtype).unflatten(1, (heads, -1))
-        logits = torch.einsum("thgd,shd->hgts", queries, k[keys]).flatten(0, 1) * q.shape[2] ** -0.5
-        logits = logits.masked_fill(~seen, -torch.inf)
-        peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        weights = (logits - peak).exp()
-        total = weights.sum(-1, keepdim=True)
-        values = torch.einsum("hgts,shd->thgd", weights.unflatten(0, (heads, -1)), v[keys]).flatten(1, 2)
-        values = values / total.clamp(min=torch.finfo(dtype).tiny)[..., 0].t()[..., None]
-        out[rows] = values.masked_fill(spoilt[..., None], torch.nan)
-        lse[rows] = (total.log() + peak)[..., 0].t()
-    return out, lse

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.cpu.flash import expand_keys, group_queries, ungroup_queries
-from neomoba_dist.model.attention.kernels.layout import Places, one_document
+from neomoba_dist.model.attention.kernels.layout import Places, document_of, one_document
 from neomoba_dist.model.optional import is_available
 
 
@@ -83,7 +83,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | No
     mask = None
     if cu_seqlens is not None:
         index = torch.arange(q.shape[0], device=q.device)
-        document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+        document = document_of(index, cu_seqlens)
         mask = document[:, None] == document
         if causal:
             mask &= index[:, None] >= index

@@ -60,10 +60,7 @@ class BlockLayout:
 
     def query_places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Document and position within it of the queries start..stop: two [stop - start]."""
-        index = torch.arange(start, stop, device=self.cu_q.device)
-        document = torch.searchsorted(self.cu_q[1:], index, right=True)
-        position = index - self.cu_q[document] + self.q_offset[document]
-        return document, position
+        return find_places(torch.arange(start, stop, device=self.cu_q.device), self.cu_q, self.q_offset)
 
     def current_blocks(self, document: Tensor, position: Tensor) -> Tensor:
         """Block that holds each query's own position, -1 where the keys of the document end before it."""
@@ -75,17 +72,30 @@ class BlockLayout:
         if self.spans is not None:
             return self.spans[:, 0], self.spans[:, 1]
         index = torch.arange(self.num_blocks, device=self.cu_k.device)
-        document = torch.searchsorted(self.first_block[1:], index, right=True).clamp(max=self.cu_k.numel() - 2)
+        document = document_of(index, self.first_block).clamp(max=self.cu_k.numel() - 2)
         start = self.cu_k[document] + (index - self.first_block[document]) * self.block_size
         length = (self.cu_k[document + 1] - start).clamp(min=0, max=self.block_size)
         return start, torch.where(index < self.first_block[-1], length, 0)
 
     def key_places(self, num_keys: int) -> tuple[Tensor, Tensor]:
         """Block and position within its document of every key: two [S]."""
-        index = torch.arange(num_keys, device=self.cu_k.device)
-        document = torch.searchsorted(self.cu_k[1:], index, right=True)
-        position = index - self.cu_k[document]
+        document, position = find_places(torch.arange(num_keys, device=self.cu_k.device), self.cu_k)
         return self.first_block[document] + position // self.block_size, position
+
+
+def document_of(index: Tensor, borders: Tensor) -> Tensor:
+    """The document whose borders [documents + 1] hold each index; `documents` past the last one. Empty ones hold none."""
+    return torch.searchsorted(borders[1:], index, right=True)
+
+
+def find_places(index: Tensor, borders: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Document and position within it of packed tokens, int64 [n] each.
+
+    index: int64 [n]. borders: int64 [documents + 1]. offset: position of each document's first token [documents].
+    """
+    document = document_of(index, borders)
+    position = index - borders[document]
+    return document, position if offset is None else position + offset[document]
 
 
 def max_blocks(num_keys: int, block_size: int, documents: int) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.select import isolate_damaged, score_dtype
 from neomoba_dist.model.positions import bias_scores
 
 CHUNK_QUERIES = 1024
@@ -111,6 +112,28 @@ def attend_chunk(mask: Mask, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive[None], enable_gqa=group > 1)
     out = out[0].transpose(0, 1).to(dtype)
     return out if spoilt is None else out.masked_fill(spoilt[..., None], torch.nan)
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Attention without gradient that also returns the logsumexp, for keys spread over ranks.
+
+    Returns out [T, Hq, D] and lse [T, Hq], 0 and -inf where a query sees no key; both in the dtype of the scores.
+    """
+    dtype, heads = score_dtype(q.dtype), k.shape[1]
+    out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+    k, v = isolate_damaged(k.to(dtype), v.to(dtype))
+    for rows, keys in mask.chunks(q.shape[1], biased=True):
+        seen, _ = mask.seen(rows, keys)
+        queries = q[rows].to(dtype).unflatten(1, (heads, -1))
+        logits = torch.einsum("thgd,shd->hgts", queries, k[keys]).flatten(0, 1) * q.shape[2] ** -0.5
+        logits = logits.masked_fill(~seen, -torch.inf)
+        peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        weights = (logits - peak).exp()
+        total = weights.sum(-1, keepdim=True)
+        values = torch.einsum("hgts,shd->thgd", weights.unflatten(0, (heads, -1)), v[keys]).flatten(1, 2)
+        out[rows] = values / total.clamp(min=torch.finfo(dtype).tiny)[..., 0].t()[..., None]
+        lse[rows] = (total.log() + peak)[..., 0].t()
+    return out, lse
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None = None) -> Tensor:

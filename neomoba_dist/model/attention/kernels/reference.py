@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout, Problem
-from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.kernels.select import isolate_damaged, score_dtype
 
 LOGITS_PER_CHUNK = 1 << 26
 
@@ -28,8 +28,7 @@ def attend_reference(
     mask = selected_keys(block_indices, layout, k.shape[0], causal, first)  # [T, R, S]
     mask = mask.repeat_interleave(num_heads // mask.shape[1], dim=1).unflatten(1, (num_kv_heads, -1))
     dtype = score_dtype(q.dtype)
-    damaged = ~v.isfinite().all(-1, keepdim=True)  # 0 times not-a-number would reach queries that do not see the key
-    k, v = k.masked_fill(damaged, torch.nan), v.masked_fill(damaged, 0)
+    k, v = isolate_damaged(k, v)
     queries = q.to(dtype).unflatten(1, (num_kv_heads, -1))
     logits = torch.einsum("thgd,shd->thgs", queries, k.to(dtype)) * head_dim**-0.5
     has_key = mask.any(-1, keepdim=True)

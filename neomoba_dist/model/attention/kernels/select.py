@@ -27,6 +27,15 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def isolate_damaged(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, ..., D] such that a damaged value reaches the queries that attend to its key, and no others.
+
+    A weight of 0 times not-a-number would reach all; a score of not-a-number is masked where the key is not seen.
+    """
+    damaged = ~v.isfinite().all(-1, keepdim=True)
+    return k.masked_fill(damaged, torch.nan), v.masked_fill(damaged, 0)
+
+
 def pool_keys(k: Tensor, pooling: str) -> Tensor:
     """Summarise keys [..., length, Hkv, D] of whole blocks over `length`: [..., Hkv, D], or 2 D for "minmax".
 

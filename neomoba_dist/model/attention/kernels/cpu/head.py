@@ -20,7 +20,7 @@ from torch.linalg import vector_norm
 
 from neomoba_dist.model.attention.kernels.cpu.gemm import linear
 from neomoba_dist.model.attention.kernels.cpu.plan import Item, RowSelection, RowTiles, TileItem, WorkList
-from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.kernels.select import isolate_damaged, score_dtype
 
 SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^127, 2^-60 from its smallest number
 
@@ -68,9 +68,8 @@ class UnpreparedHead(NamedTuple):
 def prepare(k_SD: Tensor, v_SD: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous copies [S, D] and [S, E] of keys and values in the dtype of the scores."""
     k_SD, v_SD = (x.to(score_dtype(x.dtype)) for x in (k_SD, v_SD))
-    if not is_finite(v_SD):  # 0 times not-a-number would reach queries that do not see the key; its score does not
-        damaged = ~v_SD.isfinite().all(-1)
-        k_SD, v_SD = (x.masked_fill(damaged[:, None], to) for x, to in ((k_SD, torch.nan), (v_SD, 0.0)))
+    if not is_finite(v_SD):
+        k_SD, v_SD = isolate_damaged(k_SD, v_SD)
     return k_SD.contiguous(), append_ones(v_SD)
 
 
