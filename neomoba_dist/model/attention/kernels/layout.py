@@ -84,7 +84,7 @@ class BlockLayout:
 
 
 def document_of(index: Tensor, borders: Tensor) -> Tensor:
-    """The document whose borders [documents + 1] hold each index; `documents` past the last one. Empty ones hold none."""
+    """The document whose borders [documents + 1] hold each index, `documents` past the last. Empty ones hold none."""
     return torch.searchsorted(borders[1:], index, right=True)
 
 
