@@ -101,6 +101,13 @@ def attention(config: Config) -> Iterator[str]:
             f"neomoba.model.global_tokens {model.global_tokens} belongs to sliding-window layers, of which "
             f'neomoba.model.attention "{model.attention}" makes none; set global_tokens to 0'
         )
+    tp = config.parallel.tensor_model_parallel_size
+    if model.moba_gate == "kv_group" and model.num_key_value_heads < tp:
+        yield (
+            f"neomoba.model.moba_gate kv_group adds up the queries of a KV head, but tensor_model_parallel_size {tp} "
+            f"spreads those of {model.num_key_value_heads} KV heads over several ranks; set moba_gate to per_head, or "
+            f"tensor_model_parallel_size to {model.num_key_value_heads} or less"
+        )
     if not model.causal and model.key_conv_width % 2 == 0 and model.key_conv_width:
         yield (
             f"neomoba.model.key_conv_width {model.key_conv_width} has no middle, and with objective mlm the "
@@ -169,6 +176,12 @@ def context_parallel(config: Config) -> Iterator[str]:
                 f"neomoba.parallel.{key} {name} cannot divide {heads} KV heads per tensor-parallel rank over {_CP} "
                 f"{cp}; set it to one of {usable}"
             )
+    if model.moba_pooling != "mean" and parallel.context_parallel_moba.endswith("route_queries"):
+        yield (
+            f"neomoba.model.moba_pooling {model.moba_pooling} is not put together from the parts of a block on several "
+            f"ranks, which context_parallel_moba {parallel.context_parallel_moba} needs; set context_parallel_moba to "
+            "auto, or moba_pooling to mean"
+        )
     if model.position_embedding in ("alibi", "t5_relative"):
         yield (
             f"neomoba.model.position_embedding {model.position_embedding} biases the scores, which {_CP} {cp} does not "

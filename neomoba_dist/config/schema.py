@@ -37,6 +37,8 @@ class ModelConfig:
     hybrid_layer_count: NonNegativeInt = 3
     moba_block_size: PositiveInt = 512
     moba_top_k: PositiveInt = 3
+    moba_gate: Literal["per_head", "kv_group"] = "per_head"
+    moba_pooling: Literal["mean", "max", "minmax", "representative"] = "mean"
     sliding_window: PositiveInt = 512
     global_tokens: NonNegativeInt = 0
     key_conv_width: NonNegativeInt = 0

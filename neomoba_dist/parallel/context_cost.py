@@ -13,10 +13,12 @@ from neomoba_dist.config import Config
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.parallel.context_split import ContextSplit
 
+MOST_HELD = 4.0  # memory is held by one layer at a time, bytes are received by all of them
+
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads of one tensor-parallel rank, head size, bytes of an element, and MoBA's block size and top k."""
+    """Heads of one tensor-parallel rank, head size, bytes of an element, and MoBA's block size, top k and pooling."""
 
     query_heads: int
     kv_heads: int
@@ -24,6 +26,7 @@ class AttentionShape:
     element_size: int
     block_size: int
     top_k: int
+    pooling: str = "mean"
 
 
 def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> tuple[float, float]:
@@ -66,9 +69,17 @@ def means_bytes(shape: AttentionShape, local_tokens: int, ranks: int) -> float:
 
 
 def choose(kind: str, shape: AttentionShape, local_tokens: int, ranks: int) -> str:
-    """The possible strategy with the fewest bytes, forward and backward together, for a "moba" or "full" layer."""
+    """The strategy of a "moba" or "full" layer: the fewest bytes received, forward and backward together, among those
+    that hold no more than MOST_HELD times the memory of the leanest at once.
+
+    So with few KV heads and many ranks a ring, which moves more, replaces an all-gather of one head of all tokens.
+    """
     names = MOBA_STRATEGIES if kind == "moba" else FULL_STRATEGIES
     usable = [name for name in names if possible(name, ranks, shape.kv_heads)]
+    if shape.pooling != "mean":
+        usable = [name for name in usable if not name.endswith("route_queries")]
+    held = {name: held_bytes(name, shape, local_tokens, ranks) for name in usable}
+    usable = [name for name in usable if held[name] <= MOST_HELD * min(held.values())]
     return min(usable, key=lambda name: sum(received_bytes(name, shape, local_tokens, ranks)))
 
 
@@ -97,6 +108,12 @@ def work_imbalance(kind: str, strategy: str, split: ContextSplit, shape: Attenti
             pairs = middle - block * size + size * min(others, block)
         loads[split.owner(start // split.unit)] += pairs * (stop - start)
     return max(loads) / (sum(loads) / len(loads))
+
+
+def held_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
+    """Bytes of a layer that a rank holds at once in its backward pass."""
+    arguments = (strategy, shape, local_tokens, ranks)
+    return kept_bytes(*arguments) + passing_bytes(*arguments)
 
 
 def kept_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> float:
@@ -133,7 +150,7 @@ def describe(config: Config) -> str:
     tp = parallel.tensor_model_parallel_size
     heads = (model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp))
     size = 4 if config.dtype_name == "float32" else 2
-    shape = AttentionShape(*heads, model.head_dim, size, model.moba_block_size, model.moba_top_k)
+    shape = AttentionShape(*heads, model.head_dim, size, model.moba_block_size, model.moba_top_k, model.moba_pooling)
     tokens, multiple = config.micro_batch_size * config.phase.sequence_length, tp if parallel.sequence_parallel else 1
     split = ContextSplit.of_tokens(tokens, ranks, parallel.context_parallel_split, model.moba_block_size, multiple)
     lines = [

@@ -92,6 +92,16 @@ def test_the_cheapest_strategy_is_chosen() -> None:
     assert [round(size) for size in mib] == [112, 70, 114]
 
 
+def test_memory_and_pooling_rule_out_strategies() -> None:
+    """One KV head on 64 ranks: an all-gather would hold it for all tokens; only means are put together from parts."""
+    shape = AttentionShape(16, 1, 128, 2, 512, 3)
+    assert choose("full", shape, 131072 // 8, 8) == "allgather_kv"
+    assert choose("full", shape, 131072 // 64, 64) == "ring"
+    assert sum(received_bytes("ring", shape, 2048, 64)) > sum(received_bytes("allgather_kv", shape, 2048, 64))
+    assert choose("moba", shape, 131072 // 64, 64) == "route_queries"
+    assert choose("moba", replace(shape, pooling="max"), 131072 // 64, 64) == "allgather_kv"
+
+
 @pytest.mark.parametrize(("ranks", "heads", "inner"), [(8, 8, 8), (8, 4, 4), (64, 8, 8), (6, 4, 2), (4, 1, 1)])
 def test_ulysses_takes_the_ranks_that_kv_heads_suffice_for(ranks: int, heads: int, inner: int) -> None:
     assert ulysses_ranks(ranks, heads) == inner

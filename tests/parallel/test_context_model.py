@@ -1,5 +1,6 @@
 """Context parallelism through the whole model equals the single process in float64: loss and every gradient."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,3 +70,22 @@ def test_sliding_window(objective: str, layout: str) -> None:
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "none"])
 def test_positions(position: str) -> None:
     check("cp3", "clm", position_embedding=position)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("cp2", {"moba_gate": "kv_group", "moba_pooling": "max"}),
+        ("cp3", {"moba_pooling": "minmax"}),
+        ("cp4_auto", {"moba_pooling": "representative"}),
+        ("cp4_routed", {"moba_gate": "kv_group"}),
+        ("cp2_tp2", {"moba_gate": "kv_group", "moba_pooling": "minmax"}),
+    ],
+)
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_gates_and_poolings(layout: str, changes: dict[str, Any], objective: str) -> None:
+    config = tiny_model(objective=objective, tie_word_embeddings=objective == "clm")
+    batches = [tiny_batch(0, objective=objective), tiny_batch(1, rows=2, objective=objective)]
+    standard, other = (single_process(replace(config, **extra), batches)[0] for extra in ({}, changes))
+    assert standard != other, "the keys must reach the gate"
+    check(layout, objective, **changes)

@@ -32,6 +32,7 @@ CASES: list[tuple[int, int, int, str, dict[str, Any]]] = [  # tp, cp, pp, decode
     (1, 2, 1, "moba", {"key_conv_width": 3}),
     (1, 4, 1, "full", {}),
     (1, 3, 1, "moba", MIXED),
+    (1, 2, 1, "moba", {"moba_gate": "kv_group", "moba_pooling": "minmax"}),
     (2, 1, 1, "moba", EXPERTS),
     (1, 2, 2, "moba", EXPERTS),
     (2, 2, 2, "moba", {"num_hidden_layers": 4}),

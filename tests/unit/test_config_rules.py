@@ -38,6 +38,20 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
         "neomoba.model.global_tokens 4 needs a " + CP,
         {CP: 4},
     ),
+    (
+        {
+            CP: 8,
+            "neomoba.parallel.context_parallel_moba": "ulysses+route_queries",
+            "neomoba.model.moba_pooling": "max",
+        },
+        "neomoba.model.moba_pooling max is not put together",
+        {"neomoba.parallel.context_parallel_moba": "auto"},
+    ),
+    (
+        {TP: 4, "neomoba.model.num_key_value_heads": 2, "neomoba.model.moba_gate": "kv_group"},
+        "neomoba.model.moba_gate kv_group adds up",
+        {"neomoba.model.moba_gate": "per_head"},
+    ),
     ({"zero_optimization.stage": 0}, "set zero_optimization.stage to 1", {"zero_optimization.stage": 1}),
     ({"zero_optimization.stage": 2, PP: 2}, "cannot be combined with " + PP, {"zero_optimization.stage": 1}),
     ({"zero_optimization.stage": 3, PP: 2}, "cannot be combined with " + PP, {PP: 1}),

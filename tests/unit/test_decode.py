@@ -17,6 +17,8 @@ from tests.models import tiny_model
 
 LENGTHS = (61, 17, 1, 40)  # partial blocks, whole ones, a single token; blocks of 8
 VARIANTS: dict[str, dict[str, Any]] = {
+    "group_max": {"moba_gate": "kv_group", "moba_pooling": "max"},
+    "minmax": {"moba_pooling": "minmax"},
     "standard": {},
     "all_heads": {"num_key_value_heads": 4},
     "one_head": {"num_key_value_heads": 1, "qk_norm": False},

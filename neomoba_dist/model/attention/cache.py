@@ -21,7 +21,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels.full import attend_documents
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.key_conv import add_taps
-from neomoba_dist.model.attention.moba import Packing, attend, block_means, moba_attention, select_blocks
+from neomoba_dist.model.attention.moba import MobaOptions, Packing, attend, block_means, moba_attention, select_blocks
 from neomoba_dist.model.attention.sliding_window import bias_weight, packed_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 
@@ -151,7 +151,10 @@ class LayerCache:
         cache = self.cache
         keys = torch.zeros(sum(cache.capacities), *heads, dtype=dtype, device=cache.device)
         size = cache.config.moba_block_size
-        return keys, block_means(keys, block_size=size, cu_seqlens=cache.borders) if self.kind == "moba" else None
+        if self.kind != "moba":
+            return keys, None
+        pooling = cache.config.moba_pooling
+        return keys, block_means(keys, block_size=size, cu_seqlens=cache.borders, pooling=pooling)
 
     def buffers(self) -> list[Tensor]:
         """All tensors that it keeps."""
@@ -186,7 +189,8 @@ class LayerCache:
 
     def _means_of(self, rows: Tensor, size: int) -> Tensor:
         """The means of whole blocks, from the rows of their keys."""
-        return block_means(self.k[rows], block_size=size)[: len(rows) // size]
+        pooling = self.cache.config.moba_pooling
+        return block_means(self.k[rows], block_size=size, pooling=pooling)[: len(rows) // size]
 
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""
@@ -200,11 +204,20 @@ class LayerCache:
         packing = Packing(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
         blocks = None
         if self.means is not None:
-            blocks = select_blocks(q, self.means, top_k=config.moba_top_k, num_keys=len(self.k), **packing)
+            options = MobaOptions.of(config)
+            blocks = select_blocks(
+                q,
+                self.means,
+                top_k=options.top_k,
+                gate=options.gate,
+                pooling=options.pooling,
+                num_keys=len(self.k),
+                **packing,
+            )
         if bias is not None:
             mask = Mask(step.places, packed_places(len(self.k), borders), True, aligned=False)
             if blocks is not None and self.means is not None:
-                mask = with_block_indices(mask, blocks, borders, size, len(self.means))
+                mask = with_block_indices(mask, blocks, q.shape[1], borders, size, len(self.means))
             return masked_attention(q, self.k, self.v, mask, weight)
         if blocks is not None:
             return attend(q, self.k, self.v, blocks, **packing)[0]

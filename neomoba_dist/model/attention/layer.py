@@ -15,7 +15,7 @@ from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.context.strategy import context_attention
 from neomoba_dist.model.attention.kernels.full import full_attention
 from neomoba_dist.model.attention.key_conv import convolve_keys
-from neomoba_dist.model.attention.moba import moba_attention
+from neomoba_dist.model.attention.moba import MobaOptions, moba_attention
 from neomoba_dist.model.attention.sliding_window import unusual_attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.norm import RMSNorm
@@ -123,15 +123,8 @@ class Attention(nn.Module):
             # context parallelism may pad by more than a row; outside training documents may be longer than rows
             longest = self.row_length if self.training and self.mesh["cp"].size == 1 else None
             return full_attention(q, k, v, causal=config.causal, cu_seqlens=cu_seqlens, longest=longest)
-        return moba_attention(
-            q,
-            k,
-            v,
-            block_size=config.moba_block_size,
-            top_k=config.moba_top_k,
-            causal=config.causal,
-            cu_seqlens=cu_seqlens,
-        )
+        options = MobaOptions.of(config)._asdict()
+        return moba_attention(q, k, v, **options, causal=config.causal, cu_seqlens=cu_seqlens)
 
     def spread_core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """The same where the tokens lie on several context-parallel ranks."""

@@ -10,11 +10,12 @@ shapes only), R rows of the selection per query: Hq for gate "per_head", Hkv for
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, overload
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
+from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.full import full_attention
 from neomoba_dist.model.attention.kernels.layout import Places, make_layout, max_blocks
@@ -32,6 +33,20 @@ class Packing(TypedDict):
     cu_seqlens: Tensor | None
     cu_seqlens_k: Tensor | None
     q_offset: Tensor | int
+
+
+class MobaOptions(NamedTuple):
+    """What a MoBA layer is configured with; see moba_attention."""
+
+    block_size: int
+    top_k: int
+    gate: str = "per_head"
+    pooling: str = "mean"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> MobaOptions:
+        """From the keys moba_block_size, moba_top_k, moba_gate and moba_pooling."""
+        return cls(config.moba_block_size, config.moba_top_k, config.moba_gate, config.moba_pooling)
 
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")

@@ -12,7 +12,7 @@ from torch import Tensor
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels.layout import find_places
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
-from neomoba_dist.model.attention.moba import block_means, select_blocks
+from neomoba_dist.model.attention.moba import MobaOptions, block_means, select_blocks
 from neomoba_dist.model.positions import ScoreBias
 
 
@@ -40,7 +40,7 @@ def unusual_attention(
             q, k, v, window=window, global_tokens=far, causal=config.causal, cu_seqlens=cu_seqlens, bias=bias
         )
     assert bias is not None  # full and MoBA attention without one have kernels of their own
-    moba = (config.moba_block_size, config.moba_top_k) if kind == "moba" else None
+    moba = MobaOptions.of(config) if kind == "moba" else None
     return biased_attention(q, k, v, bias, causal=config.causal, cu_seqlens=cu_seqlens, moba=moba)
 
 
@@ -84,24 +84,26 @@ def biased_attention(
     *,
     causal: bool,
     cu_seqlens: Tensor,
-    moba: tuple[int, int] | None = None,
+    moba: MobaOptions | None = None,
 ) -> Tensor:
     """Full or MoBA attention with a bias on the scores of the keys that are seen, not on those of MoBA's gate.
 
-    moba: (block_size, top_k), None: full attention. q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
+    moba: None: full attention. q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
     """
     places = packed_places(len(q), cu_seqlens)
     mask = Mask(places, places, causal, aligned=True)
     if moba is not None:
-        block_size, top_k = moba
-        means = block_means(k, block_size=block_size, cu_seqlens=cu_seqlens)
-        blocks = select_blocks(q, means, block_size=block_size, top_k=top_k, causal=causal, cu_seqlens=cu_seqlens)
-        mask = with_block_indices(mask, blocks, cu_seqlens, block_size, len(means))
+        means = block_means(k, block_size=moba.block_size, cu_seqlens=cu_seqlens, pooling=moba.pooling)
+        blocks = select_blocks(q, means, **moba._asdict(), causal=causal, cu_seqlens=cu_seqlens)
+        mask = with_block_indices(mask, blocks, q.shape[1], cu_seqlens, moba.block_size, len(means))
     return masked_attention(q, k, v, mask, bias_weight(bias, q.device))
 
 
-def with_block_indices(mask: Mask, blocks: Tensor, cu_seqlens_k: Tensor, block_size: int, num_blocks: int) -> Mask:
+def with_block_indices(
+    mask: Mask, blocks: Tensor, num_heads: int, cu_seqlens_k: Tensor, block_size: int, num_blocks: int
+) -> Mask:
     """`mask` narrowed to MoBA's choice `blocks` (moba.select_blocks); blocks restart at each document."""
+    blocks = blocks.repeat_interleave(num_heads // blocks.shape[1], dim=1)
     first_block = F.pad(((cu_seqlens_k.diff().long() + block_size - 1) // block_size).cumsum(0), (1, 0))
     document, position = mask.keys
     key_block = first_block[document] + position // block_size

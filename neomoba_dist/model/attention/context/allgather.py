@@ -56,7 +56,7 @@ def query_ranges(exchange: Exchange) -> list[QueryRange]:
             if not exchange.causal:
                 found.append(QueryRange(segment.start, segment.stop, segment.stop, segment.document_stop))
             continue
-        size = exchange.moba[0]
+        size = exchange.moba.block_size
         skipped = (segment.start - segment.document_start) // size * size
         first = range(segment.document_start + skipped, segment.stop, size)
         for block in first:
@@ -163,9 +163,9 @@ def _selected_blocks(q: Tensor, all_k: Tensor, exchange: Exchange) -> SelectedSp
     """Which whole blocks of the gathered keys every query of this rank chose; its own one where nothing is masked."""
     if exchange.moba is None:
         return None
-    size, _ = exchange.moba
-    cu = exchange.cu_seqlens
-    block_indices = select_local_blocks(q, block_means(all_k, block_size=size, cu_seqlens=cu), exchange)
+    size, cu = exchange.moba.block_size, exchange.cu_seqlens
+    means = block_means(all_k, block_size=size, cu_seqlens=cu, pooling=exchange.moba.pooling)
+    block_indices = select_local_blocks(q, means, exchange)
     block_indices = block_indices[:, :, 1:] if exchange.causal else block_indices
     if block_indices.shape[2] == 0:
         return None
@@ -174,17 +174,16 @@ def _selected_blocks(q: Tensor, all_k: Tensor, exchange: Exchange) -> SelectedSp
 
 
 def select_local_blocks(q: Tensor, means: Tensor, exchange: Exchange) -> Tensor:
-    """moba.select_blocks for this rank's queries, unit by unit: int32 [S, Hq, columns]. means: of all blocks."""
+    """moba.select_blocks for this rank's queries, unit by unit: int32 [S, R, columns]. means: of all blocks."""
     assert exchange.moba is not None
-    (size, top_k), split, cu = exchange.moba, exchange.split, exchange.cu_seqlens
+    options, split, cu = exchange.moba._asdict(), exchange.split, exchange.cu_seqlens
     parts = []
     for number, start in enumerate(split.unit_starts(exchange.rank)):
         parts.append(
             select_blocks(
                 q[number * split.unit : (number + 1) * split.unit],
                 means,
-                block_size=size,
-                top_k=top_k,
+                **options,
                 causal=exchange.causal,
                 cu_seqlens=(cu - start).clamp(0, split.unit).int(),
                 cu_seqlens_k=cu,

@@ -18,7 +18,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import KVCache, LayerCache
 from neomoba_dist.model.attention.kernels.layout import find_places, max_blocks
 from neomoba_dist.model.attention.kernels.masks import Mask, attend_with_lse
-from neomoba_dist.model.attention.moba import select_blocks
+from neomoba_dist.model.attention.moba import MobaOptions, select_blocks
 from neomoba_dist.model.attention.sliding_window import packed_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.comm import all_gather, all_reduce
@@ -109,14 +109,13 @@ class ShardedLayerCache(LayerCache):
             blocks = select_blocks(
                 q,
                 self.means,
-                block_size=size,
-                top_k=config.moba_top_k,
+                **MobaOptions.of(config)._asdict(),
                 cu_seqlens=cu_seqlens,
                 cu_seqlens_k=borders,
                 q_offset=step.offset,
                 num_keys=total,
             )
-            mask = with_block_indices(mask, blocks, borders, size, len(self.means))
+            mask = with_block_indices(mask, blocks, q.shape[1], borders, size, len(self.means))
             assert mask.key_block is not None
             # rows past a document's capacity are in the future of every query, whatever block they are given
             mask = mask._replace(key_block=mask.key_block.clamp(max=len(self.means) - 1))

@@ -37,6 +37,7 @@ class DispatchedQueries(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         everything = exchange.pieces()
         block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
+        block_indices = block_indices.repeat_interleave(q.shape[1] // block_indices.shape[1], dim=1)
         chosen, spans = chosen_pieces(block_indices, everything, exchange), local_spans(everything, k, exchange)
         longest = int(everything.length.max())
         rounds = plan_dispatch(chosen, everything, k.shape[1], exchange)
@@ -107,7 +108,7 @@ def gather_means(k: Tensor, everything: Pieces, exchange: Exchange) -> Tensor:
     pooled = gathered[everything.owner.to(k.device), everything.number.to(k.device)]
     weight = torch.bincount(everything.block, everything.length.to(dtype), everything.num_blocks).to(dtype)
     share = (everything.length / weight[everything.block]).to(k.device)
-    size = max_blocks(exchange.split.num_tokens, exchange.moba[0], len(exchange.borders) - 1)
+    size = max_blocks(exchange.split.num_tokens, exchange.moba.block_size, len(exchange.borders) - 1)
     means = own.new_zeros(size, *own.shape[1:])
     first, count = everything.first[:-1], everything.first.diff()
     for place in range(int(count.max())):  # a block has few pieces; one after the other, the sum has one order
@@ -185,7 +186,7 @@ def plan_dispatch(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchang
         firsts.append(torch.nn.functional.pad(is_chosen.sum(-1).cumsum(0), (1, 0)))
     leaving = torch.tensor([len(token) for token, _ in sent_rows], device=device)
     table = all_gather(leaving, exchange.mesh, axis).tolist()
-    limit = 1.5 * chosen.shape[0] * chosen.shape[1] * max(1, exchange.moba[1] - 1)
+    limit = 1.5 * chosen.shape[0] * chosen.shape[1] * max(1, exchange.moba.top_k - 1)
     total = max(1, math.ceil(max(sum(column) for column in zip(*table, strict=True)) / limit))
     rounds = []
     for step in range(total):

@@ -18,6 +18,7 @@ from torch import Tensor
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.layout import Places, make_layout
 from neomoba_dist.model.attention.kernels.select import score_dtype
+from neomoba_dist.model.attention.moba import MobaOptions
 from neomoba_dist.parallel.context_split import ContextSplit, Pieces, Segment, pieces, segments
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -26,7 +27,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Exchange:
-    """One layer's problem: documents, who holds which tokens, and what is attended. moba: (block size, top k)."""
+    """One layer's problem: documents, who holds which tokens, and what is attended. moba: None for full attention."""
 
     cu_seqlens: Tensor
     borders: list[int]
@@ -34,7 +35,7 @@ class Exchange:
     mesh: Mesh
     axis: str
     causal: bool
-    moba: tuple[int, int] | None
+    moba: MobaOptions | None
 
     @classmethod
     def of(
@@ -44,7 +45,7 @@ class Exchange:
         mesh: Mesh,
         axis: str,
         causal: bool,
-        moba: tuple[int, int] | None,
+        moba: MobaOptions | None,
     ) -> Exchange:
         """Reads the borders: sizes of messages and parts follow from them, so the host must know them."""
         return cls(cu_seqlens, cu_seqlens.tolist(), split, mesh, axis, causal, moba)
@@ -61,7 +62,7 @@ class Exchange:
     def pieces(self) -> Pieces:
         """All blocks, cut where they change ranks."""
         assert self.moba is not None
-        return pieces(self.split, self.borders, self.moba[0])
+        return pieces(self.split, self.borders, self.moba.block_size)
 
 
 class Merged:

@@ -26,6 +26,7 @@ from neomoba_dist.config.context import possible, ulysses_ranks
 from neomoba_dist.model.attention.context.allgather import GatheredAttention, RingAttention
 from neomoba_dist.model.attention.context.dispatch import DispatchedQueries
 from neomoba_dist.model.attention.context.merge import Exchange
+from neomoba_dist.model.attention.moba import MobaOptions
 from neomoba_dist.model.attention.sliding_window import sliding_window_attention
 from neomoba_dist.model.optional import log_choice
 from neomoba_dist.parallel.context import group_order, heads_for_tokens, tokens_for_heads, with_halo
@@ -57,7 +58,7 @@ def context_attention(
         return _window_with_halo(q, k, v, cu_seqlens, config, mesh, split)
 
     def exchanged(q: Tensor, k: Tensor, v: Tensor, split: ContextSplit, axis: str) -> Tensor:
-        moba = (config.moba_block_size, config.moba_top_k) if kind == "moba" else None
+        moba = MobaOptions.of(config) if kind == "moba" else None
         exchange = Exchange.of(cu_seqlens, split, mesh, axis, config.causal, moba)
         return FUNCTIONS[strategy.removeprefix("ulysses+")].apply(q, k, v, exchange)
 
@@ -85,7 +86,13 @@ def context_strategy(kind: str, q: Tensor, k: Tensor, config: ModelConfig, mesh:
     strategy = mesh.context_moba if kind == "moba" else mesh.context_full
     if strategy == "auto":
         shape = AttentionShape(
-            q.shape[1], k.shape[1], q.shape[2], q.element_size(), config.moba_block_size, config.moba_top_k
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            q.element_size(),
+            config.moba_block_size,
+            config.moba_top_k,
+            config.moba_pooling,
         )
         strategy = choose(kind, shape, len(q), ranks)
         forward, backward = (round(part / 2**20, 2) for part in received_bytes(strategy, shape, len(q), ranks))
