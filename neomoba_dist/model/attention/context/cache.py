@@ -85,7 +85,8 @@ class ShardedLayerCache(LayerCache):
         cache = self.cache
         keys = torch.zeros(int(cache.local_borders[-1]), *heads, dtype=dtype, device=cache.device)
         blocks = max_blocks(sum(cache.capacities), cache.config.moba_block_size, len(cache.capacities))
-        return keys, keys.new_zeros(blocks, *heads) if self.kind == "moba" else None
+        width = pooled_width(heads[1], cache.config.moba_pooling)
+        return keys, keys.new_zeros(blocks, heads[0], width) if self.kind == "moba" else None
 
     def extend(self, k_TND: Tensor, v_TND: Tensor) -> bool:
         """See LayerCache.extend."""
