@@ -18,6 +18,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import KVCache, LayerCache
 from neomoba_dist.model.attention.kernels.layout import find_places, max_blocks
 from neomoba_dist.model.attention.kernels.masks import Mask, attend_with_lse
+from neomoba_dist.model.attention.kernels.select import pooled_width
 from neomoba_dist.model.attention.moba import MobaOptions, select_blocks
 from neomoba_dist.model.attention.sliding_window import packed_places, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
