@@ -173,50 +173,94 @@ def _first_host(node_list: str) -> str:
     return node_list.split(",")[0]
 
 
+# Launcher -> its variables for rank, world size, rank on the machine and ranks on the machine. An empty name: may be
+# missing. The first one that set all decides.
+_LAUNCHERS = {
+    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "", ""),
+    "Open MPI's mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "MPICH's mpirun": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        "",
+    ),  # last: mpirun's ranks in a batch script have its own
+}
+
+
+def _whole_number(found: Mapping[str, str], name: str) -> int:
+    """The value of a launcher's variable. ConfigError if it is no whole number."""
+    if not found[name].strip().isdecimal():
+        raise ConfigError(f"{name} is {found[name]!r} in the environment, not a number of ranks; unset {name}")
+    return int(found[name])
+
+
+def _launched_by(found: Mapping[str, str]) -> str | None:
+    """The launcher whose variables describe this process; None for a world of one.
+
+    Raises ConfigError where a launcher left only some of its variables, as in a shell inside an allocation or after an
+    exported environment: such a process would wait for ranks that nobody has started, or train alone beside others.
+    """
+    half_set = None
+    for launcher, (rank, size, *local) in _LAUNCHERS.items():
+        # SLURM's allocation has a size without a rank (salloc's shell); the others' worlds of one need nothing more
+        given = [name for name in (rank, size) if name in found and not (launcher == "srun" and rank not in found)]
+        one = _whole_number(found, size) == 1 if size in found else launcher == "srun" and found.get(rank) == "0"
+        if not given or (one and not (rank == "RANK" and rank in found)):
+            continue
+        needed = [rank, size, *(name for name in local if name)]
+        if launcher == "srun" and not found.get("MASTER_ADDR"):
+            needed.append("SLURM_JOB_NODELIST")
+        remedy = f"start with {launcher} itself, or unset {given[0]} to run one process"
+        if missing := [name for name in needed if not found.get(name)]:
+            half_set = half_set or (
+                f"{given[0]} is set in the environment, but not {', '.join(missing)}: only a part of what {launcher} "
+                f"sets, as in a shell inside an allocation or after an export; {remedy}"
+            )
+        elif _whole_number(found, rank) >= _whole_number(found, size):
+            raise ConfigError(f"{rank} is {found[rank]} and {size} {found[size]}, but ranks count from 0; {remedy}")
+        else:
+            return launcher
+    if half_set:
+        raise ConfigError(half_set)
+    return None
+
+
 def map_launcher_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns (rank, world size).
 
     deepspeed and torchrun set them; SLURM's (srun), Open MPI's and MPICH's (mpirun) own variables are translated; a
-    plain `python` is a world of one.
+    plain `python` is a world of one. Raises ConfigError where a launcher's variables are half set or are no numbers.
     """
     found = environment
-    mapped: dict[str, str] = {}
-    if "RANK" in found:
-        pass
-    elif "SLURM_PROCID" in found and int(found.get("SLURM_NTASKS", "1")) > 1:
+    launcher = _launched_by(found)
+    mapped: dict[str, str] = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    if launcher is not None:
+        names = _LAUNCHERS[launcher]
+        mapped = {key: found[name] for key, name in zip(mapped, names, strict=True) if name}
+    if launcher == "srun":
         per_node = found.get("SLURM_NTASKS_PER_NODE") or found.get("SLURM_TASKS_PER_NODE") or found["SLURM_NTASKS"]
-        mapped = {
-            "RANK": found["SLURM_PROCID"],
-            "WORLD_SIZE": found["SLURM_NTASKS"],
-            "LOCAL_RANK": found["SLURM_LOCALID"],
+        mapped |= {
             "LOCAL_SIZE": per_node.split("(")[0].split(",")[0],
             "MASTER_ADDR": found.get("MASTER_ADDR") or _first_host(found["SLURM_JOB_NODELIST"]),
             "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + int(found.get("SLURM_JOB_ID", "0")) % 20000),
         }
-    elif "OMPI_COMM_WORLD_RANK" in found:
-        mapped = {
-            "RANK": found["OMPI_COMM_WORLD_RANK"],
-            "WORLD_SIZE": found["OMPI_COMM_WORLD_SIZE"],
-            "LOCAL_RANK": found["OMPI_COMM_WORLD_LOCAL_RANK"],
-            "LOCAL_SIZE": found["OMPI_COMM_WORLD_LOCAL_SIZE"],
+    elif launcher is not None and "RANK" not in found:
+        mapped |= {
             "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
             "MASTER_PORT": found.get("MASTER_PORT", "29500"),
         }
-    elif "PMI_RANK" in found and "MPI_LOCALRANKID" in found:
-        mapped = {
-            "RANK": found["PMI_RANK"],
-            "WORLD_SIZE": found["PMI_SIZE"],
-            "LOCAL_RANK": found["MPI_LOCALRANKID"],
-            "LOCAL_SIZE": found["MPI_LOCALNRANKS"],
-            "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
-            "MASTER_PORT": found.get("MASTER_PORT", "29500"),
-        }
-    else:
-        mapped = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     environment.update(mapped)
     # DeepSpeed counts CPU "devices" by LOCAL_SIZE, else by forking numactl at every call; torchrun does not set it.
     environment.setdefault("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"))
     environment.setdefault("LOCAL_RANK", "0")
+    for name in ("LOCAL_RANK", "LOCAL_SIZE"):
+        _whole_number(environment, name)
     # megatron-core overlaps communication with compute only if the GPU takes kernels in the order of their launch
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
@@ -242,6 +286,12 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     arguments: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo"}
     if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_ADDR" not in os.environ:
         arguments.update(store=dist.HashStore(), rank=0, world_size=1)
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(
+            f"RANK is {os.environ['RANK']} of WORLD_SIZE {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not "
+            "set in the environment; start with deepspeed or torchrun, which set them, or unset RANK and WORLD_SIZE to run "
+            "one process"
+        )
     try:
         dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
     except dist.DistNetworkError as error:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neomoba_dist.config import ParallelConfig
+from neomoba_dist.config import ConfigError, ParallelConfig
 from neomoba_dist.parallel.comm import (
     CommunicationError,
     agree,
@@ -17,7 +17,7 @@ from neomoba_dist.parallel.comm import (
     broadcast,
     on_first_rank,
 )
-from neomoba_dist.parallel.mesh import Mesh, map_launcher_environment, rank_map
+from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment, rank_map
 from tests.ranks import RankError, run_ranks
 
 SLURM = {
@@ -61,6 +61,77 @@ def test_environment(given: dict[str, str], expected: dict[str, str]) -> None:
     rank, world = map_launcher_environment(environment)
     assert {key: environment[key] for key in expected} == expected
     assert (rank, world) == (int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+
+
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        *[({k: v for k, v in whole.items() if k != name}, name)
+          for whole in (OPENMPI, MPICH, TORCHRUN) for name in whole],
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, "SLURM_LOCALID, SLURM_JOB_NODELIST"),
+        ({**SLURM, "SLURM_LOCALID": ""}, "SLURM_LOCALID"),
+        ({"SLURM_PROCID": "3"}, "SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_NODELIST"),
+    ],
+)  # fmt: skip
+def test_half_set_variables_of_a_launcher_are_one_line(given: dict[str, str], missing: str) -> None:
+    environment = dict(given)
+    message = (
+        rf"is set in the environment, but not {missing}: .*; start with .* itself, or unset \w+ to run one process$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        map_launcher_environment(environment)
+    assert environment == given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x' in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2, but ranks count from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({**SLURM, "SLURM_NTASKS": "16,4"}, "SLURM_NTASKS is '16,4'"),
+    ],
+)
+def test_variables_that_are_no_ranks_are_one_line(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        map_launcher_environment(dict(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "world"),
+    [
+        ({**SLURM, "WORLD_SIZE": "16"}, 5, 16),  # a batch script's own export beside srun's variables
+        ({**OPENMPI, "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 2, 4),
+        ({**OPENMPI, **SLURM, "SLURM_PROCID": "0"}, 2, 4),  # mpirun in a batch script, whose rank is 0 for all of them
+        ({**MPICH, **SLURM, "SLURM_PROCID": "0"}, 3, 4),
+        ({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "16"}, 5, 16),  # srun --mpi=pmi2
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n1"}, 0, 1),  # salloc's shell
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, 0, 1),
+        ({"WORLD_SIZE": "1"}, 0, 1),
+    ],
+)
+def test_a_whole_set_beside_half_of_another_decides(given: dict[str, str], rank: int, world: int) -> None:
+    assert map_launcher_environment(dict(given)) == (rank, world)
+
+
+def test_a_world_without_a_meeting_place_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="RANK is 3 of WORLD_SIZE 8, but MASTER_ADDR and MASTER_PORT not set"):
+        initialize_process_group()
 
 
 @pytest.mark.parametrize(
