@@ -46,7 +46,8 @@ def attention_problems(attention: str, layers: int, hybrid_layer_count: int) -> 
 
 def _is_item(item: str) -> bool:
     kind, star, count = item.strip().partition("*")
-    return kind in KINDS and (not star or (count.isascii() and count.isdigit() and int(count) > 0))
+    # the length first: more layers than the schema allows need not be counted
+    return kind in KINDS and (not star or (count.isascii() and count.isdigit() and len(count) < 6 and int(count) > 0))
 
 
 def _items(attention: str) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union
 
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.suggest import closest, unknown_key
-from neomoba_dist.config.types import Block, Node, Refused
+from neomoba_dist.config.types import LARGEST, Block, Node, Refused
 
 Path = tuple[str, ...]
 
@@ -52,7 +52,15 @@ def check_value(annotation: Node, value: Any, path: Path, source: str) -> Any:
         choices = [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
         near = closest(value, choices) if isinstance(value, str) else None
         hint = f"; did you mean {show(near)}?" if near else ""
-        message = f"{source}: {dotted(path)} is {show(value)}; it must be {describe(annotation)}{hint}"
+        wanted = describe(annotation)
+        if (
+            isinstance(value, int | float)
+            and value > LARGEST
+            and wanted.startswith("an integer")
+            and "most" not in wanted
+        ):
+            wanted += f", and at most {LARGEST}"
+        message = f"{source}: {dotted(path)} is {show(value)}; it must be {wanted}{hint}"
         raise ConfigError(message) from None
 
 

@@ -1,5 +1,6 @@
 """The names of context parallelism's exchange strategies, and which of them the KV heads allow."""
 
+import math
 from typing import Final
 
 MOBA_STRATEGIES: Final = ("ulysses", "allgather_kv", "route_queries", "ulysses+allgather_kv", "ulysses+route_queries")
@@ -8,7 +9,7 @@ FULL_STRATEGIES: Final = ("ulysses", "allgather_kv", "ring", "ulysses+allgather_
 
 def ulysses_ranks(ranks: int, kv_heads: int) -> int:
     """The largest part of `ranks` over which KV heads can be split: what "ulysses+..." gives to Ulysses."""
-    return max(size for size in range(1, ranks + 1) if ranks % size == 0 and kv_heads % size == 0)
+    return math.gcd(ranks, kv_heads)
 
 
 def possible(strategy: str, ranks: int, kv_heads: int) -> bool:

@@ -6,7 +6,17 @@ here, without importing deepspeed. tests/unit/test_deepspeed_keys.py compares th
 
 from typing import Annotated, Final, Literal
 
-from neomoba_dist.config.types import Block, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Refused
+from neomoba_dist.config.types import (
+    LARGEST,
+    Block,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Ranks,
+    Refused,
+    Size,
+)
 
 _OWN_CHECKPOINT = Refused("checkpoints are this program's own format; see neomoba.checkpoint")
 _LOG = Refused("set neomoba.log.tensorboard or neomoba.log.wandb_project instead")
@@ -66,7 +76,7 @@ _ZERO: Final[Block] = {
     "stage3_allgather_sequential": bool,
     "ignore_unused_parameters": bool,
     "parameter_alignment": bool,
-    "zero_hpz_partition_size": PositiveInt,
+    "zero_hpz_partition_size": Ranks,
     "memory_efficient_linear": bool,
     "override_module_apply": bool,
     "log_trace_cache_warnings": bool,
@@ -131,7 +141,7 @@ _DATA_TYPES: Final[Block] = {
 }
 
 _ACCEPTED: Final[Block] = {
-    "train_micro_batch_size_per_gpu": PositiveInt,
+    "train_micro_batch_size_per_gpu": Size,
     "gradient_accumulation_steps": PositiveInt,
     "train_batch_size": PositiveInt,
     "gradient_clipping": NonNegativeFloat,
@@ -152,7 +162,7 @@ _ACCEPTED: Final[Block] = {
         "enabled": bool,
         "recompute_fwd_factor": NonNegativeFloat,
         "profile_step": PositiveInt,
-        "module_depth": Annotated[int, Range(ge=-1)],
+        "module_depth": Annotated[int, Range(ge=-1, le=LARGEST)],
         "top_modules": PositiveInt,
         "detailed": bool,
         "output_file": str | None,

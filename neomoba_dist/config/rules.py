@@ -3,6 +3,7 @@
 Each rule yields the text of what is broken; the first one is raised. The reasons were measured with DeepSpeed 0.19.8.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -253,7 +254,8 @@ def data(config: Config) -> Iterator[str]:
         yield f"neomoba.data.train {problem}"
     align, length = config.data.align, config.phase.sequence_length
     if length % align:
-        divisors = [size for size in range(1, length + 1) if length % size == 0]
+        small = [size for size in range(1, math.isqrt(length) + 1) if length % size == 0]
+        divisors = sorted({*small, *(length // size for size in small)})
         nearest = min(divisors, key=lambda size: abs(size - align))
         yield (
             f"neomoba.data.align {align} does not divide neomoba.phase.sequence_length {length}; set align to {nearest}"

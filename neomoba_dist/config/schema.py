@@ -9,7 +9,19 @@ from typing import Annotated, Literal
 
 from neomoba_dist.config.attention import expand_attention
 from neomoba_dist.config.sources import SourceEntry, parse_sources
-from neomoba_dist.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from neomoba_dist.config.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalParts,
+    OptionalSize,
+    Parts,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Ranks,
+    Size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +29,14 @@ class ModelConfig:
     """The network, independent of how it is cut over ranks. Sizes count elements, `rope_theta` is the RoPE base."""
 
     objective: Literal["mlm", "clm"] = "mlm"
-    vocab_size: PositiveInt = 30522
-    hidden_size: PositiveInt = 768
-    num_hidden_layers: PositiveInt = 28
-    num_attention_heads: PositiveInt = 12
-    num_key_value_heads: PositiveInt = 4
-    head_dim: PositiveInt | None = None
-    intermediate_size: PositiveInt = 3072
-    max_position_embeddings: PositiveInt = 32768
+    vocab_size: Size = 30522
+    hidden_size: Size = 768
+    num_hidden_layers: Parts = 28
+    num_attention_heads: Parts = 12
+    num_key_value_heads: Parts = 4
+    head_dim: Size | None = None
+    intermediate_size: Size = 3072
+    max_position_embeddings: Size = 32768
     rms_norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False
     tie_word_embeddings: bool = False
@@ -32,28 +44,28 @@ class ModelConfig:
     rope_theta: PositiveFloat = 10000.0
     rope_scaling_type: Literal["linear", "ntk", "yarn"] | None = None
     rope_scaling_factor: Annotated[float, Range(ge=1)] = 1.0
-    original_max_position_embeddings: PositiveInt | None = None
+    original_max_position_embeddings: Size | None = None
     attention: str = "moba"
-    hybrid_layer_count: NonNegativeInt = 3
-    moba_block_size: PositiveInt = 512
-    moba_top_k: PositiveInt = 3
+    hybrid_layer_count: OptionalParts = 3
+    moba_block_size: Size = 512
+    moba_top_k: Size = 3
     moba_gate: Literal["per_head", "kv_group"] = "per_head"
     moba_pooling: Literal["mean", "max", "minmax", "representative"] = "mean"
-    sliding_window: PositiveInt = 512
-    global_tokens: NonNegativeInt = 0
-    key_conv_width: NonNegativeInt = 0
+    sliding_window: Size = 512
+    global_tokens: OptionalSize = 0
+    key_conv_width: OptionalParts = 0
     initializer_range: PositiveFloat = 0.02
-    num_experts: NonNegativeInt = 0
-    num_experts_per_tok: PositiveInt = 2
-    moe_intermediate_size: PositiveInt | None = None
-    num_shared_experts: NonNegativeInt = 0
-    moe_layer_frequency: PositiveInt = 1
-    first_k_dense_replace: NonNegativeInt = 0
+    num_experts: OptionalParts = 0
+    num_experts_per_tok: Parts = 2
+    moe_intermediate_size: Size | None = None
+    num_shared_experts: OptionalParts = 0
+    moe_layer_frequency: Parts = 1
+    first_k_dense_replace: OptionalParts = 0
     router_scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: PositiveFloat = 1.0
-    n_group: PositiveInt = 1
-    topk_group: PositiveInt = 1
+    n_group: Parts = 1
+    topk_group: Parts = 1
     router_bias_update_rate: NonNegativeFloat = 0.0
     router_aux_loss_coef: NonNegativeFloat = 0.001
     router_aux_loss_scope: Literal["row", "global"] = "row"
@@ -97,9 +109,9 @@ class ParallelConfig:
     context_parallel_full: what MoBA layers and full layers then exchange.
     """
 
-    tensor_model_parallel_size: PositiveInt = 1
-    pipeline_model_parallel_size: PositiveInt = 1
-    context_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Ranks = 1
+    pipeline_model_parallel_size: Ranks = 1
+    context_parallel_size: Ranks = 1
     context_parallel_split: Literal["block_cyclic", "zigzag", "contiguous"] = "block_cyclic"
     context_parallel_moba: Literal[
         "auto", "ulysses", "allgather_kv", "route_queries", "ulysses+allgather_kv", "ulysses+route_queries"
@@ -107,8 +119,8 @@ class ParallelConfig:
     context_parallel_full: Literal[
         "auto", "ulysses", "allgather_kv", "ring", "ulysses+allgather_kv", "ulysses+ring"
     ] = "auto"
-    expert_model_parallel_size: PositiveInt = 1
-    expert_tensor_parallel_size: PositiveInt | None = None
+    expert_model_parallel_size: Ranks = 1
+    expert_tensor_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
 
 
@@ -122,12 +134,12 @@ class DataConfig:
     mlm_scheme: Literal["80/10/10", "all"] = "80/10/10"
     mlm_whole_word: bool = False
     token_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
-    max_documents_per_row: PositiveInt = 128
+    max_documents_per_row: Size = 128
     packing: Literal["best_fit", "concat"] = "best_fit"
-    align: PositiveInt = 1
+    align: Size = 1
     shuffle_shards: PositiveInt | None = None
     cache: str | None = "runs/cache"
-    prefetch: NonNegativeInt = 2
+    prefetch: OptionalParts = 2
     on_corrupt: Literal["raise", "skip"] = "raise"
     check_every: PositiveInt = 100
 
@@ -143,7 +155,7 @@ class PhaseConfig:
 
     name: str
     steps: PositiveInt
-    sequence_length: PositiveInt
+    sequence_length: Size
     tokens_per_update: PositiveInt
     learning_rate: PositiveFloat
     min_learning_rate_ratio: Fraction = 0.1
@@ -157,7 +169,7 @@ class PhaseConfig:
     full_attention_fraction: Fraction = 1.0
     full_attention_schedule: Literal["tail", "interleave"] = "tail"
     recompute: Literal["none", "full", "selective"] = "none"
-    recompute_every: PositiveInt = 1
+    recompute_every: Parts = 1
     compile: bool = False
     allow_tf32: bool = True
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 1234
@@ -178,4 +190,4 @@ class LogConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
     validate_every: PositiveInt = 500
-    validation_rows: PositiveInt = 64
+    validation_rows: Size = 64

@@ -5,7 +5,7 @@ Both halves of the configuration use these: the dataclass fields of schema.py an
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """Return the bounds in words: "of at least 1", "above 0 and below 1"."""
-        words = (("of at least", self.ge), ("above", self.gt), ("of at most", self.le), ("below", self.lt))
+        """Return the bounds in words: "of at least 1", "above 0 and below 1"; LARGEST is no news to most readers."""
+        most = None if self.le == LARGEST else self.le
+        words = (("of at least", self.ge), ("above", self.gt), ("at most", most), ("below", self.lt))
         return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
@@ -39,8 +40,18 @@ class Refused:
     advice: str
 
 
-PositiveInt = Annotated[int, Range(ge=1)]
-NonNegativeInt = Annotated[int, Range(ge=0)]
+# Bounds that no machine reaches, so that no check counts, and no rule makes lists, for ever. LARGEST: of every integer
+# that says no size (int64).
+LARGEST: Final = 2**63 - 1
+_MOST_RANKS, _MOST_PARTS, _MOST_ELEMENTS = 1 << 20, 1 << 16, 1 << 30
+
+PositiveInt = Annotated[int, Range(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Range(ge=0, le=LARGEST)]
+Ranks = Annotated[int, Range(ge=1, le=_MOST_RANKS)]
+Parts = Annotated[int, Range(ge=1, le=_MOST_PARTS)]  # layers, heads, experts
+OptionalParts = Annotated[int, Range(ge=0, le=_MOST_PARTS)]
+Size = Annotated[int, Range(ge=1, le=_MOST_ELEMENTS)]  # of a dimension of a tensor: tokens, features, rows
+OptionalSize = Annotated[int, Range(ge=0, le=_MOST_ELEMENTS)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]

@@ -289,8 +289,8 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise ConfigError(
             f"RANK is {os.environ['RANK']} of WORLD_SIZE {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not "
-            "set in the environment; start with deepspeed or torchrun, which set them, or unset RANK and WORLD_SIZE to run "
-            "one process"
+            "set in the environment; start with deepspeed or torchrun, which set them, or unset RANK and WORLD_SIZE to "
+            "run one process"
         )
     try:
         dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
