@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.cleaning import CLEANING_VERSION, CleaningReport, Document, clean_documents, text_digest
-from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, check_output, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace other text in OUTPUT")
     args = parser.parse(argv)
+    check_output(args.output)
     if args.near_duplicates is not None and args.near_duplicates > 1:
         raise DataError(f"--near_duplicates {args.near_duplicates}: a similarity is at most 1; usual: 0.8")
 

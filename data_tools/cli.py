@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from neomoba_dist.config.paths import folder_problem
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+
+
+def check_output(folder: Path) -> None:
+    """DataError if nothing can be written into a folder: said before the work, not after it."""
+    if problem := folder_problem(folder):
+        raise DataError(f"--output {folder}: {problem}; give another folder")
 
 
 def positive_int(text: str) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_tools.cleaning import CleaningReport, Document
-from data_tools.cli import add_strict, command_parser, positive_float, progress, run
+from data_tools.cli import add_strict, check_output, command_parser, positive_float, progress, run
 from data_tools.sources import TEXT_KEYS, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -158,6 +158,7 @@ def main(argv: Sequence[str]) -> None:
     add_strict(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace other text in OUTPUT")
     args = parser.parse(argv)
+    check_output(args.output)
 
     from data_tools.clean import file_facts
     from data_tools.text_folder import TextFolder

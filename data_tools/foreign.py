@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable
+from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable, check_names
 
 TEXT_FORMAT = "neomoba-text-shards"
 TEXT_SUFFIXES = ("txt", "text", "json")
@@ -133,9 +133,11 @@ class TextIndex:
             if (raw.pop("format"), raw.pop("version")) != (TEXT_FORMAT, 1):
                 raise DataError(f"{path}: not an index of raw text; make one with: python -m data_tools.index")
             raw["shards"] = [TextShard(**shard) for shard in raw["shards"]]
-            return cls(**raw)
+            index = cls(**raw)
+            check_names(path, index.shards, [index.members_sha256])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged index ({error}); run data_tools.index with --overwrite") from error
+        return index
 
 
 def is_text_index(path: Path) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.cleaning import CleaningReport, Document, clean_documents
-from data_tools.cli import add_strict, command_parser, positive_float, progress, run
+from data_tools.cli import add_strict, check_output, command_parser, positive_float, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, standard_library_files, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_mb", type=positive_float, default=float("inf"), help="stop at this much text, in MB")
     add_strict(parser)
     args = parser.parse(argv)
+    check_output(args.output)
 
     from neomoba_dist.data.index import write_atomically
 

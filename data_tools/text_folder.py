@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.cleaning import Document
+from neomoba_dist.config.paths import is_file_name
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import write_atomically
 
@@ -76,8 +77,12 @@ class TextFolder:
             found = json.loads(file.read_text(encoding="utf-8"))
             recipe, self.parts = found["recipe"], found["parts"]
             self.state, self.finished = found.get("state", {}), file.name == MANIFEST_FILE
+            names = [part["file"] for part in self.parts]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: damaged or of another command ({error}); add --overwrite") from error
+        for name in names:
+            if not is_file_name(name):
+                raise DataError(f"{file}: names {name!r}, which is no plain file name; add --overwrite to begin again")
         if not self.parts:
             return False
         if recipe != self.recipe:

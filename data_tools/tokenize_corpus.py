@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_tools.cleaning import CleaningReport
-from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, check_output, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 
@@ -188,6 +188,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--allow_unknown", action="store_true", help="also if the tokenizer knows less than half of it")
     parser.add_argument("--mpi", action="store_true", help="work on the ranks of mpirun instead of --workers processes")
     args = parser.parse(argv)
+    check_output(args.output)
 
     def work(pool: Executor | None, workers: int) -> None:
         from neomoba_dist.data.index import INDEX_FILE, CorpusIndex

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.cleaning import CleaningReport, clean_documents
-from data_tools.cli import add_strict, command_parser, positive_float, positive_int, progress, run
+from data_tools.cli import add_strict, check_output, command_parser, positive_float, positive_int, progress, run
 from data_tools.sources import input_files, read_documents, total_bytes
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
@@ -175,6 +175,7 @@ def main(argv: Sequence[str]) -> None:
     add_strict(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in OUTPUT")
     args = parser.parse(argv)
+    check_output(args.output)
 
     from neomoba_dist.data.index import write_atomically
 

@@ -8,8 +8,12 @@ One process, on the GPU if there is one. The tokenizer is the one beside the run
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
+
+if TYPE_CHECKING:
+    from neomoba_dist.config import ModelConfig
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -32,7 +36,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def continue_text(arguments: argparse.Namespace) -> str:
-    """The prompt's continuation. Raises CheckpointError, ConfigError, DataError or GenerationError, each one line."""
+    """Prompt and continuation. Raises CheckpointError, ConfigError, DataError or GenerationError, each one line."""
     import torch
 
     from neomoba_dist.checkpoint.load import CheckpointReader, load_model
@@ -40,6 +44,7 @@ def continue_text(arguments: argparse.Namespace) -> str:
     from neomoba_dist.data.corpus import open_corpus
     from neomoba_dist.generate.decode import generate
     from neomoba_dist.generate.stage import Stage
+    from neomoba_dist.generate.text import continued_text
 
     reader = CheckpointReader(arguments.checkpoint)
     config = reader.config
@@ -54,12 +59,33 @@ def continue_text(arguments: argparse.Namespace) -> str:
     ids = tokenizer.wrap_document(tokenizer.encode(arguments.prompt))
     end = tokenizer.special.sep if tokenizer.special.sep is not None else tokenizer.special.eos
     prompt = ids if end is None else ids[:-1]  # the document goes on: without the token that would end it
+    check_length(config.model, len(prompt), arguments.max_new_tokens)
     cuda = torch.cuda.is_available()
     dtype = getattr(torch, config.dtype_name) if cuda else torch.float32
     model, _ = load_model(reader.folder, dtype=dtype, device="cuda" if cuda else "cpu")
     stage = Stage.of(model)
     (continuation,) = generate(stage, [prompt], arguments.max_new_tokens, decode=arguments.decode, stop_id=end)
-    return tokenizer.decode(continuation)
+    return continued_text(tokenizer, arguments.prompt, continuation)
+
+
+def check_length(model: "ModelConfig", prompt: int, new: int) -> None:
+    """Warn of more tokens than the model has positions for; learned positions end there: GenerationError."""
+    from neomoba_dist.generate.decode import GenerationError
+
+    limit = model.max_position_embeddings
+    if prompt + new <= limit:
+        return
+    said = f"the prompt's {prompt} tokens" + ("" if prompt > limit else f" and --max_new_tokens {new}")
+    if model.position_embedding == "learned":
+        raise GenerationError(
+            f"{said} are more than the {limit} positions that the model learned "
+            "(neomoba.model.max_position_embeddings); " + ("shorten it" if prompt > limit else "ask for fewer")
+        )
+    print(
+        f"warning: {said} are more than the {limit} tokens that the model was made for "
+        "(neomoba.model.max_position_embeddings); what follows may be poor",
+        file=sys.stderr,
+    )
 
 
 def main(command_line: list[str]) -> int:
@@ -71,7 +97,7 @@ def main(command_line: list[str]) -> int:
     from neomoba_dist.generate.decode import GenerationError
 
     try:
-        print(arguments.prompt + continue_text(arguments))
+        print(continue_text(arguments))
     except (CheckpointError, ConfigError, DataError, GenerationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
 
 from neomoba_dist.config import Config, ConfigError, load_config
+from neomoba_dist.config.paths import folder_problem
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -75,7 +76,10 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
 
     plan = config.plan(world_size)
     output = Path(arguments.output_dir or Path("runs") / config.phase.name)
-    last_step = min(arguments.max_steps or config.phase.steps, config.phase.steps)
+    last_step = config.phase.steps if arguments.max_steps is None else min(arguments.max_steps, config.phase.steps)
+    for folder in (output, output / "checkpoints"):
+        if problem := folder_problem(folder):
+            raise ConfigError(f"--output_dir {output}: {problem}; give a folder of your own that can be written")
     corpora = open_corpora(config)
     resumed = find_resume(output, arguments.resume)
     start = None
@@ -99,6 +103,11 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
         raise CheckpointError(
             f"{output}: the ranks see different checkpoints ({sorted(map(str, set(seen)))}); name one"
         )
+    if resumed and (step := resumed.index["step"]) >= last_step:
+        if mesh.rank == 0:
+            key = "neomoba.phase.steps" if last_step == config.phase.steps else "--max_steps"
+            print(f"{output}: at step {step} of {last_step}, nothing to do; raise {key} to go on", flush=True)
+        return
     engine = build_engine(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index, mesh)
     validation = build_validation(config, plan, corpora.validation, mesh["dp"].index)
@@ -124,6 +133,9 @@ def main(command_line: list[str]) -> int:
         config = load_config(arguments.ds_config, arguments.set)
         if arguments.upcycle and not arguments.init_from:
             raise ConfigError("--upcycle needs a dense run or checkpoint; name it with --init_from")
+        for flag in ("max_steps", "world_size"):
+            if (value := getattr(arguments, flag)) is not None and value < 1:
+                raise ConfigError(f"--{flag} is {value}; give at least 1")
         if arguments.dry_run:
             dry_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
             return 0

@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from neomoba_dist.config.paths import is_file_name
+
 FORMAT = "neomoba-checkpoint"
 VERSION = 1
 KINDS = ("model", "exp_avg", "exp_avg_sq")  # fp32 weights; AdamW's first and second moments
@@ -68,8 +70,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json, its format and version checked. Raises CheckpointError."""
+    """index.json; its format, version and the names of its files are checked. Raises CheckpointError."""
     index = read_json(folder / "index.json")
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise CheckpointError(f"{folder / 'index.json'}: not a checkpoint of format {FORMAT} version {VERSION}")
+    for name, entry in index.get("tensors", {}).items():
+        for piece in entry["pieces"]:
+            if not is_file_name(piece["file"]):
+                raise CheckpointError(
+                    f"{folder / 'index.json'}: {name} lies in {piece['file']!r}, which is no plain file name; do not "
+                    "use this checkpoint"
+                )
     return index

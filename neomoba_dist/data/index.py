@@ -11,12 +11,15 @@ import hashlib
 import io
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from neomoba_dist.config.paths import is_file_name
 from neomoba_dist.data.errors import DataError
 
 INDEX_FILE = "index.json"
@@ -28,6 +31,7 @@ VERSION = 2
 SUBSET_LENGTHS = (1024, 2048, 8192, 32_768)
 # share of unknown tokens, or of the text that they stand for, above which a corpus is worth a warning
 MUCH_UNKNOWN = 0.01
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +220,8 @@ class CorpusIndex:
             raw["tokenizer"] = TokenizerEntry(**raw["tokenizer"])
             raw["shards"] = [ShardEntry(**shard) for shard in raw["shards"]]
             index = cls(**raw)
+            tokenizer = index.tokenizer
+            check_names(path, [*index.shards, tokenizer], [index.members_sha256, index.documents_sha256])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: damaged index ({error}); run data_tools.tokenize_corpus with --overwrite"
@@ -223,6 +229,26 @@ class CorpusIndex:
         if index.fingerprint != fingerprint:
             raise DataError(f"{path}: its entries do not give its fingerprint: it was changed by hand or damaged")
         return index
+
+
+class NamedFile(Protocol):
+    """An entry of an index: a file's name, and its digest."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def check_names(path: str | Path, entries: Sequence[NamedFile], digests: Sequence[str] = ()) -> None:
+    """DataError if an index at `path` names a file by a path, which could lead anywhere, or gives a digest that is none
+    (it becomes a part of a name in the cache)."""
+    for entry in entries:
+        if not is_file_name(entry.file):
+            raise DataError(f"{path}: names {entry.file!r}, which is no plain file name; do not use this index")
+    for digest in (*(entry.sha256 for entry in entries), *digests):
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise DataError(f"{path}: {digest!r} is no sha256; do not use this index")
 
 
 def ranges(ids: list[int]) -> list[list[int]]:

@@ -41,7 +41,26 @@ def test_continues_the_prompt_as_the_model_would(decode: str, corpus: Corpus, tm
     expected = greedy_by_recomputing(model, ids, 6, decode)
     if tokenizer.special.sep in expected:
         expected = expected[: expected.index(tokenizer.special.sep)]
-    assert result.stdout == prompt + tokenizer.decode(expected) + "\n"
+    together = tokenizer.decode([*tokenizer.encode(prompt), *expected])
+    assert result.stdout == prompt + together.removeprefix(tokenizer.decode(tokenizer.encode(prompt))) + "\n"
+    assert result.stderr == ""
+
+
+def test_more_tokens_than_positions_is_a_warning(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", make_config(corpus.folder, objective="clm", max_position_embeddings=256))
+    capsys.readouterr()
+    for prompt, new, message in (
+        ("x " * 400, "1", "warning: the prompt's 401 tokens are more than the 256 tokens"),
+        ("x " * 250, "6", "warning: the prompt's 251 tokens and --max_new_tokens 6 are more than the 256 tokens"),
+        ("x " * 250, "5", None),
+    ):
+        assert main(["--checkpoint", str(folder), "--prompt", prompt, "--max_new_tokens", new]) == 0
+        said = capsys.readouterr()
+        assert said.out.startswith(prompt)
+        assert said.err.count("\n") == (message is not None)
+        assert said.err.startswith(message or "")
 
 
 def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,9 +74,10 @@ def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: py
         ((tmp_path / "nothing",), "no checkpoint here"),
         ((moved,), "no finished corpus"),
         ((short, "--max_new_tokens", "2000"), "positions that the model learned"),
+        ((short, "--prompt", "x " * 1100), "the prompt's 1101 tokens are more than the 1024 positions that the model"),
         ((short, "--max_new_tokens", "0"), "give at least 1"),
     ):
-        assert main(["--checkpoint", *map(str, words), "--prompt", PROMPT]) == 1
+        assert main(["--prompt", PROMPT, "--checkpoint", *map(str, words)]) == 1
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("error: ")

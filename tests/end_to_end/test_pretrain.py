@@ -84,6 +84,7 @@ def test_bad_input_is_one_line(words: list[str | Path], environment: dict[str, s
         (["--set", "neomoba.model.vocab_size=1000"], "set neomoba.model.vocab_size=1200"),
         (["--set", "neomoba.phase.tokens_per_update=4194304"], "lower neomoba.phase.tokens_per_update"),
         (["--set", "fp16.enabled=true"], "fp16"),
+        (["--max_steps", "0"], "--max_steps is 0; give at least 1"),
     ],
 )
 def test_bad_start_is_one_line(config_file: Path, tmp_path: Path, words: list[str], message: str) -> None:
@@ -94,6 +95,53 @@ def test_bad_start_is_one_line(config_file: Path, tmp_path: Path, words: list[st
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists(), "nothing may be written before the checks"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "run/checkpoints as a file", "link to nothing"])
+def test_an_output_folder_that_cannot_be_made_is_one_line(config_file: Path, tmp_path: Path, place: str) -> None:
+    """Before the ranks meet: this one would wait for a second."""
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    output = tmp_path / place
+    if place.startswith("run"):
+        output = tmp_path / "run"
+        output.mkdir()
+        (output / "checkpoints").write_text("mine", encoding="utf-8")
+    elif place.startswith("link"):
+        output = tmp_path / "link"
+        output.symlink_to(tmp_path / "nowhere")
+    result = pretrain("--ds_config", config_file, "--output_dir", output, RANK="0", WORLD_SIZE="2")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [result.stderr.strip()]
+    assert result.stderr.startswith(f"error: --output_dir {output}: ")
+    assert "is not a folder; give a folder of your own that can be written" in result.stderr
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_half_set_launcher_is_one_line(config_file: Path, tmp_path: Path) -> None:
+    environment = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
+    result = pretrain("--ds_config", config_file, "--output_dir", tmp_path / "run", **environment)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [result.stderr.strip()]
+    assert result.stderr.startswith(
+        "error: SLURM_PROCID is set in the environment, but not SLURM_LOCALID, SLURM_JOB_NODELIST: "
+    )
+
+
+def test_a_finished_run_has_nothing_to_do(config_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = ("--ds_config", config_file, "--output_dir", output)
+    first = pretrain(*command, "--max_steps", "1")
+    assert first.returncode == 0, first.stderr
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    for words, said in (
+        (["--max_steps", "1"], "at step 1 of 1, nothing to do; raise --max_steps to go on"),
+        (["--set", "neomoba.phase.steps=1", "neomoba.phase.warmup_steps=0"],
+         "at step 1 of 1, nothing to do; raise neomoba.phase.steps to go on"),
+    ):  # fmt: skip
+        again = pretrain(*command, *words)
+        assert (again.returncode, again.stderr) == (0, ""), again.stderr
+        assert again.stdout == f"{output}: {said}\n"
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_a_port_in_use_is_one_line(config_file: Path, tmp_path: Path) -> None:

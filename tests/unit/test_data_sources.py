@@ -154,6 +154,16 @@ def test_every_command_that_reads_text_has_strict(
     assert "left out 1 records without text, the first: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [clean, sample_corpus, train_tokenizer, tokenize_corpus, fetch])
+def test_an_output_that_is_a_file_is_said_before_the_work(tmp_path: Path, command: ModuleType) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    flag = "--source" if command is fetch else "--input"
+    arguments = [flag, "nowhere", "--output", str(tmp_path / "out" / "below")]
+    arguments += ["--tokenizer", "nowhere"] if command is tokenize_corpus else []
+    with pytest.raises(DataError, match=r"--output .*below: .*out is not a folder; give another folder"):
+        command.main(arguments)
+
+
 def test_nothing_but_null_says_what_was_left_out(tmp_path: Path) -> None:
     write_records(tmp_path, "jsonl", [{"text": None}] * 3)
     with pytest.raises(DataError, match="no text left after cleaning; left out 3 records without text, the first: "):
