@@ -34,6 +34,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
+from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer
 
@@ -74,6 +75,8 @@ class Engine(ABC):
         self.module = self._build_module()
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
         if config.phase.compile:
+            # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
+            torch.compiler.config.cache_key_tag = code_fingerprint()
             for layer in self.module.modules():
                 if type(layer).__name__ == "Block":
                     layer.compile(dynamic=False)

@@ -19,6 +19,7 @@ from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
 from neomoba_dist.train.expert_groups import update_biases
+from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import LayerStatistics
 from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces
@@ -256,6 +257,7 @@ def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
     engine = build_engine(config, config.plan(1), build_mesh(config))
     losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.compiler.config.cache_key_tag == code_fingerprint()
     return losses, dict(torch._dynamo.utils.counters["graph_break"]), graphs
 
 
