@@ -1,7 +1,8 @@
 """DeepSpeed's configuration keys (0.19.8) as data: what is accepted, and what is refused with the reason.
 
 DeepSpeed accepts an unknown key silently (a typo in "zero_optimization" trains at stage 0), so every key is checked
-here, without importing deepspeed. tests/unit/test_deepspeed_keys.py compares this table with the installed version.
+here, without importing deepspeed. tests/unit/config/test_deepspeed_keys.py compares this table with the installed
+version.
 """
 
 from typing import Annotated, Final, Literal

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neomoba_dist.model.moe import balance, kernels, ops, router_kernels, router_ops
 from neomoba_dist.parallel.expert_rows import DROPPED, count_choices, order_by_expert
-from tests.unit.test_moe import ROW, make_inputs, make_layer
+from tests.unit.moe.test_moe import ROW, make_inputs, make_layer
 
 
 def draw_choices(tokens: int, choices: int, num_experts: int, dropped: float = 0.0) -> Tensor:

@@ -11,26 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout, Problem, make_layout
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
 from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
+from tests.triton_runs import Operators
 
-FREE = ("aten.empty", "aten.new_empty", "aten.view", "aten.slice", "aten.select", "aten.detach", "aten.alias")
 Variant = tuple[str, ...]
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that launch something; views and allocations do not."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not str(func).startswith(FREE)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

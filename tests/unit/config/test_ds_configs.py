@@ -16,7 +16,7 @@ from neomoba_dist.config.load import KNOWN_KEYS
 from neomoba_dist.config.root import BLOCKS
 from neomoba_dist.config.types import Block, Refused
 
-FOLDER = Path(__file__).parents[2] / "ds_configs"
+FOLDER = Path(__file__).parents[3] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 LARGEST_WORLD = {
     "cpu_tiny": 8,

@@ -249,7 +249,7 @@ def test_zero_stages(stage: int) -> None:
 
 
 def test_plan_of_phase_3_on_8_ranks() -> None:
-    config = load_config(Path(__file__).parents[2] / "ds_configs" / "phase3.json")
+    config = load_config(Path(__file__).parents[3] / "ds_configs" / "phase3.json")
     assert config.plan(8) == BatchPlan(
         world_size=8,
         data_parallel_size=8,

@@ -15,20 +15,18 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from neomoba_dist.model.moe import balance, fp32_linear, ops, router_ops
-from tests.unit.test_moba_triton import HERE, run
-from tests.unit.test_moe import TOKENS, make_inputs, make_layer
-from tests.unit.test_triton_launches import Operators
+from tests.triton_runs import Operators, interpret, run_python
+from tests.unit.moe.test_moe import TOKENS, make_inputs, make_layer
+
+HERE = Path(__file__).resolve().parent
 
 
 def test_kernels_are_exact_in_the_interpreter() -> None:
-    output = run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_moe.py")], TRITON_INTERPRET="1"
-    )
-    assert " passed" in output
+    interpret(HERE / "interpreted_moe.py")
 
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    output = run([str(HERE / "compiled_moe.py")], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    output = run_python([str(HERE / "compiled_moe.py")], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert output.count("sort_kernel") == 3
     assert output.count("route_kernel") == 5
 

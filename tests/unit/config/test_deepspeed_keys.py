@@ -12,7 +12,7 @@ from neomoba_dist.config.check import check_value
 from neomoba_dist.config.deepspeed_keys import DEEPSPEED_KEYS
 from neomoba_dist.config.types import Range, Refused
 
-FOLDER = Path(__file__).parents[2] / "ds_configs"
+FOLDER = Path(__file__).parents[3] / "ds_configs"
 
 
 class Recorder(dict[str, Any]):

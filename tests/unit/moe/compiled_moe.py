@@ -11,7 +11,7 @@ import triton
 from triton.compiler import ASTSource
 
 from neomoba_dist.model.moe import kernels, router_kernels
-from tests.unit.compiled_triton import SHARED_MEMORY, TARGET
+from tests.unit.attention.compiled_triton import SHARED_MEMORY, TARGET
 
 BFLOAT16 = ("x", "more", "gate", "up", "grad_gate", "grad_up")
 FLOAT32 = ("logits", "bias", "weight", "partial", "sums", "grad_weight", "grad_sums", "loss")

@@ -22,7 +22,7 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "fetch",
     "clean",
