@@ -69,13 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pairs(setting: Setting) -> tuple[float, float, float]:
     """(Query, key) pairs per head of full attention, of MoBA, and the gate's, each counted as half a pair."""
+    import torch
+
+    from neomoba_dist.train.flops import moba_pairs
+
     n, block = setting.length, setting.block_size
-    blocks = -(-n // block)
-    others = [min(setting.top_k - 1, j if setting.causal else blocks - 1) for j in range(blocks)]
     gate = n * n / (block * (4 if setting.causal else 2))
-    own = n * (block + 1) / 2 if setting.causal else n * block
-    full = n * (n + 1) / 2 if setting.causal else n * n
-    return full, min(full, own + block * block * sum(others)), gate
+    sparse = moba_pairs(torch.tensor([n]), size=block, top_k=setting.top_k, causal=setting.causal)
+    return n * (n + 1) / 2 if setting.causal else n * n, float(sparse), gate
 
 
 def pair_limit(setting: Setting) -> float:

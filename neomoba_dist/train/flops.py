@@ -11,32 +11,81 @@ import torch
 from neomoba_dist.config import ModelConfig
 
 
+def last_block_choices(blocks: torch.Tensor, tail: torch.Tensor, size: int, others: int) -> torch.Tensor:
+    """Probability that a query chooses the short last block of its document, float64 in the shape of `blocks`.
+
+    blocks, tail: int64, how many blocks a document has, and the tokens of the last one (1 to size - 1). others: how
+    many a query chooses besides its own, below blocks - 1.
+
+    Exact for keys drawn independently from one normal law: a mean of fewer keys varies more, its score with it, and so
+    it comes to the top more often than its share of the blocks (and to the bottom too). The score of a whole block has
+    deviation 1 here, that of the short one sqrt(size / tail); the short one is chosen if it exceeds the others-th
+    largest of the blocks - 2 whole ones.
+    """
+    rivals = (blocks - 2).double()[..., None]
+    score = torch.linspace(-9.0, 9.0, 513, dtype=torch.float64, device=blocks.device)
+    below, above = torch.special.log_ndtr(score), torch.special.log_ndtr(-score)
+    # density of the others-th largest of `rivals` normal numbers, up to its factor
+    density = ((rivals - others) * below + (others - 1) * above - score.square() / 2).softmax(-1)
+    exceeds = torch.special.ndtr(-score * (tail.double() / size).sqrt()[..., None])
+    return (density * exceeds).sum(-1)
+
+
+def moba_pairs(lengths: torch.Tensor, *, size: int, top_k: int, causal: bool, pooling: str = "mean") -> torch.Tensor:
+    """Expected query-key pairs per head of MoBA, its gate left out, over documents of `lengths`: float64 [documents].
+
+    Exact for any choice of blocks, but where a query may choose the short last block of a bidirectional document: see
+    `last_block_choices`. Under another pooling than means all blocks are taken to be chosen alike.
+    """
+    n = lengths.to(torch.int64)
+    whole, tail = n // size, n % size
+    blocks, others = whole + (tail > 0), top_k - 1
+    dense = n * (n + 1) // 2 if causal else n * n
+    if causal:
+        own = whole * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+        # a query of block b has b complete blocks behind it and takes min(b, others) of them
+        few = whole.clamp(max=others)
+        chosen = (size * size * (few * (few - 1) // 2 + (whole - few) * others) + tail * size * few).double()
+    else:
+        own = whole * size * size + tail * tail
+        chosen = (n * others * size).double()
+        short = (tail > 0) & (blocks > top_k)
+        if others and short.any():
+            share = others / (blocks[short] - 1).double()
+            if pooling == "mean":
+                share = last_block_choices(blocks[short], tail[short], size, others)
+            chosen[short] -= (n - tail)[short] * share * (size - tail)[short]
+    # with all blocks chosen the dense path runs
+    return torch.where(blocks <= top_k, dense.double(), own + chosen)
+
+
+def gate_pairs(lengths: torch.Tensor, *, size: int, top_k: int, causal: bool) -> torch.Tensor:
+    """Pairs per head that the scores of blocks count for, float64 [documents]; none where all blocks are chosen.
+
+    A score is one dot product where a pair needs two (scores and values), so it counts half a pair.
+    """
+    n = lengths.to(torch.int64)
+    whole, tail = n // size, n % size
+    blocks = whole + (tail > 0)
+    scores = size * whole * (whole - 1) // 2 + tail * whole if causal else n * blocks
+    return torch.where(blocks <= top_k, 0.0, scores / 2.0)
+
+
 def attention_pairs(lengths: torch.Tensor, config: ModelConfig, full: bool) -> int:
     """Query-key pairs per head of one layer over documents of `lengths` tokens, the gate's dot products included.
 
-    A gate score is one dot product where a pair needs two (scores and values), so it counts half a pair.
+    Expected ones where they depend on the chosen blocks (`moba_pairs`), rounded.
     """
     n = lengths.to(torch.int64)
     if full:
         return int((n * (n + 1) // 2 if config.causal else n * n).sum())
-    size, top_k = config.moba_block_size, config.moba_top_k
-    blocks, tail = n // size, n % size
-    others = top_k - 1
-    if config.causal:
-        own = blocks * (size * (size + 1) // 2) + tail * (tail + 1) // 2
-        # a query of block b has b complete blocks behind it and takes min(b, others) of them
-        few = torch.minimum(blocks, torch.tensor(others))
-        chosen = size * size * (few * (few - 1) // 2 + (blocks - few) * others)
-        chosen += tail * size * torch.minimum(blocks, torch.tensor(others))
-        gate = size * blocks * (blocks - 1) // 2 + tail * blocks
-    else:
-        total = blocks + (tail > 0)
-        own = blocks * size * size + tail * tail
-        chosen = n * torch.minimum(total - 1, torch.tensor(others)).clamp(min=0) * size
-        gate = n * total
-    dense = n * (n + 1) // 2 if config.causal else n * n
-    fits = blocks + (tail > 0) <= top_k  # all blocks chosen: the dense path runs, without a gate
-    return int(torch.where(fits, dense, torch.minimum(own + chosen, dense) + gate // 2).sum())
+    size, top_k, causal = config.moba_block_size, config.moba_top_k, config.causal
+    scores = gate_pairs(n, size=size, top_k=top_k, causal=causal).sum()
+    scores *= 2 if config.moba_pooling == "minmax" else 1
+    if config.moba_gate == "kv_group":  # a score for each KV head
+        scores *= config.num_key_value_heads / config.num_attention_heads
+    pairs = moba_pairs(n, size=size, top_k=top_k, causal=causal, pooling=config.moba_pooling)
+    return round(float(pairs.sum() + scores))
 
 
 def window_pairs(lengths: torch.Tensor, config: ModelConfig) -> int:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neomoba_dist.config import PhaseConfig
+from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.flops import attention_pairs, step_flops
+from neomoba_dist.train.flops import attention_pairs, last_block_choices, moba_pairs, step_flops
 from neomoba_dist.train.optim import learning_rate, parameter_groups
 from neomoba_dist.train.phases import is_full_attention
 from tests.models import tiny_model
@@ -60,32 +61,88 @@ def test_weight_decay_spares_norms_and_embeddings() -> None:
         assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def enumerate_pairs(lengths: list[int], block: int, top_k: int, causal: bool) -> float:
-    """Pairs of one head with any routing, query by query; a gate score of another block counts half a pair."""
+def enumerate_pairs(lengths: list[int], block: int, top_k: int) -> float:
+    """Pairs of one head under a causal mask with any routing, query by query; a gate score counts half a pair."""
     pairs = 0.0
     for length in lengths:
-        total = -(-length // block)
         for query in range(length):
             own = query // block
-            if total <= top_k:
-                pairs += query + 1 if causal else length
-            elif causal:
-                pairs += query % block + 1 + min(own, top_k - 1) * block + own / 2
+            if -(-length // block) <= top_k:
+                pairs += query + 1
             else:
-                own_size = min(block, length - own * block)
-                pairs += min(own_size + (top_k - 1) * block, length) + total / 2
+                pairs += query % block + 1 + min(own, top_k - 1) * block + own / 2
     return pairs
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[64], [7, 100, 33], [8], [1, 200]])
-def test_attention_pairs(lengths: list[int], causal: bool) -> None:
-    config = tiny_model(objective="clm" if causal else "mlm", moba_block_size=8, moba_top_k=3)
+def test_attention_pairs(lengths: list[int]) -> None:
+    config = tiny_model(objective="clm", moba_block_size=8, moba_top_k=3)
     counted = attention_pairs(torch.tensor(lengths), config, False)
-    # bidirectional: the chosen blocks may include the partial last one, which the count takes as whole
-    assert counted == pytest.approx(enumerate_pairs(lengths, 8, 3, causal), rel=0.02, abs=2)
-    dense = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-    assert attention_pairs(torch.tensor(lengths), config, True) == dense
+    assert counted == pytest.approx(enumerate_pairs(lengths, 8, 3), abs=0.5)
+    for causal in (False, True):
+        config = tiny_model(objective="clm" if causal else "mlm")
+        dense = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+        assert attention_pairs(torch.tensor(lengths), config, True) == dense
+
+
+def count_chosen(length: int, size: int, top_k: int, *, causal: bool, pooling: str = "mean") -> float:
+    """Pairs per head that the selection itself chooses on random keys, the current block's included."""
+    generator = torch.Generator().manual_seed(length + top_k)
+    heads, width = 8, 64
+    q, k = (torch.randn(length, heads, width, generator=generator) for _ in range(2))
+    means = block_means(k, block_size=size, pooling=pooling)
+    chosen = select_blocks(q, means, block_size=size, top_k=top_k, causal=causal, pooling=pooling)
+    starts = chosen * size
+    stops = (starts + size).clamp(max=length)
+    if causal:
+        stops = torch.minimum(stops, torch.arange(1, length + 1)[:, None, None])
+    return float((stops - starts).masked_fill(chosen < 0, 0).sum()) / heads
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("length", "size", "top_k"),
+    [
+        *[(length, 256, 2) for length in (520, 780, 1290, 2060, 4100)],
+        *[(length, 128, 3) for length in (385, 511, 900, 2049)],
+        (2600, 512, 4),
+        (1000, 50, 8),
+        (1030, 64, 1),
+        (700, 256, 3),
+    ],
+)
+def test_pairs_of_moba_against_the_selection(length: int, size: int, top_k: int, causal: bool) -> None:
+    counted = count_chosen(length, size, top_k, causal=causal)
+    (expected,) = moba_pairs(torch.tensor([length]), size=size, top_k=top_k, causal=causal).tolist()
+    # causal choices do not matter; bidirectional ones are a sample
+    assert expected == pytest.approx(counted, rel=1e-12 if causal or top_k == 1 else 0.01)
+
+
+def test_the_share_of_the_short_block_against_draws() -> None:
+    """Many draws, so that the probability itself is seen and not only its small part in the pairs."""
+    generator = torch.Generator().manual_seed(0)
+    for blocks, tail, size, others in (
+        (3, 8, 256, 1),
+        (10, 8, 256, 2),
+        (10, 250, 256, 2),
+        (40, 3, 512, 7),
+        (5, 64, 128, 3),
+    ):
+        whole = torch.randn(200_000, blocks - 2, generator=generator, dtype=torch.float64)
+        short = torch.randn(200_000, generator=generator, dtype=torch.float64) * (size / tail) ** 0.5
+        drawn = float((short > whole.topk(others).values[:, -1]).double().mean())
+        share = last_block_choices(torch.tensor([blocks]), torch.tensor([tail]), size, others)
+        assert float(share) == pytest.approx(drawn, abs=4 * (0.25 / 200_000) ** 0.5)
+
+
+def test_pairs_of_a_layer_add_the_gate() -> None:
+    lengths, mlm = torch.tensor([520]), {"objective": "mlm", "moba_block_size": 256, "moba_top_k": 2}
+    plain = attention_pairs(lengths, tiny_model(**mlm), False)
+    # two whole blocks choose one of two others each, and of the short one half the queries 8 keys in place of 256
+    assert plain == 512 * 256 + 8 * 8 + 512 * (256 + 8) // 2 + 8 * 256 + 520 * 3 // 2
+    config = tiny_model(**mlm, moba_gate="kv_group", moba_pooling="minmax")
+    share = 2 * config.num_key_value_heads / config.num_attention_heads
+    assert attention_pairs(lengths, config, False) == plain + round((share - 1) * 520 * 3 / 2)
 
 
 def test_step_flops_of_the_matrices() -> None:
