@@ -1,7 +1,8 @@
 """Trains a tokenizer on text.
 
   wordpiece  BERT's: lower-cased, white space lost; the choice for MLM on prose
-  unigram    SentencePiece unigram: every character, newline and run of spaces kept, unknown characters as bytes
+  unigram    SentencePiece unigram: newlines and runs of spaces kept, unknown characters as bytes; of all characters
+             one is lost, U+2581, SentencePiece's own sign for a space: it comes back as one
   bpe        SentencePiece BPE, kept likewise
   byte_bpe   byte-level BPE (GPT-2's kind), exact on every text
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.bench._processor import processor_name
 from evals.cli import EvalError, positive_int, print_table
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "evals", "bench", "attention", *sys.argv[3:]]),
         "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if todo[0].device == "cuda" else platform.processor(),
+        "machine": torch.cuda.get_device_name() if todo[0].device == "cuda" else processor_name(),
         "setting": {name: value for name, value in todo[0]._asdict().items() if name not in ("length", "heads")},
         "rows": [],
         "forward_only": [],
@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
     for row in result["forward_only"]:
         speed = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.0f} TFLOP/s"
         print(f"{row['length']} tokens x {row['heads']} heads, MoBA forward: {speed}")
+    print(f"{result['machine']}, torch {result['torch']}")
     if args.output is not None and compared:
         try:
             from evals.plots import save_png

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from evals.bench._processor import processor_name
 from evals.cli import list_of, positive_int, print_table
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         for length in args.lengths:
             rows.append(measure(folder, length, args, scratch))
             print(f"rows of {length} tokens measured", file=sys.stderr)
+    print(processor_name())
     print_table([HEADER, *(_cells(row) for row in rows)])
     if args.output is not None:
         from evals.plots import save_png
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         result = {
             "command": shlex.join(["python", "-m", "evals", "bench", "loader", *sys.argv[3:]]),
-            "machine": platform.processor(),
+            "machine": processor_name(),
             "unit": "tokens per CPU second",
             "corpus": "random" if args.corpus is None else str(args.corpus),
             "rows": rows,

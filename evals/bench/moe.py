@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.bench._processor import processor_name
 from evals.cli import EvalError, positive_int, print_table
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "command": ["python", "-m", "evals", *sys.argv[1:]],
         "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "device": device,
         "dtype": dtype,
         **{f"{name}_seconds": value for name, value in fastest.items()},
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     times = [f"{1e3 * fastest[name]:.2f}" for name in ("dense", "moe")]
     figures = [*times, f"{result['ratio']:.3f}", f"{result['goal']:.2f}"]
     print_table([header, [*map(str, sizes), *figures]])
+    print(f"{result['machine']}, torch {result['torch']}")
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "moe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

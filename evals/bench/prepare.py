@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import shutil
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.bench._processor import processor_name
 from evals.cli import positive_int, print_table
 
 if TYPE_CHECKING:
@@ -110,11 +110,12 @@ def run(args: argparse.Namespace) -> int:
         for name, tokenizer in tokenizers(args, documents, Path(folder)).items():
             rows[name] = measure(tokenizer, documents, Path(folder), args.repetitions)
     header = ("tokenizer", "M tokens", "library Mtok/CPU-s", "prepare Mtok/CPU-s", "ratio")
+    print(processor_name())
     print_table([header, *((Path(name).name, *_cells(row)) for name, row in rows.items())])
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "-m", "evals", "bench", "prepare", *sys.argv[3:]])
-        result = {"command": command, "machine": platform.processor(), "rows": rows}
+        result = {"command": command, "machine": processor_name(), "rows": rows}
         (args.output / "prepare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from neomoba_dist.config import ConfigError, load_config, parse_config
+from neomoba_dist.config import ConfigError, ModelConfig, load_config, parse_config
 from neomoba_dist.config.deepspeed_keys import DEEPSPEED_KEYS
 from neomoba_dist.config.load import KNOWN_KEYS
 from neomoba_dist.config.root import BLOCKS
@@ -96,6 +96,32 @@ def test_every_key_of_every_shipped_file_misspelt_is_refused(path: Path) -> None
     tree = json.loads(path.read_text())
     for key in paths(tree):
         assert_typos_are_refused(tree, key)
+
+
+@pytest.mark.parametrize("name", ["phase1", "phase2", "phase3", "phase3_cp", "long_128k"])
+def test_the_phases_have_the_sizes_that_their_page_says(name: str) -> None:
+    """NeoBERT's 3072 is a SwiGLU of 2048; 245M parameters with its 12 key/value heads, 223M with ours."""
+    model = load_config(FOLDER / f"{name}.json").model
+    assert (model.intermediate_size, model.num_key_value_heads) == (2048, 4)
+    assert round(parameters(model) / 1e6) == 223
+    assert round(parameters(dataclasses.replace(model, num_key_value_heads=12)) / 1e6) == 245
+    assert round(parameters(dataclasses.replace(model, intermediate_size=3072)) / 1e6) == 289
+    page = (FOLDER.parent / "docs" / "phases.md").read_text(encoding="utf-8")
+    assert "223M with 4 key/value heads; 245M with `num_key_value_heads` 12" in page
+
+
+def parameters(model: ModelConfig) -> int:
+    """Of a dense model with an untied head and plain RMSNorms."""
+    assert model.head_dim is not None
+    heads = model.num_attention_heads + model.num_key_value_heads
+    layer = model.hidden_size * (2 * heads * model.head_dim + 3 * model.intermediate_size + 2)
+    return model.num_hidden_layers * layer + model.hidden_size * (2 * model.vocab_size + 1)
+
+
+def test_experts_are_as_wide_together_as_the_dense_layers() -> None:
+    mixture, dense = (load_config(FOLDER / f"{name}.json").model for name in ("phase3_moe", "phase3"))
+    assert mixture.moe_intermediate_size is not None
+    assert mixture.num_experts_per_tok * mixture.moe_intermediate_size == dense.intermediate_size
 
 
 def test_every_known_key_misspelt_is_refused() -> None:

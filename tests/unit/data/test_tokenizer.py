@@ -126,3 +126,12 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, content: s
 def test_missing_tokenizer_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"python -m data_tools\.train_tokenizer"):
         load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "byte_bpe"])
+def test_the_one_character_that_sentencepiece_loses(tmp_path: Path, kind: str) -> None:
+    """Its own sign for a space; said in docs/data.md and in the help of train_tokenizer."""
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path, kind))
+    text = "a\u2581b \u2582 \u00e9\n\n  \U0001f600"
+    kept = text if kind == "byte_bpe" else text.replace("\u2581", " ")
+    assert tokenizer.decode(tokenizer.encode(text)) == kept
