@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         for length in args.lengths:
             rows.append(measure(folder, length, args, scratch))
             print(f"rows of {length} tokens measured", file=sys.stderr)
-    print(processor_name())
     print_table([HEADER, *(_cells(row) for row in rows)])
+    print(processor_name(), file=sys.stderr)  # the table alone is the output
     if args.output is not None:
         from evals.plots import save_png
 

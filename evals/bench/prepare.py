@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
         for name, tokenizer in tokenizers(args, documents, Path(folder)).items():
             rows[name] = measure(tokenizer, documents, Path(folder), args.repetitions)
     header = ("tokenizer", "M tokens", "library Mtok/CPU-s", "prepare Mtok/CPU-s", "ratio")
-    print(processor_name())
     print_table([header, *((Path(name).name, *_cells(row)) for name, row in rows.items())])
+    print(processor_name(), file=sys.stderr)  # the table alone is the output
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "-m", "evals", "bench", "prepare", *sys.argv[3:]])
