@@ -6,7 +6,8 @@ place below launch/ that reads environment variables: the launcher's, to find ra
 """
 
 import os
-from collections.abc import Mapping, MutableMapping
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -231,6 +232,30 @@ def _launched_by(found: Mapping[str, str]) -> str | None:
     return None
 
 
+def _refuse_leftovers(found: Mapping[str, str]) -> None:
+    """ConfigError where RANK and WORLD_SIZE are left over from elsewhere beside the ranks of srun or mpirun.
+
+    All processes of such a launch would take the same rank. torchrun and deepspeed may themselves run under srun, one
+    per host, and contradict it rightly: they leave a variable of their own.
+    """
+    if "RANK" not in found or "TORCHELASTIC_RUN_ID" in found or "CROSS_RANK" in found:
+        return
+    for launcher, (rank, size, *_) in list(_LAUNCHERS.items())[1:]:
+        if not (found.get(rank) and found.get(size)) or _whole_number(found, size) == 1:
+            continue
+        if (found["RANK"], found.get("WORLD_SIZE")) != (found[rank], found[size]):
+            raise ConfigError(
+                f"RANK {found['RANK']} of WORLD_SIZE {found.get('WORLD_SIZE')} is left in the environment, but "
+                f"{launcher} started this process as {rank} {found[rank]} of {size} {found[size]}; unset RANK and "
+                "WORLD_SIZE"
+            )
+        return
+
+
+# What other MPI flavours set; each of their ranks would otherwise train alone, as a world of one.
+_UNKNOWN_RANKS = ("PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "FLUX_TASK_RANK")
+
+
 def map_launcher_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; returns (rank, world size).
 
@@ -239,6 +264,15 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
     """
     found = environment
     launcher = _launched_by(found)
+    if launcher == "deepspeed or torchrun":
+        _refuse_leftovers(found)
+    if launcher is None:
+        for name in _UNKNOWN_RANKS:
+            if found.get(name, "0") != "0":
+                raise ConfigError(
+                    f"{name} is {found[name]}, but no world size is known: started by an MPI that is not supported; "
+                    "use srun, torchrun, deepspeed, or the mpirun of Open MPI or MPICH"
+                )
     mapped: dict[str, str] = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     if launcher is not None:
         names = _LAUNCHERS[launcher]
@@ -251,8 +285,10 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
             "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + int(found.get("SLURM_JOB_ID", "0")) % 20000),
         }
     elif launcher is not None and "RANK" not in found:
+        # mpirun in a batch script spans the job's hosts and starts rank 0 on the first one
+        first = _first_host(found["SLURM_JOB_NODELIST"]) if found.get("SLURM_JOB_NODELIST") else "127.0.0.1"
         mapped |= {
-            "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_ADDR": found.get("MASTER_ADDR", first),
             "MASTER_PORT": found.get("MASTER_PORT", "29500"),
         }
     environment.update(mapped)
@@ -268,6 +304,33 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
     return int(environment["RANK"]), int(environment["WORLD_SIZE"])
 
 
+def local_device(local_rank: int, local_ranks: int, visible: int) -> int:
+    """Index of this rank's GPU among the `visible` ones, which are counted from 0 in every process.
+
+    One visible GPU beside other ranks on the machine is its own (srun --gpus-per-task=1, CUDA_VISIBLE_DEVICES set rank
+    by rank); that it is not everybody's is checked once the ranks have met. ConfigError if there are too few.
+    """
+    if visible == 1:
+        return 0
+    if local_ranks > visible:  # seen by all local ranks alike
+        raise ConfigError(
+            f"{local_ranks} ranks on a machine with {visible} GPUs; "
+            f"start at most that many ranks on it (deepspeed --num_gpus {visible} ...)"
+        )
+    return local_rank
+
+
+def refuse_shared_devices(devices: Sequence[tuple[str, str]]) -> None:
+    """devices: of every rank its host and the UUID of its GPU. ConfigError if two ranks have the same."""
+    first: dict[tuple[str, str], int] = {}
+    for rank, device in enumerate(devices):
+        if (other := first.setdefault(device, rank)) != rank:
+            raise ConfigError(
+                f"ranks {other} and {rank} share the GPU {device[1]} of {device[0]}; start at most one rank per GPU or "
+                "give each task its own (srun --gpus-per-task=1)"
+            )
+
+
 def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group that the launcher described; returns this process's device.
 
@@ -275,13 +338,10 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     meets itself through a store in memory.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
-        if int(os.environ["LOCAL_SIZE"]) > torch.cuda.device_count():  # seen by all local ranks alike
-            raise ConfigError(
-                f"{os.environ['LOCAL_SIZE']} ranks on a machine with {torch.cuda.device_count()} GPUs; "
-                f"start at most that many ranks on it (deepspeed --num_gpus {torch.cuda.device_count()} ...)"
-            )
+        local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+        device = torch.device("cuda", local_device(local_rank, local_ranks, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     arguments: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo"}
     if int(os.environ["WORLD_SIZE"]) == 1 and "MASTER_ADDR" not in os.environ:
@@ -299,4 +359,9 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
             f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} cannot be used ({error}); if another run "
             "holds it, choose another one: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
         ) from error
+    if cuda and local_ranks > torch.cuda.device_count():
+        devices: list[Any] = [None] * dist.get_world_size()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        dist.all_gather_object(devices, (socket.gethostname(), uuid))
+        refuse_shared_devices(devices)
     return device

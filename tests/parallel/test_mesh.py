@@ -17,7 +17,14 @@ from neomoba_dist.parallel.comm import (
     broadcast,
     on_first_rank,
 )
-from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment, rank_map
+from neomoba_dist.parallel.mesh import (
+    Mesh,
+    initialize_process_group,
+    local_device,
+    map_launcher_environment,
+    rank_map,
+    refuse_shared_devices,
+)
 from tests.ranks import RankError, run_ranks
 
 SLURM = {
@@ -123,6 +130,44 @@ def test_variables_that_are_no_ranks_are_one_line(given: dict[str, str], message
 )
 def test_a_whole_set_beside_half_of_another_decides(given: dict[str, str], rank: int, world: int) -> None:
     assert map_launcher_environment(dict(given)) == (rank, world)
+
+
+LEFT = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**LEFT, **SLURM}, "srun started this process as SLURM_PROCID 5 of SLURM_NTASKS 16"),
+        ({**LEFT, **OPENMPI}, "Open MPI's mpirun started this process as OMPI_COMM_WORLD_RANK 2"),
+        ({**LEFT, **MPICH}, "MPICH's mpirun started this process as PMI_RANK 3"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK is 1, but no world size is known"),
+    ],
+)
+def test_variables_of_another_launcher_are_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        map_launcher_environment(dict(given))
+
+
+@pytest.mark.parametrize("own", ["TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+def test_torchrun_and_deepspeed_run_under_srun(own: str) -> None:
+    assert map_launcher_environment({**SLURM, **TORCHRUN, own: "1"}) == (3, 8)
+
+
+def test_mpirun_in_a_batch_script_meets_on_its_first_host() -> None:
+    environment = {**OPENMPI, **SLURM, "SLURM_PROCID": "0"}
+    map_launcher_environment(environment)
+    assert environment["MASTER_ADDR"] == "gpu07"
+
+
+def test_devices() -> None:
+    assert [local_device(rank, 4, 8) for rank in range(4)] == [0, 1, 2, 3]
+    assert [local_device(rank, 4, 1) for rank in range(4)] == [0, 0, 0, 0]
+    with pytest.raises(ConfigError, match="4 ranks on a machine with 2 GPUs"):
+        local_device(0, 4, 2)
+    refuse_shared_devices([("n1", "a"), ("n1", "b"), ("n2", "a")])
+    with pytest.raises(ConfigError, match="ranks 1 and 2 share the GPU b of n1"):
+        refuse_shared_devices([("n1", "a"), ("n1", "b"), ("n1", "b")])
 
 
 def test_a_world_without_a_meeting_place_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
