@@ -1,0 +1,1 @@
+"""The shipped batch scripts in a real SLURM."""
