@@ -82,9 +82,7 @@ class Cluster:
         """Controller and hosts; returns when both hosts are idle."""
         (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(SETTINGS.format(folder=self.folder, net=NET))
-        (self.folder / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\n"
-        )  # slurmd looks for one even if none is used
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # slurmd looks for it
         names = [f"{NET}.1 ctl", f"{NET}.11 n1", f"{NET}.12 n2", "127.0.0.1 localhost"]
         (self.folder / "hosts").write_text("\n".join(names) + "\n")
         key = self.folder / "munge.key"
