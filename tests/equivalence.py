@@ -1,18 +1,22 @@
 """How a parallel layout is compared with the single process: by logical tensors, put together from all shards."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from neomoba_dist.checkpoint.layout import boxes_of_range
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import ShardedTensorSpec
+from neomoba_dist.model.init import ShardedTensorSpec, shard_of
+from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.engine import Engine
 
 Pieces = list[tuple[ShardedTensorSpec, torch.Tensor]]
 
@@ -37,6 +41,20 @@ def assemble(all_pieces: list[Pieces]) -> dict[str, torch.Tensor]:
             target[where] = value
     assert not any(t.isnan().any() for t in whole.values()), "a part of some tensor is on no rank"
     return whole
+
+
+def state_pieces(engine: Engine, kind: str) -> Pieces:
+    """fp32 weights or a moment of every parameter that this rank's optimizer steps, copies of other ranks included, as
+    rectangles of the logical tensors."""
+    found = []
+    for fragment in engine.fragments():
+        spec = shard_of(fragment.parameter)
+        flat = engine.values(fragment, kind)[: max(0, math.prod(spec.extent) - fragment.start)]
+        for box in boxes_of_range(fragment.start, fragment.start + len(flat), spec.extent):
+            offset = tuple(a + b for a, b in zip(spec.start, box.offset, strict=True))
+            part = flat[box.base - fragment.start :][: math.prod(box.shape)].view(box.shape)
+            found.append((replace(spec, start=offset, extent=box.shape), part.clone()))
+    return [*found, *((spec, buffer.clone()) for spec, buffer in saved_buffers(engine.module) if kind == "model")]
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:

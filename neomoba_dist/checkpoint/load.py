@@ -1,12 +1,26 @@
 """Read a checkpoint into any layout: each rank reads the slices that it needs, whoever wrote them."""
 
+import math
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from neomoba_dist.checkpoint.layout import CheckpointError, find_checkpoint, logical_name, read_index, read_json
+from neomoba_dist.checkpoint.layout import (
+    Box,
+    CheckpointError,
+    Entry,
+    Piece,
+    boxes_of_range,
+    find_checkpoint,
+    logical_name,
+    read_index,
+    read_json,
+    tensor_entries,
+)
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import ShardedTensorSpec, shard_of
 from neomoba_dist.model.moe.layer import saved_buffers
@@ -27,6 +41,11 @@ class CheckpointReader:
         """The resolved configuration of the run that wrote it."""
         return parse_config(self.index["config"], source=str(self.folder / "index.json"))
 
+    @cached_property
+    def tensors(self) -> dict[str, Entry]:
+        """All logical tensors, by logical name."""
+        return tensor_entries(self.index, self.folder)
+
     def trainer(self) -> dict[str, Any]:
         """trainer.json: what the training loop needs to go on."""
         return read_json(self.folder / "trainer.json")
@@ -36,42 +55,72 @@ class CheckpointReader:
 
         Raises CheckpointError if the tensor is missing, has another shape or is not completely there.
         """
+        entry = self._entry(kind, shard)
+        part = torch.empty(shard.extent, dtype=getattr(torch, entry.dtype))
+        self._fill(part, kind, shard, entry, Box(shard.start, shard.extent))
+        return part
+
+    def read_range(self, kind: str, shard: ShardedTensorSpec, start: int, stop: int) -> torch.Tensor:
+        """The elements start..stop of the flattened part that `shard` describes: [stop - start], as `read`."""
+        parts = []
+        for box in boxes_of_range(start, stop, shard.extent):
+            offset = tuple(a + b for a, b in zip(shard.start, box.offset, strict=True))
+            parts.append(self.read(kind, replace(shard, start=offset, extent=box.shape)).flatten())
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _entry(self, kind: str, shard: ShardedTensorSpec) -> Entry:
         name = logical_name(kind, shard.name)
-        entry = self.index["tensors"].get(name)
+        entry = self.tensors.get(name)
         if entry is None:
             hint = " (a dense model becomes a mixture of experts with --upcycle)" if ".mlp.router." in name else ""
             raise CheckpointError(
                 f"{self.folder}: holds no tensor {name}; was it written by another architecture?{hint}"
             )
-        if tuple(entry["shape"]) != shard.shape:
+        if entry.shape != shard.shape:
             raise CheckpointError(
-                f"{self.folder}: {name} has shape {entry['shape']}, this model wants {list(shard.shape)}; "
+                f"{self.folder}: {name} has shape {list(entry.shape)}, this model wants {list(shard.shape)}; "
                 "use the model block of the config that wrote it"
             )
-        part = torch.empty(shard.extent, dtype=getattr(torch, entry["dtype"]))
-        filled = 0
-        for piece in entry["pieces"]:
-            begin = [max(a, b) for a, b in zip(shard.start, piece["offset"], strict=True)]
-            end = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(shard.start, shard.extent, piece["offset"], piece["shape"], strict=True)
-            ]
-            if any(e <= b for b, e in zip(begin, end, strict=True)):
-                continue
-            source = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, piece["offset"], strict=True))
-            target = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, shard.start, strict=True))
-            part[target] = self._slice(piece["file"], piece["key"], source)
-            filled += part[target].numel()
-        if filled != part.numel():
-            raise CheckpointError(f"{self.folder}: {name} is incomplete; the checkpoint is damaged, use another one")
-        return part
+        return entry
 
-    def _slice(self, file: str, key: str, where: tuple[slice, ...]) -> torch.Tensor:
-        path = self.folder / file
+    def _fill(self, part: torch.Tensor, kind: str, shard: ShardedTensorSpec, entry: Entry, wanted: Box) -> None:
+        """Copy everything that the pieces hold of a rectangle of the logical tensor into `part`, in place."""
+        filled = 0
+        for piece in entry.pieces:
+            for box in piece.boxes():
+                begin = [max(a, b) for a, b in zip(wanted.offset, box.offset, strict=True)]
+                end = [
+                    min(a + n, b + m)
+                    for a, n, b, m in zip(wanted.offset, wanted.shape, box.offset, box.shape, strict=True)
+                ]
+                if any(e <= b for b, e in zip(begin, end, strict=True)):
+                    continue
+                target = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, wanted.offset, strict=True))
+                source = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, box.offset, strict=True))
+                part[target] = self._rectangle(piece, box, source)
+                filled += math.prod(e - b for b, e in zip(begin, end, strict=True))
+        if filled != part.numel():
+            name = logical_name(kind, shard.name)
+            raise CheckpointError(f"{self.folder}: {name} is incomplete; the checkpoint is damaged, use another one")
+
+    def _rectangle(self, piece: Piece, box: Box, where: tuple[slice, ...]) -> torch.Tensor:
+        """The part `where` of a box, of which only the rows that hold it are read."""
+        if not where:
+            return self._slice(piece, slice(0, 1)).view(())
+        row = math.prod(box.shape[1:])
+        rows = where[0]
+        flat = self._slice(piece, slice(box.base + rows.start * row, box.base + rows.stop * row))
+        return flat.view(rows.stop - rows.start, *box.shape[1:])[(slice(None), *where[1:])]
+
+    def _slice(self, piece: Piece, where: slice) -> torch.Tensor:
+        """Elements of a stored key, flat."""
+        path = self.folder / piece.file
         try:
-            if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt")
-            return self._files[file].get_slice(key)[where]
+            if piece.file not in self._files:
+                self._files[piece.file] = safe_open(path, framework="pt")
+            if self.index["version"] == 1:  # stored in the shape of the part
+                return self._files[piece.file].get_tensor(piece.key).flatten()[where]
+            return self._files[piece.file].get_slice(piece.key)[where]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one"

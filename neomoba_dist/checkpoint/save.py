@@ -1,30 +1,45 @@
-"""Write a checkpoint: every rank its own shards, rank 0 the index, then one rename."""
+"""Write a checkpoint: every rank a file of what it alone holds, then rank 0 the index and one rename.
+
+Nothing is gathered. Ranks meet twice, with one flag each: when the folder stands, and when all files do. What rank 0
+must know of the others' files it reads from the small JSON file that each leaves beside its own.
+"""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from neomoba_dist.checkpoint.layout import (
     FORMAT,
-    KINDS,
+    MANIFEST,
     VERSION,
     CheckpointError,
     complete_checkpoints,
+    file_name,
     logical_name,
+    read_json,
     step_folder,
 )
+from neomoba_dist.checkpoint.rank_file import write_rank_file
 from neomoba_dist.config import Config
-from neomoba_dist.model.init import ShardedTensorSpec, shard_of
-from neomoba_dist.parallel.comm import all_gather_objects, on_first_rank
+from neomoba_dist.model.init import ShardedTensorSpec
+from neomoba_dist.parallel.comm import agree, on_first_rank
 from neomoba_dist.parallel.mesh import Mesh
+
+
+class StateFragment(NamedTuple):
+    """Flat tensors of one parameter, by kind: elements from `start` on of the flattened part that `spec` describes."""
+
+    spec: ShardedTensorSpec
+    start: int
+    values: Mapping[str, torch.Tensor]
 
 
 class StateSource(Protocol):
@@ -33,47 +48,128 @@ class StateSource(Protocol):
     config: Config
     mesh: Mesh
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def saved_buffers(self) -> Iterator[tuple[ShardedTensorSpec, torch.Tensor]]: ...
-    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor: ...
+    def local_state(self) -> Iterator[StateFragment]: ...
 
 
 def save_checkpoint(output: Path, step: int, source: StateSource, trainer: dict[str, Any], keep_last: int = 0) -> Path:
     """Write `output`/checkpoints/step_`step`; all ranks call it. Returns the folder.
 
-    source: gives its parameters and, collectively over dp x cp, the full fp32 state of each. trainer: what the training
-    loop needs to go on, JSON. keep_last: older checkpoints beyond this number are removed (0: none).
+    source: yields what this rank saves; all ranks' fragments fill every tensor once. trainer: what the training loop
+    needs to go on, JSON. keep_last: older checkpoints beyond this number are removed (0: none). Raises CheckpointError
+    on all ranks if one of them cannot write; the checkpoints before are then as they were.
     """
     mesh, final = source.mesh, step_folder(output, step)
     writing = final.with_name(final.name + ".writing")
-    on_first_rank(mesh, lambda: _make_empty(writing))
-    pieces: dict[str, dict[str, Any]] = {}
-    owned = _owned_names(source)
-    try:
-        for kind in KINDS:
-            pieces.update(_write_kind(writing, kind, source, owned))
-    except OSError as error:
-        raise CheckpointError(
-            f"{writing}: cannot be written ({error.strerror}); free space or fix the folder"
-        ) from error
-    all_pieces = all_gather_objects(pieces, mesh, "world")
-    index = {"format": FORMAT, "version": VERSION, "step": step, "config": source.config.to_dict()}
-
-    def finish() -> None:
-        _write_json(writing / "trainer.json", {"step": step, **trainer})
-        _write_json(writing / "index.json", {**index, "tensors": _merge(all_pieces)})
-        _sync(writing)
-        replaced = final.with_name(final.name + ".replaced")
-        if final.exists():
-            final.rename(replaced)
-        writing.rename(final)
-        _sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in complete_checkpoints(output)[:-keep_last] if keep_last else []:
-            shutil.rmtree(old)
-
-    on_first_rank(mesh, finish)
+    on_first_rank(mesh, lambda: make_empty(writing))
+    problem = write_fragments(writing, mesh, list(source.local_state()))
+    if not agree(problem is None, mesh):
+        raise CheckpointError(problem or f"{writing}: another rank cannot write its file; see its message")
+    document = {"format": FORMAT, "version": VERSION, "step": step, "config": source.config.to_dict()}
+    on_first_rank(mesh, lambda: commit(writing, final, mesh["world"].size, document, {"step": step, **trainer}))
+    if keep_last:
+        on_first_rank(mesh, lambda: remove_old(output, keep_last))
     return final
+
+
+def note_name(rank: int) -> str:
+    """What a rank tells of its files; gone once rank 0 has put all together."""
+    return f"rank-{rank:05d}.json"
+
+
+def write_fragments(folder: Path, mesh: Mesh, fragments: Sequence[StateFragment]) -> str | None:
+    """Write this rank's files, and beside them what the index needs. Returns what went wrong, in one line."""
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    pieces = []
+    for spec, start, values in fragments:
+        for kind, value in values.items():
+            files.setdefault(file_name(kind, mesh.rank), {})[logical_name(kind, spec.name)] = value
+        first = next(iter(values.values()))
+        pieces.append(
+            {
+                "name": spec.name,
+                "shape": spec.shape,
+                "dtype": str(first.dtype).removeprefix("torch."),
+                "kinds": list(values),
+                "offset": spec.start,
+                "extent": spec.extent,
+                "range": [start, start + first.numel()],
+            }
+        )
+    path, written = folder, {}
+    try:
+        needed = sum(value.numel() * value.element_size() for file in files.values() for value in file.values())
+        if (free := shutil.disk_usage(folder).free) < needed:
+            return f"{folder}: {needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; free some space"
+        for name, tensors in files.items():
+            path = folder / name
+            written[name] = asdict(write_rank_file(path, tensors))
+        path = folder / note_name(mesh.rank)
+        write_json(path, {"files": written, "pieces": pieces})
+    except OSError as error:
+        return f"{path}: cannot be written ({error.strerror}); free space or fix the folder"
+    return None
+
+
+def commit(writing: Path, final: Path, ranks: int, document: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """Put the ranks' notes together as index and manifest, and give the folder its final name; on one rank."""
+    notes = [read_json(writing / note_name(rank)) for rank in range(ranks)]
+    texts = {
+        "index.json": _dump_index({**document, "tensors": _tensors(notes)}),
+        "trainer.json": json.dumps(trainer, indent=1) + "\n",
+    }
+    manifest = {name: entry for note in notes for name, entry in note["files"].items()}
+    for name, text in texts.items():
+        write_text(writing / name, text)
+        manifest[name] = {"bytes": len(text.encode()), "sha256": sha256(text.encode()).hexdigest()}
+    write_text(writing / MANIFEST, json.dumps(manifest, indent=0) + "\n")
+    for rank in range(ranks):
+        (writing / note_name(rank)).unlink()
+    sync(writing)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        final.rename(replaced)
+    writing.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _tensors(notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One entry per tensor: its parts, each with the flat ranges (between `cuts`) that the ranks hold of it."""
+    tensors: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+    for rank, note in enumerate(notes):
+        for piece in note["pieces"]:
+            entry = {"shape": piece["shape"], "dtype": piece["dtype"], "kinds": piece["kinds"], "parts": []}
+            tensors.setdefault(piece["name"], entry)
+            part = json.dumps([piece["offset"], piece["extent"]])
+            found.setdefault((piece["name"], part), []).append((*piece["range"], rank))
+    for (name, part), ranges in sorted(found.items()):
+        offset, shape = json.loads(part)
+        ranges.sort()
+        borders = [0, *(stop for _, stop, _ in ranges)]
+        if [start for start, *_ in ranges] != borders[:-1] or borders[-1] != math.prod(shape):
+            raise CheckpointError(f"{name}: the ranks' parts leave a gap or overlap; nothing was saved")
+        ranks = [rank for *_, rank in ranges]
+        tensors[name]["parts"].append({"offset": offset, "shape": shape, "cuts": borders, "ranks": ranks})
+    return dict(sorted(tensors.items()))
+
+
+def _dump_index(index: dict[str, Any]) -> str:
+    """JSON with a line per tensor: readable, and small where every tensor lies in a thousand pieces."""
+    tensors = index.pop("tensors")
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in tensors.items()
+    )
+    head = json.dumps(index, indent=1)
+    return f'{head[:-2]},\n "tensors": {{\n{lines}\n }}\n}}\n'
+
+
+def remove_old(output: Path, keep_last: int) -> None:
+    """Keep the newest checkpoints only. A folder goes out of sight before its files go, so none is ever half there."""
+    for old in complete_checkpoints(output)[:-keep_last]:
+        gone = old.with_name(old.name + ".removed")
+        old.rename(gone)
+        shutil.rmtree(gone)
 
 
 def set_aside_newer(output: Path, step: int) -> None:
@@ -88,65 +184,27 @@ def set_aside_newer(output: Path, step: int) -> None:
             folder.rename(aside)
 
 
-def _owned_names(source: StateSource) -> set[str]:
-    """Logical names whose shards this rank writes: one writer per shard."""
-    mesh = source.mesh
-    mine = [shard_of(p) for p in source.parameters()] + [shard for shard, _ in source.saved_buffers()]
-    by_stage: Sequence[list[str]] = all_gather_objects([shard.name for shard in mine], mesh, "pp")
-    earlier = {name for stage in by_stage[: mesh["pp"].index] for name in stage}  # a tied matrix lives on two stages
-    return {
-        shard.name
-        for shard in mine
-        if shard.name not in earlier
-        and mesh["expert_dp" if "ep" in shard.axes else "dp_cp"].index == 0
-        and ("tp" in shard.axes or mesh["tp"].index == 0)
-    }
+def make_empty(folder: Path) -> None:
+    """An empty folder of this name. Raises CheckpointError."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
-def _write_kind(folder: Path, kind: str, source: StateSource, owned: set[str]) -> dict[str, dict[str, Any]]:
-    """Write this rank's file of one kind; returns its pieces by logical name."""
-    mesh = source.mesh
-    expert = f"-ep{mesh['ep'].index}" if mesh["ep"].size > 1 else ""
-    file = f"{kind}.pp{mesh['pp'].index}-tp{mesh['tp'].index}{expert}.safetensors"
-    tensors, pieces = {}, {}
-    states = ((shard_of(p), source.full_state(p, kind)) for p in source.parameters())
-    for shard, whole in chain(states, source.saved_buffers() if kind == "model" else ()):
-        if shard.name not in owned or 0 in shard.extent:
-            continue
-        tensors[shard.name] = shard.valid(whole).detach().to("cpu", copy=True).contiguous()
-        piece = {"file": file, "key": shard.name, "offset": list(shard.start), "shape": list(shard.extent)}
-        dtype = str(tensors[shard.name].dtype).removeprefix("torch.")
-        pieces[logical_name(kind, shard.name)] = {"shape": list(shard.shape), "dtype": dtype, "pieces": [piece]}
-    if tensors:
-        save_file(tensors, folder / file)
-        (folder / file).chmod(0o644)  # safetensors writes 0600: colleagues could not read the checkpoint
-        _sync(folder / file)
-    return pieces
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """One compact line, flushed to disk."""
+    write_text(path, json.dumps(value, separators=(",", ":")) + "\n")
 
 
-def _merge(all_pieces: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """One entry per logical tensor with the pieces of all ranks."""
-    merged: dict[str, dict[str, Any]] = {}
-    for pieces in all_pieces:
-        for name, entry in pieces.items():
-            if name in merged:
-                merged[name]["pieces"] += entry["pieces"]
-            else:
-                merged[name] = entry
-    return dict(sorted(merged.items()))
+def write_text(path: Path, text: str) -> None:
+    """A text file, flushed to disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
-    folder.mkdir(parents=True)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

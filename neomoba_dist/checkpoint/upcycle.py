@@ -46,9 +46,10 @@ class UpcycledReader(CheckpointReader):
     def read(self, kind: str, shard: ShardedTensorSpec) -> torch.Tensor:
         layer, _, part = shard.name.partition(".mlp.")
         if part == "router.weight":
-            return self._init.draw(shard.name, shard.shape)
+            where = tuple(slice(a, a + n) for a, n in zip(shard.start, shard.extent, strict=True))
+            return self._init.draw(shard.name, shard.shape)[where]
         if part == "router.bias":
-            return torch.zeros(shard.shape)
+            return torch.zeros(shard.extent)
         if not part.startswith("experts."):
             return super().read(kind, shard)
         name = f"{layer}.mlp.{part.removeprefix('experts.')}"

@@ -18,15 +18,15 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
 from neomoba_dist.checkpoint.layout import KINDS
-from neomoba_dist.checkpoint.load import CheckpointReader
+from neomoba_dist.checkpoint.load import CheckpointReader, load_weights
+from neomoba_dist.checkpoint.save import StateFragment
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import Initializer, ShardedTensorSpec, shard_of
+from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce
@@ -34,6 +34,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
+from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer
@@ -139,51 +140,57 @@ class Engine(ABC):
         for layer in moe_layers(self.module):
             layer.router.set_step(step)
 
-    def saved_buffers(self) -> Iterator[tuple[ShardedTensorSpec, torch.Tensor]]:
-        """What else belongs into a checkpoint, the same on all ranks of dp x cp x tp."""
-        return saved_buffers(self.module)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's parameters; each tells its place in the whole model by its `shard`."""
-        return self.module.parameters()
-
-    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        """The fp32 weight ("model") or moment ("exp_avg", "exp_avg_sq") of one of `parameters()`, whole but for tp.
-
-        Collective over dp x cp: all ranks ask for the same parameters in the same order.
-        """
-        if kind == "model":
-            state = safe_get_full_fp32_param(parameter)
-        else:
-            self._link_moments()
-            state = safe_get_full_optimizer_state(parameter, kind)
-        return state.view(self._shape(parameter))
+    def local_state(self) -> Iterator[StateFragment]:
+        """What this rank adds to a checkpoint: its own parts of weights and moments, where no other rank saves them."""
+        if not self._adam_states():
+            self._create_moments(0.0)
+        for fragment in self.fragments():
+            spec = shard_of(fragment.parameter)
+            is_copy = "tp" not in spec.axes and self.mesh["tp"].index > 0
+            length = min(fragment.numel, math.prod(spec.extent) - fragment.start)  # the rest is padding
+            if is_copy or getattr(fragment.parameter, "ds_pipe_replicated", False) or length <= 0:
+                continue
+            values = {kind: self.values(fragment, kind).narrow(0, 0, length) for kind in KINDS}
+            yield StateFragment(spec, fragment.start, values)
+        if self.mesh["dp_cp"].index == self.mesh["tp"].index == 0:
+            for spec, buffer in saved_buffers(self.module):
+                yield StateFragment(spec, 0, {KINDS[0]: buffer.flatten()})
 
     def load(self, reader: CheckpointReader, *, moments: bool) -> None:
-        """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout."""
+        """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout.
+
+        A rank reads its own parts of the float32 partitions, and below ZeRO-3 the weights that it computes with.
+        """
         if moments:
             state = reader.trainer()
             self._create_moments(float(state["optimizer_step"]))
             if self.config.dtype_name == "float16":
                 self.engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
-        for parameter in self.parameters():
+        for fragment in self.fragments():
+            spec = shard_of(fragment.parameter)
+            length = max(0, min(fragment.numel, math.prod(spec.extent) - fragment.start))
             for kind in KINDS if moments else KINDS[:1]:
-                value = torch.zeros(self._shape(parameter), dtype=torch.float32)
-                shard = shard_of(parameter)
-                shard.valid(value).copy_(reader.read(kind, shard))
-                self._set_full_state(parameter, kind, value.to(self.mesh.device))
-        for shard, buffer in self.saved_buffers():
-            buffer.copy_(reader.read("model", shard))
-        self._forget_gathered()
-
-    def _forget_gathered(self) -> None:
-        """Drop ZeRO-3's second copy of the weights (zero_hpz_partition_size), which a load makes stale."""
+                values = self.values(fragment, kind).zero_()  # padding is zero
+                values[:length].copy_(reader.read_range(kind, spec, fragment.start, fragment.start + length))
+            if self.config.zero_stage == 3:
+                part: Any = fragment.parameter
+                part.ds_tensor.data.copy_(self.values(fragment, KINDS[0]))
         if self.config.zero_stage == 3:
+            # the second copy of the weights (zero_hpz_partition_size) is stale now
             self.engine.optimizer.invalidate_secondary_tensor()
+            for spec, buffer in saved_buffers(self.module):
+                buffer.copy_(reader.read(KINDS[0], spec))
+        else:
+            load_weights(reader, self.module)
 
-    def _shape(self, parameter: Any) -> torch.Size:
-        """Its shape before ZeRO-3 took it apart."""
-        return parameter.ds_shape if self.config.zero_stage == 3 else parameter.shape
+    def fragments(self) -> Iterator[Fragment]:
+        """Where this rank's optimizer holds its parts of the parameters."""
+        return fragments(self.module.parameters(), self.engine.optimizer, self.config.zero_stage, self.mesh)
+
+    def values(self, fragment: Fragment, kind: str) -> torch.Tensor:
+        """The fp32 weights ("model") or a moment of a fragment, a view of the partition."""
+        flat = fragment.flat if kind == KINDS[0] else self.engine.optimizer.optimizer.state[fragment.flat][kind]
+        return flat.detach().narrow(0, fragment.offset, fragment.numel)
 
     def optimizer_step(self) -> int:
         """Number of steps that AdamW has taken (fp16 overflows take none)."""
@@ -197,43 +204,15 @@ class Engine(ABC):
         """The states of AdamW, one per flat fp32 partition that DeepSpeed made."""
         return [state for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
 
-    def _flat_partitions(self) -> list[torch.Tensor]:
-        """The flat fp32 tensors that AdamW really steps."""
-        zero = self.engine.optimizer
-        return (
-            zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
-        )
-
     def _create_moments(self, step: float) -> None:
         """AdamW makes its state at the first step; a resumed run needs it before."""
-        for flat in self._flat_partitions():
-            self.engine.optimizer.optimizer.state[flat] = {
+        zero = self.engine.optimizer
+        for flat in flat_partitions(zero, self.config.zero_stage):
+            zero.optimizer.state[flat] = {
                 "step": torch.tensor(step, device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        """Let every parameter find its moments: DeepSpeed 0.19.8 links those of the first parameter group only."""
-        if self.config.zero_stage < 3:
-            self.engine.optimizer._hp_optimizer_states_linked = False
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _set_full_state(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
-        key = None if kind == "model" else kind
-        if self.config.zero_stage < 3:
-            parameter.set_full_hp_param(value, key)
-            if key is None:
-                parameter.data.copy_(value)
-            return
-        # DeepSpeed's safe_set_full_* fails at stage 3 where dp does not divide the size: set the local part
-        part, ranks = parameter.ds_tensor, self.mesh["expert_dp" if "ep" in shard_of(parameter).axes else "dp_cp"]
-        padded = torch.nn.functional.pad(value.flatten(), (0, part.numel() * ranks.size - value.numel()))
-        local = padded.narrow(0, part.numel() * ranks.index, part.numel())
-        parameter._z3_optimizer.set_local_hp_param(local, parameter, key)
-        if key is None:
-            part.data.copy_(local)
 
     def scale(self, num_valid: int, micro_batches: int) -> float:
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""

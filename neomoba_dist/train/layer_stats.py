@@ -14,6 +14,7 @@ from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.moe.router import RECORD
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.fragments import fragments
 
 
 def over_all_ranks(rows: torch.Tensor, places: Sequence[int], total: int, mesh: Mesh) -> torch.Tensor:
@@ -78,12 +79,9 @@ class GradientNorms:
         self.mesh, self.num_layers = mesh, num_layers
         self._squares = torch.zeros(num_layers + 1, dtype=torch.float64, device=mesh.device)
         self._places: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
-        flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        for parameter in self._counted(module.parameters()):
-            place = _place_at_stage_3(zero, parameter) if stage == 3 else _place(parameter)
-            if place is not None:
-                group, start, length = place
-                self._places.setdefault(flats[group], []).append((start, length, self._layer(parameter)))
+        for found in fragments(self._counted(module.parameters()), zero, stage, mesh):
+            place = (found.offset, found.numel, self._layer(found.parameter))
+            self._places.setdefault(found.flat, []).append(place)
         optimizer.register_step_pre_hook(self._on_step)
 
     def take(self, norm: float, clipping: float) -> list[float]:
@@ -115,16 +113,3 @@ class GradientNorms:
                 for start, length, layer in self._places.get(flat, ()):
                     norm = torch.linalg.vector_norm(flat.grad.narrow(0, start, length), dtype=torch.float32)
                     self._squares[layer] += norm.to(self._squares.device) ** 2
-
-
-def _place(parameter: Any) -> tuple[int, int, int] | None:
-    """(group, start, length) in this rank's partitions at ZeRO 1 and 2; None where it holds no part."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    return mapping.param_group_index, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-
-
-def _place_at_stage_3(zero: Any, parameter: Any) -> tuple[int, int, int]:
-    group, start, length = zero.grad_position[zero.get_param_id(parameter)]
-    return group, start, length

@@ -15,7 +15,7 @@ from neomoba_dist.config import Config
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
-from tests.equivalence import Pieces, assemble, pieces
+from tests.equivalence import Pieces, assemble, pieces, state_pieces
 from tests.models import tiny_batch
 from tests.ranks import run_ranks
 from tests.runs import run_config, train_here
@@ -72,7 +72,7 @@ def test_where_it_does_not_a_line_says_so(dense: Path, changes: dict[str, Any], 
 def load_on_rank(config: Config, folder: Path) -> Pieces:
     engine = build_engine(config, config.plan(dist.get_world_size()), Mesh.build(config.parallel))
     engine.load(UpcycledReader(folder, config), moments=False)
-    return [(p.shard, p.shard.valid(engine.full_state(p, "model")).clone()) for p in engine.parameters()]
+    return state_pieces(engine, "model")
 
 
 def test_every_rank_reads_its_part(dense: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from neomoba_dist.checkpoint.save import save_checkpoint
+from neomoba_dist.checkpoint.layout import KINDS
+from neomoba_dist.checkpoint.save import StateFragment, save_checkpoint
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import ShardedTensorSpec
+from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -32,14 +33,13 @@ class WholeState:
     model: NeoBERT
     mesh: Mesh
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
-    def saved_buffers(self) -> list[tuple[ShardedTensorSpec, torch.Tensor]]:
-        return list(saved_buffers(self.model))
-
-    def full_state(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        return parameter if kind == "model" else torch.zeros_like(parameter)
+    def local_state(self) -> Iterator[StateFragment]:
+        for parameter in self.model.parameters():
+            weights = parameter.detach().flatten()
+            nothing = torch.zeros_like(weights)
+            yield StateFragment(shard_of(parameter), 0, dict(zip(KINDS, (weights, nothing, nothing), strict=True)))
+        for spec, buffer in saved_buffers(self.model):
+            yield StateFragment(spec, 0, {"model": buffer.flatten()})
 
 
 def make_config(corpus: Path, *, name: str = "phase1", objective: str = "mlm", **model: Any) -> Config:

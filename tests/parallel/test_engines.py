@@ -22,7 +22,7 @@ from neomoba_dist.train.expert_groups import update_biases
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import LayerStatistics
 from neomoba_dist.train.optim import parameter_groups
-from tests.equivalence import Pieces, assemble, assert_same, pieces
+from tests.equivalence import Pieces, assemble, assert_same, pieces, state_pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
 from tests.ranks import run_ranks
 from tests.runs import build_mesh
@@ -121,11 +121,7 @@ def train_rank(
     engine = build_engine(config, config.plan(world), mesh)
     engine.set_full_attention(full)
 
-    def state(kind: str) -> Pieces:
-        buffers = [(shard, value.clone()) for shard, value in engine.saved_buffers()] if kind == "model" else []
-        return [(p.shard, p.shard.valid(engine.full_state(p, kind)).clone()) for p in engine.parameters()] + buffers
-
-    initial, first_moment, losses, norms, activations = state("model"), [], [], [], []
+    initial, first_moment, losses, norms, activations = state_pieces(engine, "model"), [], [], [], []
     dp = mesh["dp"]
     for batches in updates(config.model.objective):
         result = engine.update(batches[dp.index :: dp.size], RATE)
@@ -134,8 +130,8 @@ def train_rank(
         assert math.hypot(*result.layer_grad_norms) == pytest.approx(result.grad_norm, rel=1e-5)
         assert min(result.layer_grad_norms) > 0
         activations.append(result.activation_rms)
-        first_moment = first_moment or state("exp_avg")
-    return losses, norms, initial, first_moment, state("model"), activations
+        first_moment = first_moment or state_pieces(engine, "exp_avg")
+    return losses, norms, initial, first_moment, state_pieces(engine, "model"), activations
 
 
 def check(world: int, config: Config, full: bool = False) -> None:
@@ -237,7 +233,7 @@ def poisoned_rank(config: Config) -> tuple[float, bool]:
         config.plan(torch.distributed.get_world_size()),
         build_mesh(config),
     )
-    next(engine.parameters()).data[0] = math.inf
+    next(engine.module.parameters()).data[0] = math.inf
     result = engine.update(updates("mlm")[0][torch.distributed.get_rank() :: 2], RATE)
     return result.grad_norm, result.skipped
 

@@ -1,0 +1,86 @@
+"""Is a checkpoint whole? Sizes and checksums of its manifest, held against the files on disk."""
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from neomoba_dist.checkpoint.layout import (
+    KINDS,
+    MANIFEST,
+    STEMS,
+    CheckpointError,
+    complete_checkpoints,
+    read_index,
+    read_json,
+    tensor_entries,
+)
+from neomoba_dist.checkpoint.rank_file import checksum_of
+from neomoba_dist.config.paths import is_file_name
+from neomoba_dist.parallel.comm import all_gather_objects
+from neomoba_dist.parallel.mesh import Mesh
+
+
+def find_damage(
+    folder: Path,
+    kinds: Sequence[str] = KINDS,
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int], None] | None = None,
+) -> str | None:
+    """Why a checkpoint must not be loaded, in one line; None where it is whole.
+
+    kinds: what will be read of it; files that hold nothing else are not looked at. share: (rank, ranks): of the files
+    with tensors, only every `ranks`-th is read, so that the ranks of a job read each file once. progress: told the
+    bytes of every chunk. Checkpoints of version 1 have no checksums: only that their files are there can be said.
+    """
+    try:
+        index = read_index(folder)
+        if index["version"] == 1:
+            files = {piece.file for entry in tensor_entries(index, folder).values() for piece in entry.pieces}
+            missing = sorted(name for name in files if not (folder / name).is_file())
+            return f"{folder / missing[0]}: missing" if missing else None
+        manifest = read_json(folder / MANIFEST)
+        stems, large = {STEMS[kind] for kind in kinds}, []
+        for name, entry in manifest.items():
+            path = folder / name
+            if not is_file_name(name):
+                return f"{folder / MANIFEST}: {name!r} is no plain file name; do not use this checkpoint"
+            if not path.is_file():
+                return f"{path}: missing"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{path}: {size:,} bytes, not {entry['bytes']:,}"
+            if "sha256" in entry:
+                if sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+                    return f"{path}: its checksum is wrong"
+            elif name.partition("-")[0] in stems:
+                large.append(name)
+        if not {"index.json", "trainer.json"} <= set(manifest):
+            return f"{folder / MANIFEST}: names no index.json or trainer.json"
+        for name in sorted(large)[share[0] :: share[1]]:
+            if checksum_of(folder / name, progress).xxh3_64 != manifest[name]["xxh3_64"]:
+                return f"{folder / name}: its checksum is wrong"
+    except CheckpointError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{folder / MANIFEST}: not a table of files ({error!r})"
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror})"
+    return None
+
+
+def find_damage_together(folder: Path, mesh: Mesh, kinds: Sequence[str] = KINDS) -> str | None:
+    """`find_damage` by all ranks, each its share of the files; the same answer on all of them."""
+    found = find_damage(folder, kinds, (mesh.rank, mesh["world"].size))
+    return next((problem for problem in all_gather_objects(found, mesh, "world") if problem), None)
+
+
+def newest_whole(output: Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is whole, agreed on by all ranks, and a line for every newer one refused."""
+    found = [path.name for path in reversed(complete_checkpoints(output))]
+    refused: list[str] = []
+    for name in all_gather_objects(found, mesh, "world")[0]:
+        folder = output / "checkpoints" / name
+        problem = find_damage_together(folder, mesh)
+        if problem is None:
+            return folder, refused
+        refused.append(f"{folder} is not used: {problem}")
+    return None, refused

@@ -1,0 +1,48 @@
+"""Where this rank's parts of the parameters lie in the flat float32 partitions that DeepSpeed's ZeRO makes.
+
+ZeRO lays the parameters of a group end to end and gives every rank of dp x cp (experts: of expert_dp) one piece of the
+whole: stages 1 and 2 the same piece of the group, stage 3 the same piece of each parameter.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from neomoba_dist.model.init import shard_of
+from neomoba_dist.parallel.mesh import Mesh
+
+
+class Fragment(NamedTuple):
+    """Elements start..start + numel of a flattened local parameter: `offset` .. in the partition `flat`."""
+
+    parameter: nn.Parameter
+    start: int
+    numel: int
+    flat: torch.Tensor  # float32, what the optimizer steps
+    offset: int
+
+
+def flat_partitions(zero: Any, stage: int) -> list[torch.Tensor]:
+    """The flat fp32 tensors that the optimizer really steps. zero: DeepSpeed's ZeRO optimizer."""
+    return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def fragments(parameters: Iterable[nn.Parameter], zero: Any, stage: int, mesh: Mesh) -> Iterator[Fragment]:
+    """This rank's fragment of every parameter, in the order given; none of those that lie on other ranks wholly.
+
+    At stage 3 the last one may end in padding.
+    """
+    flats = flat_partitions(zero, stage)
+    for parameter in parameters:
+        found: Any = parameter
+        if stage == 3:
+            group, offset, _ = zero.grad_position[zero.get_param_id(found)]
+            numel = found.ds_tensor.numel()
+            rank = mesh["expert_dp" if "ep" in shard_of(parameter).axes else "dp_cp"].index
+            yield Fragment(parameter, numel * rank, numel, flats[group], offset)
+        elif found._hp_mapping is not None:
+            mapping = found._hp_mapping
+            local, partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(parameter, local.start, local.numel, flats[mapping.param_group_index], partition.start)
