@@ -67,12 +67,13 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(arguments: argparse.Namespace, config: Config, world_size: int) -> None:
     """Everything from the checks to the last checkpoint, in one process of the launch."""
-    from neomoba_dist.checkpoint.layout import CheckpointError
+    from neomoba_dist.checkpoint.layout import KINDS, CheckpointError
     from neomoba_dist.checkpoint.load import CheckpointReader
+    from neomoba_dist.checkpoint.resume import check_resume, choose_checkpoint, require_whole
     from neomoba_dist.checkpoint.upcycle import UpcycledReader, difference
     from neomoba_dist.parallel.comm import all_gather_objects
     from neomoba_dist.parallel.mesh import Mesh, initialize_process_group
-    from neomoba_dist.train.assemble import build_stream, build_validation, find_resume, open_corpora
+    from neomoba_dist.train.assemble import build_stream, build_validation, open_corpora
 
     plan = config.plan(world_size)
     output = Path(arguments.output_dir or Path("runs") / config.phase.name)
@@ -81,9 +82,9 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
         if problem := folder_problem(folder):
             raise ConfigError(f"--output_dir {output}: {problem}; give a folder of your own that can be written")
     corpora = open_corpora(config)
-    resumed = find_resume(output, arguments.resume)
-    start = None
-    if arguments.init_from and not resumed:
+    resumes = check_resume(output, arguments.resume)
+    resumed = start = None
+    if arguments.init_from and not resumes:
         path = arguments.init_from
         start = UpcycledReader(path, config) if arguments.upcycle else CheckpointReader(path)
     build_stream(config, plan, corpora.train, dp_rank=0)  # refuses too small a corpus before the ranks meet
@@ -97,12 +98,12 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
         from neomoba_dist.parallel.mesh import rank_map
 
         print(rank_map(config.parallel, world_size))
-    source = resumed or start
-    seen = all_gather_objects(str(source.folder) if source else None, mesh, "world")
-    if len(set(seen)) > 1:
-        raise CheckpointError(
-            f"{output}: the ranks see different checkpoints ({sorted(map(str, set(seen)))}); name one"
-        )
+    if len(set(all_gather_objects(resumes, mesh, "world"))) > 1:
+        raise CheckpointError(f"{output}: only some ranks see checkpoints here; put it on a disk that all machines see")
+    if resumes:
+        resumed = choose_checkpoint(output, arguments.resume, mesh, print if mesh.rank == 0 else lambda line: None)
+    elif start:
+        require_whole(start.folder, mesh, KINDS[:1])
     if resumed and (step := resumed.index["step"]) >= last_step:
         if mesh.rank == 0:
             key = "neomoba.phase.steps" if last_step == config.phase.steps else "--max_steps"

@@ -32,6 +32,7 @@ def run_config(
     *,
     deepspeed: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
     **phase: Any,
 ) -> Config:
     """Two MoBA layers and a full one on rows of 128 real tokens, 8 rows per update, half of the steps full."""
@@ -57,7 +58,7 @@ def run_config(
                 "parallel": layout,
                 "data": {"train": corpus, "validation": corpus, "max_documents_per_row": 32, "cache": None},
                 "phase": {**settings, **phase},
-                "checkpoint": {"save_every": 3},
+                "checkpoint": {"save_every": 3, **(checkpoint or {})},
                 "log": {"tensorboard": False, "validate_every": 3, "validation_rows": 6},
             },
         }

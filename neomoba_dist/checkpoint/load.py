@@ -21,6 +21,7 @@ from neomoba_dist.checkpoint.layout import (
     read_json,
     tensor_entries,
 )
+from neomoba_dist.checkpoint.verify import find_damage
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.init import ShardedTensorSpec, shard_of
 from neomoba_dist.model.moe.layer import saved_buffers
@@ -146,6 +147,8 @@ def load_model(
     Raises CheckpointError on a missing or damaged checkpoint.
     """
     reader = CheckpointReader(path)
+    if problem := find_damage(reader.folder, ("model",)):
+        raise CheckpointError(f"{problem}; the checkpoint is damaged, use another one")
     config = reader.config
     model = NeoBERT(config.model, mesh or Mesh.single(device), dtype=dtype)
     load_weights(reader, model)

@@ -9,15 +9,12 @@ from neomoba_dist.checkpoint.layout import (
     MANIFEST,
     STEMS,
     CheckpointError,
-    complete_checkpoints,
     read_index,
     read_json,
     tensor_entries,
 )
 from neomoba_dist.checkpoint.rank_file import checksum_of
 from neomoba_dist.config.paths import is_file_name
-from neomoba_dist.parallel.comm import all_gather_objects
-from neomoba_dist.parallel.mesh import Mesh
 
 
 def find_damage(
@@ -65,22 +62,3 @@ def find_damage(
     except OSError as error:
         return f"{error.filename}: cannot be read ({error.strerror})"
     return None
-
-
-def find_damage_together(folder: Path, mesh: Mesh, kinds: Sequence[str] = KINDS) -> str | None:
-    """`find_damage` by all ranks, each its share of the files; the same answer on all of them."""
-    found = find_damage(folder, kinds, (mesh.rank, mesh["world"].size))
-    return next((problem for problem in all_gather_objects(found, mesh, "world") if problem), None)
-
-
-def newest_whole(output: Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is whole, agreed on by all ranks, and a line for every newer one refused."""
-    found = [path.name for path in reversed(complete_checkpoints(output))]
-    refused: list[str] = []
-    for name in all_gather_objects(found, mesh, "world")[0]:
-        folder = output / "checkpoints" / name
-        problem = find_damage_together(folder, mesh)
-        if problem is None:
-            return folder, refused
-        refused.append(f"{folder} is not used: {problem}")
-    return None, refused

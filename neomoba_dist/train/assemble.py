@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from neomoba_dist.checkpoint.layout import CheckpointError, complete_checkpoints
-from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import BatchPlan, Config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.corpus import Corpus, open_corpus
@@ -59,25 +57,6 @@ def open_corpora(config: Config) -> Corpora:
     ]
     validation = config.data.validation
     return Corpora(train, None if validation is None else opened(validation, "neomoba.data.validation"))
-
-
-def find_resume(output: Path, resume: str) -> CheckpointReader | None:
-    """The checkpoint to go on from. resume: "auto" (the newest, if any), "must", "none", or a folder.
-
-    Raises CheckpointError where "must" finds none, and where "none" would overwrite a run.
-    """
-    found = complete_checkpoints(output)
-    if resume == "none":
-        if found or (output / "metrics.jsonl").exists():
-            raise CheckpointError(f"{output}: holds a run already; give another --output_dir, or --resume auto")
-        return None
-    if resume == "auto":
-        return CheckpointReader(found[-1]) if found else None
-    if resume == "must":
-        if not found:
-            raise CheckpointError(f"{output}: no checkpoint to resume from; start with --resume auto or name a folder")
-        return CheckpointReader(found[-1])
-    return CheckpointReader(resume)
 
 
 def build_stream(
