@@ -1,7 +1,7 @@
 """The file of one rank: safetensors, written tensor by tensor, so that no second copy of the state is ever in memory.
 
 The format is that of https://github.com/huggingface/safetensors: eight bytes with the length of a JSON header, the
-header, the data. The package's own `save_file` copies everything before it writes; its readers read this file.
+header, the data. The package itself copies everything before it writes; its readers read this file.
 """
 
 import json

@@ -35,7 +35,7 @@ class WholeState:
 
     def local_state(self) -> Iterator[StateFragment]:
         for parameter in self.model.parameters():
-            weights = parameter.detach().flatten()
+            weights = shard_of(parameter).valid(parameter).detach().flatten()
             nothing = torch.zeros_like(weights)
             yield StateFragment(shard_of(parameter), 0, dict(zip(KINDS, (weights, nothing, nothing), strict=True)))
         for spec, buffer in saved_buffers(self.model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.moba import MobaOptions
 from neomoba_dist.model.attention.sliding_window import biased_attention, sliding_window_attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.positions import ScoreBias
@@ -29,7 +30,7 @@ def attend(kind: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Score
     if kind == "window":
         return sliding_window_attention(q, k, v, window=100, global_tokens=3, causal=causal, cu_seqlens=borders)
     moba = (64, 3) if kind == "moba" else None
-    return biased_attention(q, k, v, bias, causal=causal, cu_seqlens=borders, moba=moba)
+    return biased_attention(q, k, v, bias, causal=causal, cu_seqlens=borders, moba=moba and MobaOptions(*moba))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -57,7 +58,7 @@ def test_one_graph_without_synchronisation(kind: str) -> None:
 
     def layer(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
         if bias is not None:
-            return biased_attention(q, k, v, bias, causal=True, cu_seqlens=borders, moba=(64, 3))
+            return biased_attention(q, k, v, bias, causal=True, cu_seqlens=borders, moba=MobaOptions(64, 3))
         return sliding_window_attention(q, k, v, window=100, global_tokens=3, causal=True, cu_seqlens=borders)
 
     compiled = torch.compile(layer, fullgraph=True)

@@ -15,7 +15,7 @@ from neomoba_dist.model.attention.context.dispatch import chosen_pieces, gather_
 from neomoba_dist.model.attention.context.merge import Exchange
 from neomoba_dist.model.attention.context.strategy import context_attention
 from neomoba_dist.model.attention.layer import Attention
-from neomoba_dist.model.attention.moba import block_means, select_blocks
+from neomoba_dist.model.attention.moba import MobaOptions, block_means, select_blocks
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.ledger import Ledger
@@ -206,7 +206,7 @@ def hot_rank() -> tuple[int, int]:
     mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
     split = ContextSplit.of_tokens(ALIGNED[-1], 4, "block_cyclic", BLOCK)
     q, k, *_ = (x[split.global_index(mesh["cp"].index)] for x in tensors(ALIGNED[-1], (4, 2), hot=True))
-    exchange = Exchange.of(torch.tensor(ALIGNED, dtype=torch.int32), split, mesh, "cp", True, (BLOCK, 3))
+    exchange = Exchange.of(torch.tensor(ALIGNED, dtype=torch.int32), split, mesh, "cp", True, MobaOptions(BLOCK, 3))
     everything = exchange.pieces()
     block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
     rounds = plan_dispatch(chosen_pieces(block_indices, everything, exchange), everything, 2, exchange)
@@ -230,7 +230,7 @@ def routes_of_rank(causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     index, padding = split.global_index(mesh["cp"].index), split.num_tokens - PACKED[-1]
     q, k, *_ = (torch.cat((x, x.new_ones(padding, *x.shape[1:])))[index] for x in tensors(PACKED[-1], (4, 2)))
     cu = torch.tensor([*PACKED, split.num_tokens], dtype=torch.int32)
-    exchange = Exchange.of(cu, split, mesh, "cp", causal, (BLOCK, 3))
+    exchange = Exchange.of(cu, split, mesh, "cp", causal, MobaOptions(BLOCK, 3))
     return index, select_local_blocks(q, gather_means(k, exchange.pieces(), exchange), exchange)
 
 

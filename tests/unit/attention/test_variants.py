@@ -13,6 +13,7 @@ from neomoba_dist.model.attention import layer as attention
 from neomoba_dist.model.attention.kernels import masks as mask_chunks
 from neomoba_dist.model.attention.key_conv import convolve_keys
 from neomoba_dist.model.attention.layer import Attention, set_full_attention
+from neomoba_dist.model.attention.moba import MobaOptions
 from neomoba_dist.model.attention.sliding_window import biased_attention, sliding_window_attention
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.neobert import NeoBERT
@@ -108,7 +109,7 @@ def test_score_bias(kind: str, core: str, causal: bool, monkeypatch: pytest.Monk
         )
     else:
         moba = (4, 3) if core == "moba" else None
-        out = biased_attention(q, k, v, bias, causal=causal, cu_seqlens=CU_SEQLENS, moba=moba)
+        out = biased_attention(q, k, v, bias, causal=causal, cu_seqlens=CU_SEQLENS, moba=moba and MobaOptions(*moba))
     expected = attention_loops(
         q, k, v, BORDERS, sees=sees, bias=bias_loops(bias, kind, causal), moba=moba, causal=causal
     )
