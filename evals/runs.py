@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evals.cli import EvalError
-from neomoba_dist.checkpoint.layout import complete_checkpoints, read_index, read_json
+from neomoba_dist.checkpoint.layout import complete_checkpoints, read_index, read_json, tensor_entries
 from neomoba_dist.config import Config, load_config
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
@@ -103,8 +103,8 @@ def read_run(folder: Path) -> Run:
     parameters = world_size = None
     checkpoints = complete_checkpoints(folder)
     if checkpoints:
-        tensors = read_index(checkpoints[-1])["tensors"]
-        parameters = sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name.startswith("model."))
+        tensors = tensor_entries(read_index(checkpoints[-1]), checkpoints[-1])
+        parameters = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name.startswith("model."))
         world_size = read_json(checkpoints[-1] / "trainer.json").get("world_size")
     corpus = Path(config.data.validation or config.data.train) / INDEX_FILE
     entropy = CorpusIndex.from_file(corpus).unigram_entropy if corpus.is_file() else None

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,13 @@ class CheckpointReader:
     def __init__(self, path: Path | str) -> None:
         self.folder = find_checkpoint(Path(path))
         self.index = read_index(self.folder)
+        self.tensors = tensor_entries(self.index, self.folder)  # by logical name
         self._files: dict[str, Any] = {}
 
     @property
     def config(self) -> Config:
         """The resolved configuration of the run that wrote it."""
         return parse_config(self.index["config"], source=str(self.folder / "index.json"))
-
-    @cached_property
-    def tensors(self) -> dict[str, Entry]:
-        """All logical tensors, by logical name."""
-        return tensor_entries(self.index, self.folder)
 
     def trainer(self) -> dict[str, Any]:
         """trainer.json: what the training loop needs to go on."""

@@ -12,7 +12,7 @@ import pytest
 from data_tools import clean, index, verify_shards
 from data_tools.foreign import TextIndex
 from data_tools.sources import input_files
-from neomoba_dist.checkpoint.layout import FORMAT, VERSION, CheckpointError
+from neomoba_dist.checkpoint.layout import FORMAT, CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config.paths import is_file_name
 from neomoba_dist.data.corpus import Corpus, open_corpus
@@ -107,7 +107,7 @@ def test_parts_of_text(tmp_path: Path) -> None:
 def test_a_checkpoint_opens_no_path(tmp_path: Path, name: str) -> None:
     piece = {"file": name, "key": "k", "offset": [0], "shape": [1]}
     tensors = {"model.x": {"shape": [1], "dtype": "float32", "pieces": [piece]}}
-    raw = {"format": FORMAT, "version": VERSION, "step": 1, "config": {}, "tensors": tensors}
+    raw = {"format": FORMAT, "version": 1, "step": 1, "config": {}, "tensors": tensors}
     (tmp_path / "index.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"index.json: model.x lies in .*, which is no plain file name"):
         CheckpointReader(tmp_path)
