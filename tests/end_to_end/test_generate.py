@@ -1,7 +1,6 @@
 """launch/generate.py as its users start it."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from neomoba_dist.data.corpus import Corpus
 from tests.corpora import make_corpus
 from tests.decoding import greedy_by_recomputing
 from tests.evals.runs import make_config, write_run
+from tests.programs import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def main(argument"
 
 
@@ -24,8 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/generate.py", *(str(word) for word in words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return run_program("launch/generate.py", *words)
 
 
 @pytest.mark.parametrize("decode", ["full", "moba"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from neomoba_dist.config import load_config
+from tests.programs import run_program
 from tests.runs import metrics, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,12 +18,11 @@ PRETRAIN = "launch/pretrain.py"
 TINY = ROOT / "ds_configs" / "cpu_tiny.json"
 
 
-def start(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in words],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        | environment,
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -31,7 +31,7 @@ def start(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
 
 
 def pretrain(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return start(sys.executable, PRETRAIN, *words, **environment)
+    return run_program(PRETRAIN, *words, timeout=240, **environment)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from neomoba_dist.config import load_config
+from tests.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 TEXTS = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 # programs of other people, whose arguments are not checked
@@ -71,9 +71,8 @@ def commands() -> list[Command]:
 
 @cache
 def help_text(program: tuple[str, ...]) -> str:
-    words = [sys.executable, *program, "--help"]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+    result = run_program(*program, "--help")
+    assert result.returncode == 0, f"{shlex.join(program)} --help: {result.stderr}"
     return result.stdout
 
 

@@ -18,13 +18,11 @@ from evals.tasks import TASKS
 from neomoba_dist.data.corpus import Corpus
 from tests.corpora import make_corpus
 from tests.evals.runs import make_config, write_run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT, run_program
 
 
 def evals(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "evals", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return run_program("-m", "evals", *arguments)
 
 
 def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
@@ -79,7 +77,8 @@ def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_pa
 )
 def test_help_is_quick(arguments: list[str], said: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = evals(*arguments)
+    words = [sys.executable, "-m", "evals", *arguments]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert said in done.stdout

@@ -21,8 +21,8 @@ from neomoba_dist.data.corpus import open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
+from tests.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "fetch",
     "clean",
@@ -36,13 +36,7 @@ COMMANDS = (
 
 
 def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"data_tools.{command}", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_program("-m", f"data_tools.{command}", *arguments)
 
 
 def _succeed(command: str, *arguments: object) -> str:
@@ -60,7 +54,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_is_quick(command: str) -> None:
     # processor time: what the command itself needs, however busy the machine is
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "usage: python -m data_tools." in _succeed(command, "--help")
+    words = [sys.executable, "-m", f"data_tools.{command}", "--help"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "usage: python -m data_tools." in result.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
