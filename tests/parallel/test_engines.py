@@ -72,8 +72,22 @@ def updates(objective: str) -> list[list[Batch]]:
     return result
 
 
-def reference(config: Config, full: bool) -> tuple[list[float], list[float], dict, dict]:
-    """Losses, gradient norms, gradients of the first step (clipped) and final weights of a plain loop."""
+Reference = tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+_references: dict[str, Reference] = {}
+
+
+def reference(config: Config, full: bool) -> Reference:
+    """Losses, gradient norms, gradients of the first step (clipped) and final weights of a plain loop.
+
+    It knows neither layout nor DeepSpeed, so that all tests of one model and phase share one loop.
+    """
+    key = repr((config.model, config.phase, config.gradient_clipping, full))
+    if key not in _references:
+        _references[key] = _plain_loop(config, full)
+    return _references[key]
+
+
+def _plain_loop(config: Config, full: bool) -> Reference:
     model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
     statistics = LayerStatistics(model, config.model, model.mesh)
