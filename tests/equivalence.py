@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from neomoba_dist.checkpoint.layout import boxes_of_range
+from neomoba_dist.checkpoint.layout import boxes_of_part
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
@@ -49,11 +49,10 @@ def state_pieces(engine: Engine, kind: str) -> Pieces:
     found = []
     for fragment in engine.fragments():
         spec = shard_of(fragment.parameter)
-        flat = engine.values(fragment, kind)[: max(0, math.prod(spec.extent) - fragment.start)]
-        for box in boxes_of_range(fragment.start, fragment.start + len(flat), spec.extent):
-            offset = tuple(a + b for a, b in zip(spec.start, box.offset, strict=True))
-            part = flat[box.base - fragment.start :][: math.prod(box.shape)].view(box.shape)
-            found.append((replace(spec, start=offset, extent=box.shape), part.clone()))
+        flat, stop = engine.values(fragment, kind), fragment.start + fragment.valid
+        for box in boxes_of_part(spec.start, spec.extent, fragment.start, stop):
+            part = flat[box.base :][: math.prod(box.shape)].view(box.shape)
+            found.append((replace(spec, start=box.offset, extent=box.shape), part.clone()))
     return [*found, *((spec, buffer.clone()) for spec, buffer in saved_buffers(engine.module) if kind == "model")]
 
 

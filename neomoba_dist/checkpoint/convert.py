@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from neomoba_dist.checkpoint.layout import CheckpointError
+from neomoba_dist.checkpoint.layout import CheckpointError, kind_and_name
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.checkpoint.save import make_empty, sync, write_text
 from neomoba_dist.checkpoint.verify import find_damage
@@ -29,8 +29,8 @@ class Difference(NamedTuple):
 
 def read_whole(reader: CheckpointReader, name: str) -> torch.Tensor:
     """A logical tensor ("model.NAME", "optimizer.exp_avg.NAME") in its whole shape. Raises CheckpointError."""
-    kind, _, rest = name.removeprefix("optimizer.").partition(".")
-    return reader.read(kind, ShardedTensorSpec(rest, reader.tensors[name].shape))
+    kind, local = kind_and_name(name)
+    return reader.read(kind, ShardedTensorSpec(local, reader.tensors[name].shape))
 
 
 def describe(reader: CheckpointReader) -> str:

@@ -56,9 +56,7 @@ class Piece:
 
     def boxes(self) -> Iterator[Box]:
         """The rectangles that the elements fill; their offsets in the logical tensor, their bases in the stored key."""
-        for box in boxes_of_range(self.start, self.stop, self.shape):
-            offset = tuple(a + b for a, b in zip(self.offset, box.offset, strict=True))
-            yield Box(offset, box.shape, box.base - self.start)
+        return boxes_of_part(self.offset, self.shape, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,15 @@ def boxes_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Bo
         yield from boxes_of_range(whole * row, stop, shape)
 
 
+def boxes_of_part(offset: tuple[int, ...], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The elements start..stop of the flattened part `offset`, `shape` of a tensor, where they are stored flat.
+
+    Offsets are those in the whole tensor; `base` counts from `start`.
+    """
+    for box in boxes_of_range(start, stop, shape):
+        yield Box(tuple(a + b for a, b in zip(offset, box.offset, strict=True)), box.shape, box.base - start)
+
+
 def file_name(kind: str, rank: int) -> str:
     """The file in which a rank writes a kind."""
     return f"{STEMS[kind]}-{rank:05d}.safetensors"
@@ -99,6 +106,12 @@ def file_name(kind: str, rank: int) -> str:
 def logical_name(kind: str, name: str) -> str:
     """Name of a tensor: "model.<name>" for weights, "optimizer.exp_avg.<name>" for moments."""
     return f"model.{name}" if kind == "model" else f"optimizer.{kind}.{name}"
+
+
+def kind_and_name(logical: str) -> tuple[str, str]:
+    """The reverse of `logical_name`."""
+    kind, _, name = logical.removeprefix("optimizer.").partition(".")
+    return kind, name
 
 
 def step_folder(output: Path, step: int) -> Path:

@@ -13,7 +13,7 @@ from neomoba_dist.checkpoint.layout import (
     CheckpointError,
     Entry,
     Piece,
-    boxes_of_range,
+    boxes_of_part,
     find_checkpoint,
     logical_name,
     read_index,
@@ -58,10 +58,10 @@ class CheckpointReader:
 
     def read_range(self, kind: str, shard: ShardedTensorSpec, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flattened part that `shard` describes: [stop - start], as `read`."""
-        parts = []
-        for box in boxes_of_range(start, stop, shard.extent):
-            offset = tuple(a + b for a, b in zip(shard.start, box.offset, strict=True))
-            parts.append(self.read(kind, replace(shard, start=offset, extent=box.shape)).flatten())
+        parts = [
+            self.read(kind, replace(shard, start=box.offset, extent=box.shape)).flatten()
+            for box in boxes_of_part(shard.start, shard.extent, start, stop)
+        ]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _entry(self, kind: str, shard: ShardedTensorSpec) -> Entry:
@@ -129,8 +129,13 @@ def load_weights(reader: CheckpointReader, module: torch.nn.Module) -> None:
         for parameter in module.parameters():
             shard = shard_of(parameter)
             shard.valid(parameter).copy_(reader.read("model", shard))
-        for shard, buffer in saved_buffers(module):
-            buffer.copy_(reader.read("model", shard))
+    load_buffers(reader, module)
+
+
+def load_buffers(reader: CheckpointReader, module: torch.nn.Module) -> None:
+    """Fill what is saved beside the parameters."""
+    for shard, buffer in saved_buffers(module):
+        buffer.copy_(reader.read("model", shard))
 
 
 def load_model(

@@ -6,7 +6,7 @@ header, the data. The package itself copies everything before it writes; its rea
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +59,11 @@ def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield part.numpy().data.cast("B")
 
 
-def checksum_of(path: Path, progress: Callable[[int], None] | None = None) -> Written:
-    """Size and checksum of a file on disk. progress: told the bytes of every chunk. Raises OSError."""
+def checksum_of(path: Path) -> Written:
+    """Size and checksum of a file on disk. Raises OSError."""
     checksum, size = xxhash.xxh3_64(), 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             checksum.update(chunk)
             size += len(chunk)
-            if progress is not None:
-                progress(len(chunk))
     return Written(size, checksum.hexdigest())

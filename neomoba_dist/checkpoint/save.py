@@ -104,7 +104,7 @@ def write_fragments(folder: Path, mesh: Mesh, fragments: Sequence[StateFragment]
             path = folder / name
             written[name] = asdict(write_rank_file(path, tensors))
         path = folder / note_name(mesh.rank)
-        write_json(path, {"files": written, "pieces": pieces})
+        write_text(path, json.dumps({"files": written, "pieces": pieces}))
     except OSError as error:
         return f"{path}: cannot be written ({error.strerror}); free space or fix the folder"
     return None
@@ -191,11 +191,6 @@ def make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """One compact line, flushed to disk."""
-    write_text(path, json.dumps(value, separators=(",", ":")) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Is a checkpoint whole? Sizes and checksums of its manifest, held against the files on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,17 +17,12 @@ from neomoba_dist.checkpoint.rank_file import checksum_of
 from neomoba_dist.config.paths import is_file_name
 
 
-def find_damage(
-    folder: Path,
-    kinds: Sequence[str] = KINDS,
-    share: tuple[int, int] = (0, 1),
-    progress: Callable[[int], None] | None = None,
-) -> str | None:
+def find_damage(folder: Path, kinds: Sequence[str] = KINDS, share: tuple[int, int] = (0, 1)) -> str | None:
     """Why a checkpoint must not be loaded, in one line; None where it is whole.
 
-    kinds: what will be read of it; files that hold nothing else are not looked at. share: (rank, ranks): of the files
-    with tensors, only every `ranks`-th is read, so that the ranks of a job read each file once. progress: told the
-    bytes of every chunk. Checkpoints of version 1 have no checksums: only that their files are there can be said.
+    kinds: what will be read of it; of files that hold nothing of them only the sizes are looked at. share: (rank,
+    ranks): of the files with tensors, only every `ranks`-th is read, so that the ranks of a job read each file once.
+    Checkpoints of version 1 have no checksums: only that their files are there can be said.
     """
     try:
         index = read_index(folder)
@@ -53,7 +48,7 @@ def find_damage(
         if not {"index.json", "trainer.json"} <= set(manifest):
             return f"{folder / MANIFEST}: names no index.json or trainer.json"
         for name in sorted(large)[share[0] :: share[1]]:
-            if checksum_of(folder / name, progress).xxh3_64 != manifest[name]["xxh3_64"]:
+            if checksum_of(folder / name).xxh3_64 != manifest[name]["xxh3_64"]:
                 return f"{folder / name}: its checksum is wrong"
     except CheckpointError as error:
         return str(error)

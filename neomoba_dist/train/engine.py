@@ -21,7 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from neomoba_dist.checkpoint.layout import KINDS
-from neomoba_dist.checkpoint.load import CheckpointReader, load_weights
+from neomoba_dist.checkpoint.load import CheckpointReader, load_buffers, load_weights
 from neomoba_dist.checkpoint.save import StateFragment
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
@@ -34,7 +34,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
-from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments
+from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer
@@ -145,13 +145,10 @@ class Engine(ABC):
         if not self._adam_states():
             self._create_moments(0.0)
         for fragment in self.fragments():
-            spec = shard_of(fragment.parameter)
-            is_copy = "tp" not in spec.axes and self.mesh["tp"].index > 0
-            length = min(fragment.numel, math.prod(spec.extent) - fragment.start)  # the rest is padding
-            if is_copy or getattr(fragment.parameter, "ds_pipe_replicated", False) or length <= 0:
+            if is_copy(fragment.parameter, self.mesh) or not fragment.valid:
                 continue
-            values = {kind: self.values(fragment, kind).narrow(0, 0, length) for kind in KINDS}
-            yield StateFragment(spec, fragment.start, values)
+            values = {kind: self.values(fragment, kind)[: fragment.valid] for kind in KINDS}
+            yield StateFragment(shard_of(fragment.parameter), fragment.start, values)
         if self.mesh["dp_cp"].index == self.mesh["tp"].index == 0:
             for spec, buffer in saved_buffers(self.module):
                 yield StateFragment(spec, 0, {KINDS[0]: buffer.flatten()})
@@ -167,19 +164,17 @@ class Engine(ABC):
             if self.config.dtype_name == "float16":
                 self.engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
         for fragment in self.fragments():
-            spec = shard_of(fragment.parameter)
-            length = max(0, min(fragment.numel, math.prod(spec.extent) - fragment.start))
+            spec, stop = shard_of(fragment.parameter), fragment.start + fragment.valid
             for kind in KINDS if moments else KINDS[:1]:
                 values = self.values(fragment, kind).zero_()  # padding is zero
-                values[:length].copy_(reader.read_range(kind, spec, fragment.start, fragment.start + length))
+                values[: fragment.valid].copy_(reader.read_range(kind, spec, fragment.start, stop))
             if self.config.zero_stage == 3:
                 part: Any = fragment.parameter
                 part.ds_tensor.data.copy_(self.values(fragment, KINDS[0]))
         if self.config.zero_stage == 3:
             # the second copy of the weights (zero_hpz_partition_size) is stale now
             self.engine.optimizer.invalidate_secondary_tensor()
-            for spec, buffer in saved_buffers(self.module):
-                buffer.copy_(reader.read(KINDS[0], spec))
+            load_buffers(reader, self.module)
         else:
             load_weights(reader, self.module)
 

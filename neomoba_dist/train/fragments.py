@@ -4,6 +4,7 @@ ZeRO lays the parameters of a group end to end and gives every rank of dp x cp (
 whole: stages 1 and 2 the same piece of the group, stage 3 the same piece of each parameter.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,17 @@ class Fragment(NamedTuple):
     numel: int
     flat: torch.Tensor  # float32, what the optimizer steps
     offset: int
+
+    @property
+    def valid(self) -> int:
+        """How many of the elements are no padding; those come first."""
+        return max(0, min(self.numel, math.prod(shard_of(self.parameter).extent) - self.start))
+
+
+def is_copy(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether this is a copy of what another rank of tp, or another pipeline stage, saves and counts."""
+    on_other_rank = "tp" not in shard_of(parameter).axes and mesh["tp"].index > 0
+    return on_other_rank or getattr(parameter, "ds_pipe_replicated", False)
 
 
 def flat_partitions(zero: Any, stage: int) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.moe.router import RECORD
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.fragments import fragments
+from neomoba_dist.train.fragments import fragments, is_copy
 
 
 def over_all_ranks(rows: torch.Tensor, places: Sequence[int], total: int, mesh: Mesh) -> torch.Tensor:
@@ -79,7 +79,8 @@ class GradientNorms:
         self.mesh, self.num_layers = mesh, num_layers
         self._squares = torch.zeros(num_layers + 1, dtype=torch.float64, device=mesh.device)
         self._places: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
-        for found in fragments(self._counted(module.parameters()), zero, stage, mesh):
+        counted = (parameter for parameter in module.parameters() if not is_copy(parameter, mesh))
+        for found in fragments(counted, zero, stage, mesh):
             place = (found.offset, found.numel, self._layer(found.parameter))
             self._places.setdefault(found.flat, []).append(place)
         optimizer.register_step_pre_hook(self._on_step)
@@ -93,13 +94,6 @@ class GradientNorms:
         self._squares.zero_()
         scale = max(1.0, (norm + 1e-6) / clipping) if clipping else 1.0  # DeepSpeed's own formula
         return [math.sqrt(square) * scale for square in squares]
-
-    def _counted(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-        """Each part of each tensor on one rank only: copies on other tp ranks and pipeline stages do not count."""
-        for parameter in parameters:
-            is_first = "tp" in shard_of(parameter).axes or self.mesh["tp"].index == 0
-            if is_first and not getattr(parameter, "ds_pipe_replicated", False):
-                yield parameter
 
     def _layer(self, parameter: nn.Parameter) -> int:
         parts = shard_of(parameter).name.split(".")

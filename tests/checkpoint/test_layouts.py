@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from neomoba_dist.checkpoint.convert import read_whole
 from neomoba_dist.checkpoint.layout import KINDS
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
-from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.train.engine import build_engine
 from tests.equivalence import Pieces, assemble, state_pieces
 from tests.ranks import run_ranks
@@ -39,11 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All logical tensors of a checkpoint."""
     reader = CheckpointReader(folder)
-    tensors = {}
-    for name, entry in reader.tensors.items():
-        kind, _, rest = name.removeprefix("optimizer.").partition(".")
-        tensors[name] = reader.read(kind, ShardedTensorSpec(rest, entry.shape))
-    return tensors
+    return {name: read_whole(reader, name) for name in reader.tensors}
 
 
 def load_and_collect(config: Any, folder: Path) -> dict[str, Pieces]:
