@@ -19,21 +19,9 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import MEMBERS_FILE, MemberTable
 from neomoba_dist.data.rows import Source
 from neomoba_dist.data.stream import UpdateStream
-from tests.corpora import make_corpus
 
 LENGTH = 256
 HIT = "shard-00001.tar"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def copy(corpus: Corpus, tmp_path: Path) -> Path:
-    """A folder of shards that a test may damage."""
-    return Path(shutil.copytree(corpus.folder, tmp_path / "shards"))
 
 
 def _stream(corpus: Corpus, *, on_corrupt: str = "raise", prefetch: int = 0, **layout: object) -> UpdateStream:

@@ -23,7 +23,6 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.remote import RemoteFolder
 from neomoba_dist.data.rows import Source
 from neomoba_dist.data.stream import UpdateStream
-from tests.corpora import make_corpus
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -35,11 +34,6 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append(self.path)
         super().do_GET()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -33,18 +33,7 @@ from neomoba_dist.data.index import (
 from neomoba_dist.data.reader import TokenReader
 from neomoba_dist.data.shards import MEMBER_TOKENS, ShardWriter, id_dtype, stored_lengths
 from neomoba_dist.data.tokenizer import load_tokenizer
-from tests.corpora import make_corpus, make_tokenizer
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def copy(corpus: Corpus, tmp_path: Path) -> Path:
-    """A folder of shards that a test may damage."""
-    return Path(shutil.copytree(corpus.folder, tmp_path / "shards"))
+from tests.corpora import make_tokenizer
 
 
 def _documents(dtype: str) -> list[np.ndarray]:

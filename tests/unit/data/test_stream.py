@@ -24,11 +24,6 @@ from tests.corpora import make_corpus
 LENGTH = 512
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 def _settings(**changes: Any) -> DataConfig:
     return DataConfig(**{"train": "", "max_documents_per_row": 16, "cache": None, "prefetch": 0, **changes})
 
