@@ -72,7 +72,8 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> Non
     from neomoba_dist.checkpoint.resume import check_resume, choose_checkpoint, require_whole
     from neomoba_dist.checkpoint.upcycle import UpcycledReader, difference
     from neomoba_dist.parallel.comm import all_gather_objects
-    from neomoba_dist.parallel.mesh import Mesh, initialize_process_group
+    from neomoba_dist.parallel.launcher import initialize_process_group
+    from neomoba_dist.parallel.mesh import Mesh
     from neomoba_dist.train.assemble import build_stream, build_validation, open_corpora
 
     plan = config.plan(world_size)
@@ -140,7 +141,7 @@ def main(command_line: list[str]) -> int:
         if arguments.dry_run:
             dry_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
             return 0
-        from neomoba_dist.parallel.mesh import map_launcher_environment
+        from neomoba_dist.parallel.launcher import map_launcher_environment
 
         rank, world_size = map_launcher_environment()
         speaks = os.environ["LOCAL_RANK"] == "0"  # all ranks find the same: one line per machine is enough

@@ -18,7 +18,8 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import barrier
 from neomoba_dist.parallel.context_split import local_share
-from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment
+from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
+from neomoba_dist.parallel.mesh import Mesh
 
 # one MoBA and one full layer, as the project's 128k test has them
 MODEL = ModelConfig(

@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
         raise EvalError(f"training steps need DeepSpeed ({error}); install requirements.txt") from error
     import torch
 
-    from neomoba_dist.parallel.mesh import Mesh, initialize_process_group, map_launcher_environment
+    from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
+    from neomoba_dist.parallel.mesh import Mesh
 
     map_launcher_environment()
     mesh = Mesh.build(config.parallel, initialize_process_group())

@@ -17,14 +17,13 @@ from neomoba_dist.parallel.comm import (
     broadcast,
     on_first_rank,
 )
-from neomoba_dist.parallel.mesh import (
-    Mesh,
+from neomoba_dist.parallel.launcher import (
     initialize_process_group,
     local_device,
     map_launcher_environment,
-    rank_map,
     refuse_shared_devices,
 )
+from neomoba_dist.parallel.mesh import Mesh, rank_map
 from tests.ranks import RankError, run_ranks
 
 SLURM = {
