@@ -2,12 +2,14 @@
 PYTHON ?= python3
 STEPS ?= all
 export OMP_NUM_THREADS ?= 1
+# two workers, each with whole files: many tests wait for ranks, launchers and time limits
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart corpus test test-full check bench bench-gpu clean
+.PHONY: quickstart corpus test test-full check bench bench-gpu bench-corpora ablations clean
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch .venv/ready
 
 quickstart: .venv/ready  ## corpus, tokenizer, three phases on 4 CPU ranks, evaluation, report
@@ -20,10 +22,10 @@ corpus: .venv/ready  ## the standard library's text as a 30k WordPiece corpus in
 	    --tokenizer runs/corpus/tokenizer --output runs/corpus/$$part || exit 1; done
 
 test: .venv/ready  ## what a change must pass
-	.venv/bin/python -m pytest -m "not full and not gpu"
+	$(PYTEST) -m "not full and not gpu"
 
 test-full: .venv/ready  ## everything that runs without a GPU; hours
-	.venv/bin/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: .venv/ready  ## style and types
 	.venv/bin/ruff check .
@@ -35,16 +37,36 @@ bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench prepare
 	.venv/bin/python -m evals bench loader
 	.venv/bin/python -m evals bench moe
-	$(MAKE) runs/bench/corpus
-	.venv/bin/python -m evals ablation three_way --output runs/bench/three_way
+	.venv/bin/python -m evals bench checkpoint
 
-runs/bench/corpus: .venv/ready  # of the standard library's text, for the comparison of models
+bench-corpora: runs/bench/corpus runs/bench/passkeys  ## what the ablations of the tiny size train on
+
+ablations: bench-corpora  ## every comparison of models at its tiny size; hours
+	for name in $(notdir $(basename $(wildcard ds_configs/ablations/*.json))); do \
+	    .venv/bin/python -m evals ablation $$name --output runs/bench/$$name || exit 1; done
+
+runs/bench/corpus: .venv/ready  # of the standard library's text
 	.venv/bin/python -m data_tools.sample_corpus --output $@.writing/text
 	.venv/bin/python -m data_tools.train_tokenizer --input $@.writing/text/train --output $@.writing/tokenizer \
 	    --vocab_size 8192
 	for part in train validation; do .venv/bin/python -m data_tools.tokenize_corpus --input $@.writing/text/$$part \
 	    --tokenizer $@.writing/tokenizer --output $@.writing/$$part || exit 1; done
 	mv $@.writing $@
+
+runs/bench/passkeys: .venv/ready  # made-up words with a passkey, for the needle task
+	$(call passkeys,short,4 40,1,20000,2)
+	.venv/bin/python -m data_tools.train_tokenizer --input $@.writing/short.text --output $@.writing/tokenizer \
+	    --vocab_size 512
+	$(call passkeys,middle,4 200,2,6000,2)
+	$(call passkeys,long,40 1900,3,5000,2)
+	$(call passkeys,validation,1000 2000,4,100,0)
+	for name in short middle long validation; do .venv/bin/python -m data_tools.tokenize_corpus \
+	    --input $@.writing/$$name.text --tokenizer $@.writing/tokenizer --output $@.writing/$$name || exit 1; done
+	mv $@.writing $@
+
+# $(call passkeys,NAME,WORDS,SEED,DOCUMENTS,DIGITS)
+passkeys = .venv/bin/python -m data_tools.passkeys --output $@.writing/$(1).text --words $(2) --seed $(3) \
+	    --documents $(4) --copies 6 --digits $(5)
 
 bench-gpu:  ## 25 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
 	$(PYTHON) -m evals bench gpu --output runs/bench-gpu

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.cleaning import CLEANING_VERSION, CleaningReport, Document, clean_documents, text_digest
 from data_tools.cli import add_strict, check_output, command_parser, positive_float, positive_int, progress, run
-from data_tools.sources import SourceFile, input_files, read_documents, total_bytes
+from data_tools.sources import SourceFile, input_files, read_documents, refuse_input_in, total_bytes
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
     from data_tools.text_folder import TextFolder
 
     files = input_files(args.input)
+    refuse_input_in(args.output, files)
     held_out = evaluation_texts(args.decontaminate) if args.decontaminate else []
     recipe = {
         "command": "clean",
@@ -120,4 +121,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

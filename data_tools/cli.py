@@ -51,14 +51,18 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a command on the program's arguments; bad input ends it with one line and exit code 1."""
+def run(main: Callable[[Sequence[str]], None], *, resumes: bool = False) -> NoReturn:
+    """Runs a command on the program's arguments; bad input ends it with one line and exit code 1.
+
+    resumes: what a run that is interrupted tells of the next one.
+    """
     try:
         main(sys.argv[1:])
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on where it stopped\n")
+        what_follows = "goes on where it stopped" if resumes else "begins again"
+        sys.stderr.write(f"interrupted: the same command {what_follows}\n")
         sys.exit(130)
     sys.exit(0)
 
@@ -80,6 +84,13 @@ def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def natural_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 

@@ -62,13 +62,18 @@ def write_index(
     members: layout.MemberTable,
     recipe: str,
     unknown_text_share: float | None = None,
+    loss_spans: layout.LossSpans | None = None,
 ) -> layout.CorpusIndex:
-    """Writes `members.npz`, `documents.npz` and, last, `index.json` beside finished shards and the tokenizer's file."""
+    """Writes `members.npz`, `documents.npz`, with `loss_spans` also `loss_spans.npz` and, last, `index.json` beside
+    finished shards and the tokenizer's file."""
     lengths = np.array(counts.lengths, np.int64)
     documents = layout.DocumentTable.from_lengths(lengths)
     tables = {layout.MEMBERS_FILE: members.to_bytes(), layout.DOCUMENTS_FILE: documents.to_bytes()}
+    if loss_spans is not None:
+        tables[layout.LOSS_SPANS_FILE] = loss_spans.to_bytes()
     for name, payload in tables.items():
         layout.write_atomically(folder / name, payload)
+    digests = {name: hashlib.sha256(payload).hexdigest() for name, payload in tables.items()}
     reserved = tokenizer.reserved_ids()
     known, unknown = counts.known_and_unknown(tokenizer)
     index = layout.CorpusIndex(
@@ -86,13 +91,14 @@ def write_index(
             special=vars(tokenizer.special),
             reserved_ranges=layout.ranges(reserved),
         ),
-        members_sha256=hashlib.sha256(tables[layout.MEMBERS_FILE]).hexdigest(),
-        documents_sha256=hashlib.sha256(tables[layout.DOCUMENTS_FILE]).hexdigest(),
+        members_sha256=digests[layout.MEMBERS_FILE],
+        documents_sha256=digests[layout.DOCUMENTS_FILE],
         recipe=recipe,
         shards=shards,
         unknown_tokens=unknown,
         unknown_share=unknown / max(1, unknown + known),
         unknown_text_share=unknown_text_share,
+        loss_spans_sha256=digests.get(layout.LOSS_SPANS_FILE),
     )
     layout.write_atomically(folder / layout.INDEX_FILE, index.to_json().encode("utf-8"))
     return index

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_tools.cleaning import CleaningReport, Document
 from data_tools.cli import add_strict, check_output, command_parser, positive_float, progress, run
-from data_tools.sources import TEXT_KEYS, input_files, read_documents, total_bytes
+from data_tools.sources import TEXT_KEYS, input_files, read_documents, refuse_input_in, total_bytes
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -168,7 +168,12 @@ def main(argv: Sequence[str]) -> None:
     if hub and len(sources) > 1:
         raise DataError(f"--source {hub[0]}: give one data set of the hub alone, others an --output of their own")
     recipe: dict[str, Any] = {"command": "fetch", "max_mb": str(args.max_mb)}
-    recipe |= {"source": hub[0], "split": args.split} if hub else {"input": file_facts(input_files(sources))}
+    if hub:
+        recipe |= {"source": hub[0], "split": args.split}
+    else:
+        files = input_files(sources)
+        refuse_input_in(args.output, files)
+        recipe["input"] = file_facts(files)
     folder = TextFolder(args.output, recipe, args.overwrite)
     if folder.finished:
         print(f"{args.output}: already holds this text, nothing to do")
@@ -184,4 +189,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable, check_names
+from neomoba_dist.data.index import FORMAT, INDEX_FILE, MEMBERS_FILE, VERSION, CorpusIndex, MemberTable, check_names
 
 TEXT_FORMAT = "neomoba-text-shards"
 TEXT_SUFFIXES = ("txt", "text", "json")
@@ -146,6 +146,23 @@ def is_text_index(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         return TEXT_FORMAT.encode("ascii") in file.read(200)
+
+
+def foreign_recipe(suffix: str, tokenizer_sha256: str) -> str:
+    """`CorpusIndex.recipe` of shards of ids that were made elsewhere."""
+    facts = [FORMAT, VERSION, "foreign", suffix, tokenizer_sha256]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def is_foreign(path: Path) -> bool:
+    """True for the `index.json` of shards that were made elsewhere, of raw text or of ids."""
+    if is_text_index(path):
+        return True
+    try:
+        index = CorpusIndex.from_file(path)
+    except (DataError, OSError):  # none, or a damaged one
+        return False
+    return index.recipe in {foreign_recipe(suffix, index.tokenizer.sha256) for suffix in ID_SUFFIXES}
 
 
 def text_payloads(path: Path) -> Iterator[tuple[int, memoryview]]:

@@ -10,7 +10,6 @@ documents.npz and the tokenizer, and, last, FOLDER/index.json.
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -125,8 +124,9 @@ def index_ids(
 ) -> str:
     """Indexes shards of ids; returns a line on what they hold. DataError if most ids say "unknown"."""
     from data_tools.corpus_index import CorpusCounts, write_index
+    from data_tools.foreign import foreign_recipe
     from data_tools.unknown import UnknownText
-    from neomoba_dist.data.index import FORMAT, VERSION, ShardEntry
+    from neomoba_dist.data.index import INDEX_FILE, ShardEntry
 
     found = _IdShards(suffix, CorpusCounts(tokenizer.vocab_size), _Members())
     entries = []
@@ -142,8 +142,9 @@ def index_ids(
     ordinary, unknown = found.counts.known_and_unknown(tokenizer)
     counted = UnknownText(tokens=ordinary + unknown, unknown_tokens=unknown)
     counted.report(allow_unknown, "tokenize the text again with one that knows it")
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     tokenizer.save(folder)
-    recipe = hashlib.sha256(json.dumps([FORMAT, VERSION, "foreign", suffix, tokenizer.sha256]).encode()).hexdigest()
+    recipe = foreign_recipe(suffix, tokenizer.sha256)
     index = write_index(folder, found.counts, tokenizer, found.dtype, entries, found.members.table(), recipe)
     return f"{index.documents} documents, {index.tokens} tokens in {len(entries)} shards, {index.unknown}"
 
@@ -171,6 +172,7 @@ def index_text(folder: Path, shards: list[Path], suffix: str, bar: tqdm[Any]) ->
         members_sha256=hashlib.sha256(table).hexdigest(),
         shards=entries,
     )
+    (folder / layout.INDEX_FILE).unlink(missing_ok=True)
     layout.write_atomically(folder / layout.MEMBERS_FILE, table)
     layout.write_atomically(folder / layout.INDEX_FILE, index.to_json().encode("utf-8"))
     return f"{index.documents} documents, {index.text_bytes} bytes of text in {len(entries)} shards"
@@ -202,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse(argv)
 
     from data_tools.foreign import ID_SUFFIXES, TEXT_SUFFIXES, content_suffix
-    from neomoba_dist.data.index import INDEX_FILE
+    from neomoba_dist.data.index import INDEX_FILE, LOSS_SPANS_FILE
     from neomoba_dist.data.tokenizer import load_tokenizer
 
     shards = sorted(args.folder.glob("*.tar"))
@@ -212,12 +214,16 @@ def main(argv: Sequence[str]) -> None:
         check_existing(args.folder, args.tokenizer)
         print(f"{args.folder}: has its index already; data_tools.verify_shards checks every byte")
         return
+    if (args.folder / LOSS_SPANS_FILE).is_file():
+        raise DataError(
+            f"{args.folder / LOSS_SPANS_FILE}: says which tokens the loss counts, and is named by no index made here; "
+            "run tokenize_chat again"
+        )
     suffix = args.suffix.lstrip(".") if args.suffix else content_suffix(shards[0])
     if suffix not in (*ID_SUFFIXES, *TEXT_SUFFIXES):
         raise DataError(f"--suffix {suffix}: choose from {', '.join((*ID_SUFFIXES, *TEXT_SUFFIXES))}")
     if suffix in ID_SUFFIXES and args.tokenizer is None:
         raise DataError(f"{shards[0]}: holds ids (.{suffix}); add --tokenizer, the one that made them")
-    (args.folder / INDEX_FILE).unlink(missing_ok=True)
     with progress(sum(path.stat().st_size for path in shards), "index", "B") as bar:
         if suffix in ID_SUFFIXES:
             said = index_ids(args.folder, shards, suffix, load_tokenizer(args.tokenizer), bar, args.allow_unknown)

@@ -1,5 +1,7 @@
 """Shows what is in a folder of shards: counts, document lengths, and rows as training will see them.
 
+With --run and --rows-of-step: the rows of a step of a training run, of all its ranks, as they were trained on.
+
 Rows are decoded document by document and, inside a document, MoBA block by block: blocks are counted from its start.
 With --objective mlm a chosen token is written as {original>shown}.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, positive_int, run
+from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
     from neomoba_dist.data.batch import Batch
@@ -46,7 +49,7 @@ def summary_lines(corpus: Corpus) -> list[str]:
 def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int, block_size: int) -> list[str]:
     """One row: a line for each document, and below it one for each of its blocks where it has several."""
     used = batch.cu_seqlens[: int((batch.cu_seqlens < batch.length).sum()) + 1].tolist()
-    lines = [f"row {int(batch.row_ids[0])}: {batch.num_valid} of {batch.length} tokens have a label"]
+    lines = [f"row {int(batch.row_ids[0])}: {batch.local_valid()} of {batch.length} tokens have a label"]
     padding = tokenizer.special.padding
     for start, stop in itertools.pairwise(used):
         if set(batch.input_ids[start:stop].tolist()) == {padding}:
@@ -80,10 +83,32 @@ def marked_text(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> str:
     return " ".join(parts)
 
 
+def show_step(run: Path, step: int, max_characters: int) -> None:
+    """Print the rows of a step of a run. DataError, in one line."""
+    from data_tools.run_rows import find_step, read_rows
+
+    found = find_step(run, step)
+    batches, tokenizer = read_rows(run, step, found)
+    config, entry = found.config, found.entry
+    if entry is None:
+        said = "did not end"
+    elif entry.get("skip_reason"):
+        said = f"skipped: {entry['skip_reason']}"
+    else:
+        said = f"loss {entry['loss']:.4f}, gradient norm {entry['grad_norm']:.3f}"
+    print(f"{run}: step {step}, {said}; rows {found.first} to {found.first + found.rows - 1} of the run")
+    for batch in batches:
+        print(
+            "\n".join(row_lines(batch, tokenizer, config.model.objective, max_characters, config.model.moba_block_size))
+        )
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = command_parser("inspect_shards", __doc__)
-    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of shards")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="folder of a training run, in place of shards")
+    parser.add_argument("--rows_of_step", type=positive_int, metavar="N", help="of the run: what step N consists of")
     parser.add_argument("--rows", type=positive_int, default=2, help="rows to show (default: 2)")
     parser.add_argument("--sequence_length", type=positive_int, default=1024, help="tokens in a row (default: 1024)")
     parser.add_argument("--objective", choices=("mlm", "clm"), default="mlm", help="labels to show (default: mlm)")
@@ -91,10 +116,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_characters", type=positive_int, default=400, help="of each block (default: 400)")
     parser.add_argument("--block_size", type=positive_int, default=512, help="MoBA's, in tokens (default: 512)")
     args = parser.parse(argv)
+    if (args.run is None) != (args.rows_of_step is None) or (args.run is None) == (args.folder is None):
+        raise DataError("give a folder of shards, or --run RUN with --rows-of-step N")
+    if args.run is not None:
+        show_step(args.run, args.rows_of_step, args.max_characters)
+        return
 
     from itertools import islice
 
-    from neomoba_dist.data.corpus import open_corpus
+    from neomoba_dist.data.check import open_corpus
 
     corpus = open_corpus(args.folder, key="folder")
     print("\n".join(summary_lines(corpus)), flush=True)

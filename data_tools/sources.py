@@ -58,6 +58,12 @@ def input_files(inputs: Iterable[str | Path]) -> list[SourceFile]:
     return files
 
 
+def refuse_input_in(output: Path, files: Iterable[SourceFile]) -> None:
+    """DataError if a file that is read lies in the folder that is written: new text would replace it unread."""
+    if inside := next((file.path for file in files if file.path.resolve().parent == output.resolve()), None):
+        raise DataError(f"--output {output}: holds {inside.name}, which is to be read; give another folder")
+
+
 def _files_in(folder: Path) -> list[Path]:
     """The readable files of a folder; of one with an index of raw text, its shards."""
     from data_tools.foreign import TextIndex, is_text_index
@@ -143,9 +149,30 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "an object")
 
 
+def read_records(files: Iterable[SourceFile], report: CleaningReport) -> Iterator[tuple[str, Any, int]]:
+    """(file:line, what stands there, bytes of the file that it takes) of every line of jsonl files. DataError names the
+    file and line of what cannot be read."""
+    for file in files:
+        position = 0
+        for number, line, reached in _lines(file):
+            where = f"{file.path}:{number}"
+            yield where, _parsed(line, where, file, report, number), reached - position
+            position = reached
+
+
 def _jsonl(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
     position = 0
     texts = _Texts(report)
+    for number, line, reached in _lines(file):
+        id, text = _record(line, f"{file.name}:{number}", file, texts, report, number)
+        if text is not None:
+            yield Document(id, text, reached - position)
+            position = reached
+    texts.finish()
+
+
+def _lines(file: SourceFile) -> Iterator[tuple[int, bytes, int]]:
+    """(number, line, bytes of the file read up to its end) of a jsonl file, perhaps a compressed one."""
     with open(file.path, "rb") as raw:
         lines: Iterable[bytes] = raw
         compression = {".gz": "gzip", ".zst": "zstd"}.get(file.path.suffix)
@@ -157,15 +184,17 @@ def _jsonl(file: SourceFile, report: CleaningReport) -> Iterator[Document]:
         try:
             for number, line in enumerate(lines, 1):
                 read += len(line)
-                id, text = _record(line, f"{file.name}:{number}", file, texts, report, number)
-                if text is None:
-                    continue
-                reached = raw.tell() if compression else read
-                yield Document(id, text, reached - position)
-                position = reached
+                yield number, line, raw.tell() if compression else read
         except OSError as error:
             raise DataError(f"{file.path}: damaged or cut ({error}); get the file again") from error
-    texts.finish()
+
+
+def _parsed(line: bytes, where: str, file: SourceFile, report: CleaningReport, number: int) -> Any:
+    """What a line of JSON says."""
+    try:
+        return json.loads(decode_utf8(line, file.name, report, number))
+    except ValueError as error:
+        raise DataError(f"{where}: not a JSON object ({error})") from error
 
 
 def _record(
@@ -173,10 +202,7 @@ def _record(
 ) -> tuple[str, str | None]:
     """(id, text) of a JSON object; the text is None where it has none."""
     where = f"{file.path}{name.removeprefix(file.name)}"
-    try:
-        record: Any = json.loads(decode_utf8(line, file.name, report, first_line))
-    except ValueError as error:
-        raise DataError(f"{where}: not a JSON object ({error})") from error
+    record = _parsed(line, where, file, report, first_line)
     text = texts.of(record, where)
     return (name if text is None else str(record.get("id", name))), text
 

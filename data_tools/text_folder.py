@@ -25,7 +25,8 @@ UNFINISHED_FILE = ".unfinished.json"
 class TextFolder:
     """Writes documents into a folder, part by part.
 
-    recipe    what decides the text: another recipe in the folder is refused with DataError, unless `overwrite`
+    recipe    what decides the text: another recipe in the folder is refused with DataError, unless `overwrite`, which
+              also begins again where a finished or damaged text of this recipe lies
     state     of the caller, at the end of the last finished part: where to go on; empty at the beginning
     finished  the folder holds the whole text of this recipe already
     """
@@ -37,13 +38,13 @@ class TextFolder:
         self.finished = False
         self._lines: list[bytes] = []
         self._size = 0
-        for name in (UNFINISHED_FILE, MANIFEST_FILE):
-            if (folder / name).is_file() and not overwrite and self._go_on(folder / name):
-                return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._mark()
-        for stale in (folder / MANIFEST_FILE, *folder.glob("documents-*.jsonl.zst"), *folder.glob(".documents-*.tmp")):
-            stale.unlink(missing_ok=True)
+        for name in (UNFINISHED_FILE,) if overwrite else (UNFINISHED_FILE, MANIFEST_FILE):
+            try:
+                if (folder / name).is_file() and self._go_on(folder / name):
+                    return
+            except DataError:
+                if not overwrite:
+                    raise
 
     def files(self) -> list[Path]:
         """The finished parts."""
@@ -75,28 +76,39 @@ class TextFolder:
         """Takes over what a run has left; False if it has left nothing."""
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            recipe, self.parts = found["recipe"], found["parts"]
-            self.state, self.finished = found.get("state", {}), file.name == MANIFEST_FILE
-            names = [part["file"] for part in self.parts]
+            recipe, parts, state = found["recipe"], found["parts"], found.get("state", {})
+            names = [part["file"] for part in parts]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: damaged or of another command ({error}); add --overwrite") from error
         for name in names:
             if not is_file_name(name):
                 raise DataError(f"{file}: names {name!r}, which is no plain file name; add --overwrite to begin again")
-        if not self.parts:
+        if not parts:
             return False
         if recipe != self.recipe:
             raise DataError(
                 f"{self.folder}: holds text of another source or settings; add --overwrite or change --output"
             )
-        for path, part in zip(self.files(), self.parts, strict=True):
+        for name, part in zip(names, parts, strict=True):
+            path = self.folder / name
             if not path.is_file() or path.stat().st_size != part["bytes"]:
                 raise DataError(f"{path}: missing or not of {part['bytes']} bytes; add --overwrite to begin again")
+        self.parts, self.state, self.finished = parts, state, file.name == MANIFEST_FILE
         return True
+
+    def _begin(self) -> None:
+        """Takes out what was there before, now that there is something in its place."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._mark()
+        parts = (*self.folder.glob("documents-*.jsonl.zst"), *self.folder.glob(".documents-*.tmp"))
+        for stale in (self.folder / MANIFEST_FILE, *parts):
+            stale.unlink(missing_ok=True)
 
     def _finish_part(self) -> None:
         import pyarrow
 
+        if not self.parts:
+            self._begin()
         buffer = pyarrow.BufferOutputStream()
         with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
             for line in self._lines:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from neomoba_dist.data.index import CorpusIndex
     from neomoba_dist.data.tokenizer import Tokenizer
 
-_PARTS = ".parts"
+PARTS = ".parts"
 
 
 def recipe_of(keys: list[str], shard_bytes: int) -> str:
@@ -49,30 +49,54 @@ def is_finished(
     """True if OUTPUT holds exactly this corpus, False if it holds nothing finished or a damaged one of this recipe;
     DataError if it holds another corpus."""
     from data_tools.blocks import divide
+    from neomoba_dist.data.index import INDEX_FILE
+
+    if not (output / INDEX_FILE).is_file():
+        return False
+    keys = []
+    with progress(total_bytes(files), "compare with OUTPUT", "B") as bar:
+        for block in divide(read_documents(files, CleaningReport(strict=strict)), tokenizer):
+            keys.append(block.key)
+            bar.update(block.raw_bytes)
+    return holds(output, recipe_of(keys, shard_bytes))
+
+
+def holds(output: Path, recipe: str) -> bool:
+    """True if OUTPUT holds the corpus of this recipe, False if nothing finished or a damaged one; DataError if it holds
+    another corpus."""
     from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
     from neomoba_dist.data.shards import structural_problems
 
     if not (output / INDEX_FILE).is_file():
         return False
     index = CorpusIndex.from_file(output / INDEX_FILE)
-    keys = []
-    with progress(total_bytes(files), "compare with OUTPUT", "B") as bar:
-        for block in divide(read_documents(files, CleaningReport(strict=strict)), tokenizer):
-            keys.append(block.key)
-            bar.update(block.raw_bytes)
-    if index.recipe != recipe_of(keys, shard_bytes):
+    if index.recipe != recipe:
         raise DataError(f"{output}: holds a corpus of other text or settings; add --overwrite or change --output")
     return not structural_problems(output, index.shards)
 
 
 def refuse_shards_of_others(output: Path) -> None:
     """DataError if OUTPUT holds tar files that this command did not write: they would be deleted."""
-    from data_tools.foreign import is_text_index
+    from data_tools.foreign import is_foreign
     from neomoba_dist.data.index import INDEX_FILE
 
-    ours = (output / _PARTS).is_dir() or ((output / INDEX_FILE).is_file() and not is_text_index(output / INDEX_FILE))
+    ours = (output / PARTS).is_dir() or ((output / INDEX_FILE).is_file() and not is_foreign(output / INDEX_FILE))
     if not ours and any(output.glob("*.tar")):
         raise DataError(f"{output}: holds tar files of another origin; change --output")
+
+
+def remove_corpus(output: Path) -> None:
+    """Takes an earlier corpus out of OUTPUT."""
+    from neomoba_dist.data.chat import SETTINGS_FILE
+    from neomoba_dist.data.index import INDEX_FILE, LOSS_SPANS_FILE
+
+    # the index goes first: without it nothing in the folder counts as finished
+    (output / INDEX_FILE).unlink(missing_ok=True)
+    if (output / LOSS_SPANS_FILE).is_file():  # of tokenize_chat, which also writes the chat template
+        (output / SETTINGS_FILE).unlink(missing_ok=True)
+        (output / LOSS_SPANS_FILE).unlink()
+    for stale in (*output.glob("*.tar"), *output.glob(".*.tmp"), *output.glob("tokenizer.*")):
+        stale.unlink()
 
 
 def write_shards(
@@ -81,13 +105,9 @@ def write_shards(
     """Assembles the parts, in order, into shards and writes the index last."""
     from data_tools.blocks import read_parts
     from data_tools.corpus_index import CorpusCounts, write_index
-    from neomoba_dist.data.index import INDEX_FILE
     from neomoba_dist.data.shards import ShardWriter, id_dtype
 
-    # the index goes first: without it nothing in the folder counts as finished
-    (output / INDEX_FILE).unlink(missing_ok=True)
-    for stale in (*output.glob("*.tar"), *output.glob(".*.tmp"), *output.glob("tokenizer.*")):
-        stale.unlink()
+    remove_corpus(output)
     tokenizer.save(output)
     dtype = id_dtype(tokenizer.vocab_size)
     writer = ShardWriter(output, dtype, shard_bytes)
@@ -136,7 +156,7 @@ def tokenize_corpus(
     from data_tools.unknown import UnknownText
 
     refuse_shards_of_others(output)
-    parts_folder = output / _PARTS
+    parts_folder = output / PARTS
     parts_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
     report, unknown = CleaningReport(strict=strict), UnknownText()
@@ -159,10 +179,21 @@ def tokenize_corpus(
 
 
 def run_under_mpi(work: Callable[[Executor, int], None]) -> None:
-    """Calls `work(pool, workers)` on rank 0, with all other ranks as the pool; these serve until it returns."""
+    """Calls `work(pool, workers)` on rank 0, with all other ranks as the pool; these serve until it returns.
+
+    DataError where mpi4py knows of another number of ranks than were started: each would do all the work.
+    """
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 
+    from neomoba_dist.parallel.launcher import launched_size
+
+    if (started := launched_size()) != (size := MPI.COMM_WORLD.size):
+        library = " ".join(MPI.Get_library_version().split("\n")[0].split())
+        raise DataError(
+            f"{started} processes were started, but mpi4py runs on {library}, which knows of {size}; start them with "
+            "the mpirun of that MPI, or srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI)"
+        )
     with cast("AbstractContextManager[Executor | None]", MPICommExecutor(MPI.COMM_WORLD, root=0)) as pool:
         if pool is None:
             return
@@ -216,4 +247,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -122,6 +122,12 @@ def corpus_problems(folder: Path) -> Iterator[str]:
     for least, documents in table.subsets.items():
         if not np.array_equal(documents, np.flatnonzero(table.lengths >= least)):
             yield f"{folder / layout.DOCUMENTS_FILE}: the subset {least}+ is not that of the lengths"
+    if index.loss_spans_sha256 is not None:
+        spans = layout.LossSpans.from_file(folder / layout.LOSS_SPANS_FILE, index.loss_spans_sha256)
+        borders = np.stack((spans.starts, spans.stops), axis=1)
+        inside = len(borders) > 0 and borders.min() >= 0 and borders.max() <= index.tokens
+        if not inside or (np.diff(borders.ravel()) < 0).any() or (spans.starts >= spans.stops).any():
+            yield f"{folder / layout.LOSS_SPANS_FILE}: no ascending spans of the {index.tokens} tokens"
     rows = np.searchsorted(members.shard, np.arange(len(index.shards) + 1)).tolist()
     first = 0
     with progress(sum(entry.bytes for entry in index.shards), "verify", "B") as bar:

@@ -1,9 +1,12 @@
-"""Evaluate checkpoints: `python -m evals run | report | bench | ablation`.
+"""Evaluate checkpoints: `python -m evals prepare | run | score | report | bench | ablation | check-data`.
 
+prepare  write the data of a task once
 run      run tasks on a checkpoint; writes OUTPUT/TASK.json and OUTPUT/TASK.png
+score    score predictions again
 report   one self-contained HTML file from run folders and evaluation results
 bench    measure speed and memory
 ablation train several models alike and compare them
+check-data  look at a folder of data files
 """
 
 from __future__ import annotations
@@ -12,19 +15,20 @@ import importlib
 import pkgutil
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.cli import EvalError, Parser, print_table
+from evals.cli import EvalError, Parser, list_of, natural_int, positive_int
 from evals.tasks import TASKS, load_task
 
 
 def run_command(argv: Sequence[str]) -> int:
     """`python -m evals run`: load the checkpoint once, check all tasks, then run them."""
-    listed = "\n".join(f"  {name:14} {what}" for name, (_, what) in TASKS.items())
+    listed = "\n".join(f"  {name:14} {what}" for name, (_, what, *_) in TASKS.items())
     parser = Parser("python -m evals run", f"Run evaluation tasks on a checkpoint.\n\ntasks:\n{listed}")
-    parser.add_argument("--tasks", required=True, type=_task_names, metavar="NAME,...", help="tasks to run")
+    parser.add_argument(
+        "--tasks", required=True, type=_tasks, metavar="NAME[:PART],...", help="tasks to run, whole or in part"
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -36,33 +40,87 @@ def run_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of shards (default: the validation corpus of the run)"
     )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the corpus")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        parser.add_argument(f"--{axis}", type=positive_int, default=1, metavar="N", help=f"{what}-parallel ranks")
+    parser.add_argument(
+        "--attn-prefill", choices=("moba", "full"),
+        help="attention of MoBA layers over texts and prompts (default: moba; needle, position_loss: both, compared)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attn-decode", choices=("moba", "full"), default="full",
+        help="attention of MoBA layers for tokens after a prompt (default: full, as in the paper)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-tokens", type=positive_int, default=4096, metavar="N",
+        help="most tokens of one forward; changes no score (default: 4096)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lengths", type=list_of(positive_int), metavar="N,...",
+        help="ruler, needle, efficiency: lengths in tokens (default but for ruler: up to the run's sequence_length)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=positive_int, metavar="N",
+        help="ruler: of each task and length (default: 500); needle: texts per length, each at all depths (default: 8)",
+    )  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="local data files of the tasks")
+    parser.add_argument("--seed", type=natural_int, metavar="N", help="ruler (default: 42), needle (default: 0)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N samples of each set; marks the result PARTIAL"
+    )
     for name in _named_tasks(argv):
         load_task(name).add_arguments(parser.add_argument_group(name))
     args = parser.parse_args(argv)
+    _join_world()
+    from evals.run import run
 
-    from evals.load import load_subject
-    from evals.plots import save_png
-    from evals.results import header, write_result
+    return run(args, shlex.join(["python", "-m", "evals", "run", *argv]))
 
-    subject = load_subject(args.checkpoint, args.data, args.device)
-    plans = {name: load_task(name).prepare(subject, args) for name in args.tasks}
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(
-            f"--output {args.output}: no folder can be made there ({error.strerror}); give another"
-        ) from error
-    command = shlex.join(["python", "-m", "evals", "run", *argv])
-    for name, plan in plans.items():
-        task, began = load_task(name), time.monotonic()
-        measured = task.run(subject, plan)
-        result = {**header(subject, name, command, time.monotonic() - began), **measured}
-        path = write_result(args.output, result)
-        save_png(task.figure(result), path.with_suffix(".png"))
-        print_table(task.table(result))
-        print(f"{name}: {path}, {path.with_suffix('.png')}")
-    return 0
+
+def prepare_command(argv: Sequence[str]) -> int:
+    """`python -m evals prepare NAME`: the data of a task, once, for all runs."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m evals prepare NAME ...\n\nNAME: ruler")
+        return 0
+    if argv[0] != "ruler":
+        raise EvalError(f"prepare {argv[0]}: nothing is prepared for it; choose from: ruler")
+    from evals.ruler import prepare, request
+
+    parser = Parser("python -m evals prepare ruler", prepare.__doc__)
+    request.add_command_arguments(parser)
+    return prepare.command(parser.parse_args(argv[1:]))
+
+
+def score_command(argv: Sequence[str]) -> int:
+    """`python -m evals score`: RULER's scores of predictions in its own format, ours or another system's."""
+    parser = Parser("python -m evals score", "Score the predictions of RULER again.")
+    parser.add_argument("output", type=Path, metavar="DIR", help="--output of a run, or a folder of LENGTH/TASK.jsonl")
+    args = parser.parse_args(argv)
+    from evals.ruler.score import command
+
+    return command(args.output)
+
+
+def check_data_command(argv: Sequence[str]) -> int:
+    """`python -m evals check-data`."""
+    parser = Parser("python -m evals check-data", "Which data files of RULER are there, and whether they can be read.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="as given to --data-dir")
+    args = parser.parse_args(argv)
+    from evals.ruler.check import command
+
+    return command(args.folder)
+
+
+def _join_world() -> None:
+    """Meet the other ranks of the launch, if there are any."""
+    import logging
+
+    from neomoba_dist.parallel.launcher import join_world, joined_rank
+
+    join_world()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("evals").setLevel(logging.INFO if joined_rank() == 0 else logging.ERROR)
 
 
 def report_command(argv: Sequence[str]) -> int:
@@ -70,14 +128,17 @@ def report_command(argv: Sequence[str]) -> int:
     parser = Parser("python -m evals report", "Write one self-contained HTML file.")
     parser.add_argument(
         "--run",
-        required=True,
         type=Path,
         nargs="+",
+        default=[],
         metavar="DIR",
         help="run folders of training, in the order of phases",
     )
     parser.add_argument(
         "--eval", type=Path, nargs="+", default=[], metavar="DIR", help="--output folders of `python -m evals run`"
+    )
+    parser.add_argument(
+        "--ablation", type=Path, nargs="+", default=[], metavar="DIR", help="--output folders of `evals ablation`"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write")
     args = parser.parse_args(argv)
@@ -105,19 +166,22 @@ def bench_command(argv: Sequence[str]) -> int:
 
 def ablation_command(argv: Sequence[str]) -> int:
     """`python -m evals ablation NAME`: several models trained alike and compared."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m evals ablation NAME ...\n\nNAME: {', '.join(ABLATIONS)}")
-        return 0
-    if argv[0] not in ABLATIONS:
-        raise EvalError(f"ablation {argv[0]}: no such comparison; choose from: {', '.join(ABLATIONS)}")
-    module = importlib.import_module(ABLATIONS[argv[0]])
-    parser = Parser(f"python -m evals ablation {argv[0]}", module.__doc__)
-    module.add_arguments(parser)
-    return int(module.run(parser.parse_args(argv[1:])))
+    from evals import ablation
+
+    parser = Parser("python -m evals ablation", ablation.__doc__)
+    ablation.add_arguments(parser)
+    return ablation.run(parser.parse_args(argv))
 
 
-ABLATIONS = {"three_way": "evals.three_way"}
-COMMANDS = {"run": run_command, "report": report_command, "bench": bench_command, "ablation": ablation_command}
+COMMANDS = {
+    "prepare": prepare_command,
+    "run": run_command,
+    "score": score_command,
+    "report": report_command,
+    "bench": bench_command,
+    "ablation": ablation_command,
+    "check-data": check_data_command,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,7 +196,10 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from neomoba_dist.parallel.launcher import joined_rank
+
+        if joined_rank() == 0:  # all ranks find the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -141,25 +208,33 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.config import ConfigError
     from neomoba_dist.data.errors import DataError
+    from neomoba_dist.generate.stage import GenerationError
+    from neomoba_dist.parallel.ledger import CommunicationError
 
-    return EvalError, ConfigError, DataError, CheckpointError, OSError
+    return EvalError, ConfigError, DataError, CheckpointError, GenerationError, CommunicationError, OSError
 
 
-def _task_names(text: str) -> list[str]:
-    """The value of --tasks. Raises EvalError."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
+def _tasks(text: str) -> dict[str, list[str]]:
+    """The value of --tasks: name -> parts, none for the whole task. Raises EvalError."""
+    found: dict[str, list[str]] = {}
+    for word in text.split(","):
+        name, _, part = word.strip().partition(":")
         if name not in TASKS:
             raise EvalError(f"--tasks {name!r}: no such task; choose from: {', '.join(TASKS)}")
-    return names
+        if part and not TASKS[name].parts:
+            raise EvalError(f"--tasks {name}:{part}: {name} has no parts; give --tasks {name}")
+        parts = found.setdefault(name, [])
+        if part and part not in parts:
+            parts.append(part)
+    return found
 
 
 def _named_tasks(argv: Sequence[str]) -> list[str]:
     """The tasks whose options this command line may use: those of --tasks, all where it is missing (for --help)."""
     scout = Parser("python -m evals run", None)
-    scout.add_argument("--tasks", type=_task_names)
+    scout.add_argument("--tasks", type=_tasks)
     words = [word for word in argv if word not in ("-h", "--help")]
-    return scout.parse_known_args(words)[0].tasks or list(TASKS)
+    return list(scout.parse_known_args(words)[0].tasks or TASKS)
 
 
 def _bench_names() -> list[str]:
@@ -170,4 +245,6 @@ def _bench_names() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from launch.pretrain import leave
+
+    leave(main(sys.argv[1:]))

@@ -1,10 +1,15 @@
-"""What the commands of `python -m evals` share: argument parsing, one-line errors, progress bars."""
+"""What the commands of `python -m evals` share: argument parsing, one-line errors, progress bars, result files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from data_tools.cli import natural_int as natural_int
+from data_tools.cli import positive_int as positive_int
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,20 +35,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise EvalError(f"{message}; see {self.prog} --help")
-
-
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def natural_int(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 def percent(text: str) -> float:
@@ -77,8 +68,22 @@ def print_table(lines: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells))
 
 
-def progress(items: Iterable[T], total: int, description: str, unit: str) -> tqdm[T]:
+def progress(items: Iterable[T], total: int, description: str, unit: str, *, disable: bool = False) -> tqdm[T]:
     """`items` under a progress bar with rate and remaining time."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True)
+    return tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True, disable=disable)
+
+
+def write_json(folder: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Write `folder`/NAME.json; the folder is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """All lines, or no file."""
+    temporary = path.with_name(path.name + ".writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    temporary.replace(path)

@@ -15,6 +15,7 @@ from evals.plots import HEAT, style, thinned, token_axis, with_starts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
 
     from evals.runs import Run
 
@@ -35,19 +36,23 @@ def expert_heatmap(run: Run) -> Figure:
     layers, experts = load_LE.shape
     with style():
         figure = Figure(figsize=(1.6 + max(2.4, min(8.0, 0.34 * experts)), 1.1 + 0.24 * layers), layout="constrained")
-        axes: Axes = figure.subplots()
-        top = max(2.0, math.ceil(load_LE.max()))
-        image = axes.imshow(load_LE, cmap=HEAT, vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
-        axes.set_yticks(range(layers), [str(layer) for layer in run.config.model.moe_layers])
-        axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True))
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set(xlabel="expert", ylabel="layer")
-        bar = figure.colorbar(image, ax=axes, aspect=14, pad=0.02, fraction=0.06)
-        bar.outline.set_visible(False)
-        bar.set_label("load (1 = fair share)")
+        draw_expert_loads(figure, figure.subplots(), load_LE, run.config.model.moe_layers)
         return figure
+
+
+def draw_expert_loads(figure: FigureBase, axes: Axes, load_LE: np.ndarray, layers: Sequence[int]) -> None:
+    """The loads of experts, 1 for a fair share, as a heat map with its colour bar. layers: their numbers."""
+    top = max(2.0, math.ceil(load_LE.max()))
+    image = axes.imshow(load_LE, cmap=HEAT, vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.xaxis.set_major_locator(MaxNLocator(min(load_LE.shape[1], 16), integer=True))
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="expert", ylabel="layer")
+    bar = figure.colorbar(image, ax=axes, aspect=14, pad=0.02, fraction=0.06)
+    bar.outline.set_visible(False)
+    bar.set_label("load (1 = fair share)")
 
 
 def layer_figure(runs: Sequence[Run], key: str, label: str, *, logarithmic: bool = False) -> Figure:

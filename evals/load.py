@@ -1,66 +1,214 @@
-"""What is evaluated: a checkpoint in one process, with the tokenizer and the validation corpus of its run."""
+"""What is evaluated: a checkpoint on any layout, with the tokenizer and the validation corpus of its run."""
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from evals.cli import EvalError
-from neomoba_dist.checkpoint.load import CheckpointReader, load_model
-from neomoba_dist.config import Config
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from evals.model import ShardedModel
+from evals.work import Workers, item_key
+from neomoba_dist.checkpoint.load import CheckpointReader, load_weights
+from neomoba_dist.checkpoint.tokenizer import tokenizer_of
+from neomoba_dist.checkpoint.verify import refuse_damage
+from neomoba_dist.config import Config, parse_config
+from neomoba_dist.config.text_tasks import HeadConfig
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
-from neomoba_dist.data.tokenizer import Tokenizer
-from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.data.tokenizer import Tokenizer, load_tokenizer
+from neomoba_dist.generate.stage import Stage
+from neomoba_dist.parallel.launcher import joined_world_size
+from neomoba_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along the axes; what is left of the world is data parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+
+    def config(self, config: Config) -> Config:
+        """The run's configuration on this layout. Raises ConfigError where the model does not divide so."""
+        tree = config.to_dict()
+        tree["neomoba"]["parallel"] = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+        }
+        tree["neomoba"].pop("finetune")  # its limits are those of training
+        tree["zero_optimization"] = {"stage": 1}
+        tree.pop("train_batch_size", None)
+        return parse_config(tree, source=str(config.source))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded checkpoint. `model` is in eval mode on `device`; `config` is that of its run.
+    """A loaded checkpoint. `model` is this rank's part, in eval mode on `device`; `config` is that of its run.
 
-    The weights have the run's compute dtype on a GPU and float32 on a CPU.
+    The weights have the run's compute dtype on a GPU and float32 on a CPU. identity: a hash of the checkpoint.
+    given_corpus: what is evaluated on by default; None where no task needs it. prefill: the one kind of attention that
+    is asked for; None: all that the sparse layers can run are compared.
     """
 
     checkpoint: Path
     step: int
     config: Config
-    model: NeoBERT
-    corpus: Corpus
+    model: ShardedModel
+    tokenizer: Tokenizer
+    given_corpus: Corpus | None
     device: torch.device
+    identity: str
+    workers: Workers
+    prefill: str | None = None
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the corpus."""
-        return self.corpus.tokenizer()
+    @property
+    def corpus(self) -> Corpus:
+        """The corpus to evaluate on. Raises EvalError where there is none."""
+        if self.given_corpus is None:
+            raise EvalError(f"{self.checkpoint}: this task needs a corpus; name a folder of shards with --data")
+        return self.given_corpus
 
     @property
     def attentions(self) -> list[str]:
         """What the sparse layers can run: their own kind ("moba" where kinds are mixed), then "full"."""
         kinds = set(self.config.model.layer_attentions) - {"full"}
+        if self.prefill is not None:
+            return ["full" if self.prefill == "full" else next(iter(sorted(kinds)), "full")]
         return [*sorted(kinds)[:1], "full"]
 
-    def use(self, attention: str) -> None:
-        """Let the sparse layers run `attention`, one of `attentions`."""
-        set_full_attention(self.model, attention == "full")
+    @property
+    def own_attention(self) -> str:
+        """What --attn-prefill asks for; else what the run validated with: "full" where it trained with nothing else."""
+        trained = "full" if self.config.phase.full_attention_fraction == 1.0 else self.attentions[0]
+        return trained if self.prefill is None else self.attentions[0]
+
+    def check_length(self, flag: str, length: int) -> None:
+        """Raises EvalError where learned positions end before `length`; warns beyond what the model was made for."""
+        model = self.config.model
+        limit = model.max_position_embeddings
+        if length > limit and model.position_embedding == "learned":
+            raise EvalError(
+                f"{flag} {length}: the model learned only {limit} positions (neomoba.model.max_position_embeddings); "
+                "give at most that"
+            )
+        if length > limit and self.workers.mesh.rank == 0:
+            logging.getLogger(__name__).warning(
+                f"warning: {flag} {length} is more than the {limit} tokens that the model was made for "
+                "(neomoba.model.max_position_embeddings); scores may be poor"
+            )
+
+    def key(self, *parts: object) -> str:
+        """Names an item of this checkpoint as the model now stands; see `work.Item`."""
+        return item_key(self.identity, self.model.dtype, self.model.prefill, self.model.decode, *parts)
 
 
-def load_subject(checkpoint: Path, data: Path | None, device: str) -> Subject:
-    """Load a run folder's newest checkpoint, or one step_N folder.
+def load_subject(
+    checkpoint: Path,
+    data: Path | None,
+    device: str,
+    *,
+    layout: Layout = Layout(),
+    tokenizer: Path | None = None,
+    needs_corpus: bool = True,
+    batch_tokens: int = 4096,
+    journal: Path | None = None,
+    prefill: str | None = None,
+    decode: str = "full",
+) -> Subject:
+    """Load a run folder's newest checkpoint, or one step_N folder, into any layout of the running world.
 
     data: corpus to evaluate on instead of the run's validation corpus. device: "auto" (a GPU if there is one) or a
-    torch device. Raises EvalError, DataError or CheckpointError, in one line.
+    torch device. tokenizer: instead of the one beside the corpus. Raises EvalError, ConfigError, DataError or
+    CheckpointError, in one line.
     """
     reader = CheckpointReader(checkpoint)
-    corpus = _open_data(reader, data)
-    place = _device(device)
-    dtype = torch.float32 if place.type == "cpu" else getattr(torch, reader.config.dtype_name)
-    model, config = load_model(reader.folder, dtype=dtype, device=place)
-    return Subject(reader.folder, reader.index["step"], config, model, corpus, place)
+    config = layout.config(reader.config)
+    corpus = _open_data(reader, data) if needs_corpus or data else None
+    text_tokenizer = _tokenizer(reader, corpus, tokenizer)
+    mesh = build_mesh(config, device)
+    if mesh.rank == 0:
+        refuse_damage(reader.folder, ("model",))
+    stage = load_stage(reader, config, mesh, reader.config.finetune.head)
+    names = (name for name in ("index.json", "manifest.json") if (reader.folder / name).is_file())
+    identity = item_key(*((reader.folder / name).read_bytes() for name in names))
+    workers = Workers(mesh, batch_tokens, journal)
+    workers.require_same(str(reader.folder), identity)
+    return Subject(
+        reader.folder,
+        reader.index["step"],
+        reader.config,
+        ShardedModel(stage, decode=decode),
+        text_tokenizer,
+        corpus,
+        mesh.device,
+        identity,
+        workers,
+        prefill,
+    )
+
+
+def load_stage(reader: CheckpointReader, config: Config, mesh: Mesh, text_head: HeadConfig | None = None) -> Stage:
+    """This rank's layers of a checkpoint on its device, in eval mode; `config` is that of the layout."""
+    dtype = torch.float32 if mesh.device.type == "cpu" else getattr(torch, config.dtype_name)
+    stage = Stage.build(config.model, mesh, dtype=dtype, text_head=text_head)
+    load_weights(reader, stage)
+    return stage.to(mesh.device).eval()
+
+
+def build_mesh(config: Config, device: str) -> Mesh:
+    """The mesh of the joined world, or of this process alone. Raises EvalError where the ranks do not fill it."""
+    world, place = joined_world_size(), _device(device)
+    parallel = config.parallel
+    sizes = {
+        "--tp": parallel.tensor_model_parallel_size,
+        "--pp": parallel.pipeline_model_parallel_size,
+        "--cp": parallel.context_parallel_size,
+    }
+    worker = math.prod(sizes.values())
+    said = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1) or "--tp 1"
+    if world % worker:
+        raise EvalError(
+            f"{said} takes {worker} ranks or a multiple, this launch has {world}; start as many, "
+            f"for example by torchrun --nproc-per-node {worker}"
+        )
+    ep = parallel.expert_model_parallel_size
+    spread = world // worker * parallel.context_parallel_size
+    if spread % ep:
+        raise EvalError(f"--ep {ep} must divide dp x cp = {spread} of this launch; give another --ep or more ranks")
+    if world == 1:
+        return Mesh.single(place)
+    return Mesh.build(parallel, place, num_key_value_heads=config.model.num_key_value_heads)
+
+
+def _tokenizer(reader: CheckpointReader, corpus: Corpus | None, given: Path | None) -> Tokenizer:
+    """The given one, that of the corpus, or the one that the checkpoint's run knows of."""
+    if given is not None:
+        tokenizer = load_tokenizer(given)
+        if tokenizer.vocab_size > reader.config.model.vocab_size:
+            raise EvalError(
+                f"--tokenizer {given}: has {tokenizer.vocab_size} ids, the model only "
+                f"{reader.config.model.vocab_size}; give the one that the model was trained with"
+            )
+        return tokenizer
+    if corpus is not None:
+        return corpus.tokenizer()
+    known = tokenizer_of(reader)
+    if known is None:
+        location = reader.config.data.sources[0].location
+        raise EvalError(
+            f"{reader.folder}: a checkpoint holds no tokenizer, and its training corpus {location} is not here; name "
+            "the tokenizer's folder with --tokenizer"
+        )
+    return known
 
 
 def _open_data(reader: CheckpointReader, data: Path | None) -> Corpus:
@@ -83,7 +231,7 @@ def _open_data(reader: CheckpointReader, data: Path | None) -> Corpus:
 def _check_tokenizer(reader: CheckpointReader, corpus: Corpus) -> None:
     """Compare with the training corpus, where it still lies: ids of another tokenizer mean nothing to the model."""
     sources = reader.config.data.sources
-    train = Path(sources[0].place)
+    train = Path(sources[0].location)
     if not (train / INDEX_FILE).is_file():
         return
     index = CorpusIndex.from_file(train / INDEX_FILE)

@@ -1,8 +1,8 @@
-"""Needle in a haystack: a passkey of five digits hidden at some depth of real text, asked for at the end.
+"""Needle in a haystack: a passkey of some digits hidden at some depth of real text, asked for at the end.
 
 Each digit of the answer is judged twice: against the nine other digits, where a model that does not read the needle has
 exactly one chance in ten, because every digit is drawn anew, uniformly; and against the whole vocabulary ("exact": all
-five are first). How prompts are written and scored: `passkey.py`.
+are first). How prompts are written and scored: `passkey.py`.
 
 Legend: K digits of the key.
 """
@@ -17,19 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evals.cli import EvalError, list_of, natural_int, percent, positive_int, progress
-from evals.passkey import KEY_DIGITS, NEEDLE, QUESTION, Prompt, Row, make_prompt, read_text, score, write_row
+from data_tools.passkeys import KEY_DIGITS, NEEDLE, QUESTION
+from evals.cli import EvalError, list_of, percent, positive_int
+from evals.passkey import Prompt, Row, make_prompt, read_text, score, write_row
 from evals.tasks import ATTENTION
+from evals.work import Item
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from evals.load import Subject
-    from evals.tasks import Result, Table
+    from evals.tasks import Result, Scores, Table
 
 TITLE = "Needle in a haystack"
 CHANCE = 0.1
-TOKENS_PER_FORWARD = 4096
+DEFAULT_SAMPLES = 8
+MOST_NEEDLES = 26
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class Plan:
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """The task's options."""
     parser.add_argument(
-        "--lengths",
-        type=list_of(positive_int),
-        metavar="N,...",
-        help="prompt lengths in tokens (default: an eighth, a quarter, half and all of the run's sequence_length)",
+        "--digits", type=positive_int, default=KEY_DIGITS, metavar="N", help=f"of a key (default: {KEY_DIGITS})"
     )
+    parser.add_argument(
+        "--needles", type=positive_int, default=1, metavar="N",
+        help="named keys in each text, of which one is asked for (default: 1, without a name)",
+    )  # fmt: skip
     parser.add_argument(
         "--depths",
         type=list_of(percent),
@@ -56,46 +60,52 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
         metavar="P,...",
         help="where the needle lies, in percent of the text (default: 0,25,50,75,100)",
     )
-    parser.add_argument(
-        "--samples", type=positive_int, default=8, metavar="N", help="texts per length, each at all depths (default: 8)"
-    )
-    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="of texts and keys (default: 0)")
 
 
 def prepare(subject: Subject, args: argparse.Namespace) -> Plan:
     """Write all prompts. Raises EvalError where a length or the tokenizer does not allow it."""
-    prompt = make_prompt(subject.tokenizer, mask=subject.config.model.objective == "mlm")
+    samples, seed = args.samples or DEFAULT_SAMPLES, args.seed or 0
+    samples = min(samples, args.limit or samples)
+    if args.needles > MOST_NEEDLES:
+        raise EvalError(f"--needles {args.needles}: keys are named by letters; give at most {MOST_NEEDLES}")
+    mask = subject.config.model.objective == "mlm"
+    prompt = make_prompt(subject.tokenizer, mask=mask, key_digits=args.digits, needles=args.needles)
     trained = subject.config.phase.sequence_length
     shortest = prompt.overhead + 1
     lengths = args.lengths or [trained // part for part in (8, 4, 2, 1) if trained // part > 2 * shortest]
     if not lengths or lengths[0] < shortest:
         raise EvalError(f"--lengths: a prompt takes at least {shortest} tokens; give lengths from there on")
+    subject.check_length("--lengths", lengths[-1])
     groups = []
     for length in lengths:
-        for sample in range(args.samples):
-            draw = random.Random(f"{args.seed}/{length}/{sample}")  # the same for ever, whatever else is evaluated
+        for sample in range(samples):
+            draw = random.Random(f"{seed}/{length}/{sample}")  # the same for ever, whatever else is evaluated
             haystack = read_text(subject.corpus, draw.randrange(subject.corpus.tokens), length - prompt.overhead)
             if len(haystack) < length - prompt.overhead:
                 raise EvalError(
                     f"--lengths {length}: {subject.corpus.folder} holds only {len(haystack):,} tokens of text; give "
                     "shorter lengths or another corpus with --data"
                 )
-            groups.append([write_row(prompt, haystack, depth, args.seed, sample) for depth in args.depths])
-    return Plan(prompt, groups, args.seed)
+            groups.append([write_row(prompt, haystack, depth, seed, sample) for depth in args.depths])
+    return Plan(prompt, groups, seed)
 
 
 def run(subject: Subject, plan: Plan) -> Result:
     """Accuracy by length and depth for all kinds of attention, on the same prompts."""
     curves = {}
+    rows = [row for group in plan.groups for row in group]
     for attention in subject.attentions:
-        subject.use(attention)
-        scores = []
-        for group in progress(plan.groups, len(plan.groups), f"needle, {attention}", "text"):
-            at_once = max(1, TOKENS_PER_FORWARD // group[0].length)
-            parts = [group[i : i + at_once] for i in range(0, len(group), at_once)]
-            results = [score(subject.model, plan.prompt, part, subject.device) for part in parts]
-            scores.append([np.concatenate(kind) for kind in zip(*results, strict=True)])
-        curves[attention] = summarize(plan.groups, np.array(scores))
+        subject.model.use(attention)
+
+        def measure(rows: list[Row]) -> list[dict[str, Any]]:
+            choice, top = score(subject.model, plan.prompt, rows)
+            return [{"choice": c.tolist(), "top": t.tolist()} for c, t in zip(choice, top, strict=True)]
+
+        items = [Item(subject.key("needle", plan.prompt, row.tokens.tobytes()), row.length, row) for row in rows]
+        found = subject.workers.run(f"needle, {attention}", items, measure)
+        scores = np.array([[entry["choice"], entry["top"]] for entry in found])  # [rows, 2, K]
+        shape = (len(plan.groups), -1, *scores.shape[1:])
+        curves[attention] = summarize(plan.groups, scores.reshape(shape).swapaxes(1, 2))
     lengths, depths = sorted({group[0].length for group in plan.groups}), [row.depth for row in plan.groups[0]]
     samples = len(plan.groups) // len(lengths)
     return {
@@ -103,7 +113,8 @@ def run(subject: Subject, plan: Plan) -> Result:
         "depths": depths,
         "samples": samples,
         "seed": plan.seed,
-        "digits": KEY_DIGITS,
+        "digits": plan.prompt.key_digits,
+        "needles": len(plan.prompt.needles),
         "chance": CHANCE,
         "needle": "...".join(NEEDLE).strip(),
         "question": "...".join(QUESTION).strip(),
@@ -130,6 +141,30 @@ def _accuracy(scores: np.ndarray) -> dict[str, Any]:
     return {"accuracy": float(by_text.mean()), "standard_error": error, "exact": float(exact)}
 
 
+def scores(result: Result) -> Scores:
+    """Both accuracies over all prompts, one entry per kind of attention."""
+    items = len(result["lengths"]) * len(result["depths"]) * result["samples"]
+    return {
+        f"needle_{name}": {
+            "acc": curve["all"]["accuracy"],
+            "acc_stderr": curve["all"]["standard_error"],
+            "exact_match": curve["all"]["exact"],
+            "samples": items,
+        }
+        for name, curve in result["curves"].items()
+    }
+
+
+def csv(result: Result) -> Table:
+    """One line per kind of attention, length and depth."""
+    keys = ("length", "depth", "accuracy", "standard_error", "exact")
+    return [["attention", *keys]] + [
+        [name, *("" if cell[key] is None else str(cell[key]) for key in keys)]
+        for name, curve in result["curves"].items()
+        for cell in curve["cells"]
+    ]
+
+
 def figure(result: Result) -> Figure:
     """Heat maps of depth and length, one per kind of attention."""
     from evals.plots import needle_figure
@@ -148,7 +183,8 @@ def table(result: Result) -> Table:
         [label, *(text for entry in entries for text in _cells(entry))]
         for label, *entries in zip(labels, *columns, strict=True)
     ]
-    return [header, *lines]
+    chance = [f"{100 * result['chance']:.1f} %", f"{100 * result['chance'] ** result['digits']:.3g} %"]
+    return [header, *lines, ["chance", *chance * len(columns)]]
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
@@ -163,10 +199,12 @@ def caption(result: Result) -> str:
         if result["objective"] == "mlm"
         else "the digits of the answer are scored with the true digits before them"
     )
+    many = result.get("needles", 1)
+    others = f"{many - 1} other keys, with other names, lie elsewhere in the text. " if many > 1 else ""
     return (
         f"A key of {result['digits']} random digits ({result['needle']}) lies at some depth of text from "
         f"{result['data']} and is asked for at the end ({result['question']}); {how}. Digits right: the true digit "
         f"beats the nine others; chance is {100 * result['chance']:.0f} %. Keys exact: all digits are first in the "
-        f"whole vocabulary. {result['samples']} texts per length, at each depth with a new key; ±: standard error "
-        "over texts."
+        f"whole vocabulary. {others}{result['samples']} texts per length, at each depth with a new key; ±: standard "
+        "error over texts."
     )

@@ -15,7 +15,7 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums lining-nums; }
-main { max-width: 62rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
+main { max-width: 130rem; margin: 0 auto; padding: 3rem clamp(1.5rem, 4vw, 5rem) 5rem; }
 h1 { font-size: 1.75rem; font-weight: 600; letter-spacing: -0.015em; line-height: 1.2; margin: 0 0 0.6rem; }
 h2 { font-size: 1.15rem; font-weight: 600; margin: 3.2rem 0 0.9rem; padding-top: 0.9rem;
   border-top: 1px solid var(--rule); }
@@ -30,10 +30,14 @@ th:last-child, td:last-child { padding-right: 0; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--muted); }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 figure { margin: 1.2rem 0 1.6rem; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; }
+figure img { display: block; width: 100%; max-width: 60rem; height: auto; }
+.wide img { max-width: 90rem; }
+.warning { font-weight: 600; }
 figcaption, .note { color: var(--muted); font-size: 0.875rem; line-height: 1.5; max-width: 46rem; }
 figcaption { margin-top: 0.5rem; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 1.4rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); gap: 0 3rem; }
+.pair > div { min-width: 0; }
 .row figure { margin: 0.6rem 0; }
 pre { background: var(--code); border-radius: 4px; padding: 0.7rem 0.9rem; margin: 0.6rem 0 1.2rem; font: 0.8rem/1.55
   ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
@@ -86,9 +90,19 @@ def picture(uri: str, description: str, caption: str) -> str:
     )
 
 
+def wide(content: str) -> str:
+    """A picture that takes more of a wide screen."""
+    return f'<div class="wide">{content}</div>'
+
+
 def row(pictures: Sequence[str]) -> str:
     """Pictures side by side where there is room."""
     return f'<div class="row">{"".join(pictures)}</div>'
+
+
+def pair(*columns: Sequence[str]) -> str:
+    """Columns of HTML side by side where there is room."""
+    return f'<div class="pair">{"".join(f"<div>{chr(10).join(column)}</div>" for column in columns)}</div>'
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

@@ -1,58 +1,66 @@
 """The passkey prompts of the needle task: written from real text, scored in one forward.
 
-    [CLS] text ... The passkey is "48213". Remember the passkey. ... text What is the passkey? The passkey is "48213".
+    [CLS] text ... The passkey is 4 8 2 1 3. Remember the passkey. ... text ...
+    What is the passkey? The passkey is 4 8 2 1 3.
 
-CLM: the digits of the answer are scored with the true digits before them (teacher forcing; all five first choices right
-is the same as greedy decoding right). MLM: the five digits of the answer are [MASK]ed together.
+Apart from each other, digits are tokens of their own to WordPiece and to the large published vocabularies, in these
+prompts as in texts to train on, which say the same words (`data_tools/passkeys.py`). CLM: the digits of the answer are
+scored with the true ones before them (teacher forcing; all first choices right is the same as greedy decoding
+right). MLM: the digits of the answer are [MASK]ed together.
 
-Legend: R rows, L tokens in a row, K digits of the key, V vocabulary, H hidden size.
+Several needles have names, "passkey A", "passkey B" and so on: one is asked for, at the depth of the row; the others
+lie anywhere.
+
+Legend: R rows, L tokens in a row, K digits of the key.
 """
 
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from data_tools.passkeys import NEEDLE, QUESTION
 from evals.cli import EvalError
 
 if TYPE_CHECKING:
-    import torch
-
     from neomoba_dist.data.batch import Batch
     from neomoba_dist.data.corpus import Corpus
     from neomoba_dist.data.tokenizer import Tokenizer
-
-NEEDLE = (' The passkey is "', '". Remember the passkey.')
-QUESTION = (' What is the passkey? The passkey is "', '".')
-KEY_DIGITS = 5
 
 
 class Scorer(Protocol):
     """What the task needs of a model."""
 
-    def hidden_states(self, batch: Batch) -> torch.Tensor: ...
-    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor: ...
+    def choices(
+        self, batch: Batch, places: Sequence[int], candidates: Sequence[int]
+    ) -> tuple[list[int], list[int]]: ...
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The pieces of a prompt as ids. digits int64 [10]: the token of each digit within a key."""
+    """The pieces of a prompt as ids. digits int64 [10]: the token of each digit within a key. key_digits: K.
+
+    needles, questions: what stands before and after the digits, one of each per name; all alike in length.
+    """
 
     head: list[int]
-    needle: tuple[list[int], list[int]]
-    question: tuple[list[int], list[int]]
+    needles: list[tuple[list[int], list[int]]]
+    questions: list[tuple[list[int], list[int]]]
     full_stop: int
     digits: np.ndarray
+    key_digits: int
     mask: int | None
 
     @property
     def overhead(self) -> int:
         """Tokens that are not haystack."""
-        return len(self.head) + sum(map(len, (*self.needle, *self.question))) + 2 * KEY_DIGITS
+        needle = sum(map(len, self.needles[0])) + self.key_digits
+        return len(self.head) + len(self.needles) * needle + sum(map(len, self.questions[0])) + self.key_digits
 
 
 @dataclass(frozen=True)
@@ -67,22 +75,31 @@ class Row:
     answer: int
 
 
-def make_prompt(tokenizer: Tokenizer, *, mask: bool) -> Prompt:
+def make_prompt(tokenizer: Tokenizer, *, mask: bool, key_digits: int, needles: int = 1) -> Prompt:
     """The prompt's pieces in the tokenizer's ids. Raises EvalError if it has no token for every digit, or no mask."""
     special = tokenizer.special
-    # the last id: SentencePiece may put its word-start sign before it as a token of its own
-    digits = [(tokenizer.encode(str(digit)) or [-1])[-1] for digit in range(10)]
+    # the last id: a small vocabulary may keep the space, or SentencePiece its word-start sign, as a token of its own
+    digits = [(tokenizer.encode(f"{NEEDLE[0]} {digit}") or [-1])[-1] for digit in range(10)]
     if len(set(digits)) < 10 or -1 in digits:
         raise EvalError("needle: the tokenizer has no token for each of the digits 0 to 9; leave needle out of --tasks")
     if mask and special.mask is None:
         raise EvalError("needle: the tokenizer has no mask token; leave needle out of --tasks")
-    before, after, ask, end = map(tokenizer.encode, (*NEEDLE, *QUESTION))
+    names = [""] if needles == 1 else [f" {letter}" for letter in string.ascii_uppercase[:needles]]
+
+    def named(parts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        texts = [[part.replace("passkey", f"passkey{name}") for part in parts] for name in names]
+        return [(tokenizer.encode(before), tokenizer.encode(after)) for before, after in texts]
+
+    told, asked, sep = named(NEEDLE), named(QUESTION), [] if special.sep is None else [special.sep]
+    if len({tuple(map(len, pieces)) for pieces in told}) > 1:
+        raise EvalError(f"--needles {needles}: their names differ in tokens with this tokenizer; give --needles 1")
     return Prompt(
         head=[] if special.cls is None else [special.cls],
-        needle=(before, after),
-        question=(ask, end + ([] if special.sep is None else [special.sep])),
+        needles=told,
+        questions=[(ask, end + sep) for ask, end in asked],
         full_stop=tokenizer.encode("end.")[-1],
         digits=np.array(digits),
+        key_digits=key_digits,
         mask=special.mask if mask else None,
     )
 
@@ -104,57 +121,47 @@ def write_row(prompt: Prompt, haystack: np.ndarray, depth: float, seed: int, sam
     """Hide a fresh key at `depth` percent, moved back to the last sentence end if one is near, and ask for it."""
     length = len(haystack) + prompt.overhead
     draw = random.Random(f"{seed}/{length}/{sample}/{depth:g}")
-    key = np.array([draw.randrange(10) for _ in range(KEY_DIGITS)])
+    keys = [np.array([draw.randrange(10) for _ in range(prompt.key_digits)]) for _ in prompt.needles]
+    asked = draw.randrange(len(keys)) if len(keys) > 1 else 0
+    depths = [depth if name == asked else 100 * draw.random() for name in range(len(keys))]
+    pieces, last = [np.array(prompt.head)], 0
+    for name in sorted(range(len(keys)), key=depths.__getitem__):
+        at = max(last, _place(prompt, haystack, depths[name]))
+        before, after = prompt.needles[name]
+        pieces += [haystack[last:at], np.array(before), prompt.digits[keys[name]], np.array(after)]
+        last = at
+    ask, end = prompt.questions[asked]
+    pieces += [haystack[last:], np.array(ask), prompt.digits[keys[asked]], np.array(end)]
+    tokens = np.concatenate([piece.astype(np.int64) for piece in pieces])
+    return Row(length, sample, depth, tokens, keys[asked], length - len(end) - prompt.key_digits)
+
+
+def _place(prompt: Prompt, haystack: np.ndarray, depth: float) -> int:
+    """Where `depth` percent of the text end, moved back to the last sentence end if one is near."""
     at = round(depth / 100 * len(haystack))
+    if depth == 100:
+        return at
     near = max(1, at - len(haystack) // 50)
-    if depth < 100:
-        at = next((i for i in range(at, near, -1) if haystack[i - 1] == prompt.full_stop), at)
-    spelt = prompt.digits[key]
-    (before, after), (ask, end) = prompt.needle, prompt.question
-    pieces = [prompt.head, haystack[:at], before, spelt, after, haystack[at:], ask, spelt, end]
-    tokens = np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
-    return Row(length, sample, depth, tokens, key, length - len(end) - KEY_DIGITS)
+    return next((i for i in range(at, near, -1) if haystack[i - 1] == prompt.full_stop), at)
 
 
 def make_batch(prompt: Prompt, rows: Sequence[Row]) -> Batch:
-    """Rows of one length as a Batch without labels; with a mask token the answers are masked."""
-    import torch
+    """Rows as a Batch without labels; with a mask token the answers are masked."""
+    from neomoba_dist.generate.stage import batch_of
 
-    from neomoba_dist.data.batch import IGNORE_LABEL, Batch
-    from neomoba_dist.parallel.documents import check_cu_seqlens
-
-    length = rows[0].length
-    tokens = np.stack([row.tokens for row in rows])
+    texts = [row.tokens.copy() for row in rows]
     if prompt.mask is not None:
-        for i, row in enumerate(rows):
-            tokens[i, row.answer : row.answer + KEY_DIGITS] = prompt.mask
-    input_ids = torch.from_numpy(tokens.reshape(-1))
-    cu_seqlens = torch.arange(0, len(input_ids) + 1, length, dtype=torch.int32)
-    check_cu_seqlens(cu_seqlens, len(input_ids))
-    return Batch(
-        input_ids=input_ids,
-        labels=torch.full_like(input_ids, IGNORE_LABEL),
-        position_ids=torch.arange(length).repeat(len(rows)),
-        cu_seqlens=cu_seqlens,
-        row_ids=torch.arange(len(rows)),
-        num_valid=0,
-    )
+        for row, tokens in zip(rows, texts, strict=True):
+            tokens[row.answer : row.answer + prompt.key_digits] = prompt.mask
+    return batch_of([tokens.tolist() for tokens in texts], "cpu")
 
 
-def score(
-    model: Scorer, prompt: Prompt, rows: Sequence[Row], device: torch.device | str
-) -> tuple[np.ndarray, np.ndarray]:
+def score(model: Scorer, prompt: Prompt, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """(right among ten digits, right in the vocabulary), each bool [R, K]."""
-    import torch
-
-    batch = make_batch(prompt, rows).to(device)
     ahead = 1 if prompt.mask is None else 0  # a causal model answers one place before
-    first = torch.tensor([i * row.length + row.answer - ahead for i, row in enumerate(rows)], device=device)
-    places = (first[:, None] + torch.arange(KEY_DIGITS, device=device)).reshape(-1)
-    with torch.inference_mode():
-        logits = model.logits(model.hidden_states(batch)[places]).float().cpu()  # [R * K, V]
+    start = np.cumsum([0, *(row.length for row in rows)])[:-1].tolist()
+    first = [at + row.answer - ahead for at, row in zip(start, rows, strict=True)]
+    places = [place + digit for place in first for digit in range(prompt.key_digits)]
+    choice, top = model.choices(make_batch(prompt, rows), places, prompt.digits.tolist())
     key = np.stack([row.key for row in rows])
-    digits = torch.from_numpy(prompt.digits)
-    choice = logits[:, digits].argmax(-1).numpy().reshape(key.shape)
-    top = logits.argmax(-1).numpy().reshape(key.shape)
-    return choice == key, top == prompt.digits[key]
+    return np.reshape(choice, key.shape) == key, np.reshape(top, key.shape) == prompt.digits[key]

@@ -104,45 +104,74 @@ def data_uri(figure: Figure) -> str:
 
 
 def position_loss_figure(result: Result) -> Figure:
-    """Loss over positions with bands of one standard error; a dashed line at the border."""
+    """Loss over positions with bands of one standard error, a dashed line at the border; below it the difference."""
+    difference = result.get("difference", [])
     with style():
-        figure = Figure(figsize=(7.6, 3.4), layout="constrained")
-        axes: Axes = figure.subplots()
+        figure = Figure(figsize=(7.6, 5.0 if difference else 3.4), layout="constrained")
+        axes, *lower = figure.subplots(
+            2 if difference else 1, squeeze=False, sharex=True, height_ratios=([2.0, 1.0] if difference else None)
+        )[:, 0]
         for name, curve in result["curves"].items():
-            buckets = [bucket for bucket in curve["buckets"] if bucket["loss"] is not None]
-            centre = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
-            loss = np.array([bucket["loss"] for bucket in buckets])
-            error = np.array([bucket["standard_error"] or 0.0 for bucket in buckets])
             dashed = "--" if name == "full" and len(result["curves"]) > 1 else "-"  # both show where they coincide
-            axes.plot(centre, loss, dashed, color=COLOURS[name], label=ATTENTION[name], marker="o", markersize=3)
-            axes.fill_between(centre, loss - error, loss + error, color=COLOURS[name], alpha=0.16, linewidth=0)
-        edges = [bucket["start"] for bucket in buckets] + [result["length"]]
-        if edges[-1] - edges[-2] > 2 * (edges[1] - edges[0]):  # octaves
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(FixedLocator(edges[1:]))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xlim(edges[1] / 2.5, result["length"])
-        else:
-            axes.set_xlim(0, result["length"])
-            axes.xaxis.set_major_locator(FixedLocator(np.linspace(0, result["length"], 9).tolist()))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        if result["border"]:
-            _mark(axes, result["border"], f"{result['border']:,}")
+            _band(axes, curve["buckets"], dashed, color=COLOURS[name], label=ATTENTION[name])
         low, high = axes.get_ylim()
         spare = max(0.0, LEAST_SPAN - (high - low)) / 2
         axes.set_ylim(low - spare, high + spare)
-        axes.set(xlabel="position in the document, tokens", ylabel="loss, nats per token")
+        axes.set_ylabel("loss, nats per token")
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2)
+        for panel in lower:
+            own = next(iter(result["curves"]))
+            panel.axhline(0, color=COLOURS["full"], linewidth=1.2, linestyle="--")
+            _band(panel, difference, "-", color=COLOURS[own])
+            panel.set_ylabel(f"{ATTENTION[own]}\n\N{MINUS SIGN} full attention")
+        if result["border"]:
+            _mark(axes, result["border"], f"{result['border']:,}")
+        _position_axis(axes, [bucket["start"] for bucket in curve["buckets"]] + [result["length"]])
+        (lower or [axes])[-1].set_xlabel("position in the document, tokens")
         return figure
 
 
+def _band(axes: Axes, buckets: Sequence[dict[str, Any]], dashes: str, **look: Any) -> None:
+    """Losses of ranges of positions, at their middles, with bands of one standard error."""
+    buckets = [bucket for bucket in buckets if bucket["loss"] is not None]
+    centre = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+    loss = np.array([bucket["loss"] for bucket in buckets])
+    error = np.array([bucket["standard_error"] or 0.0 for bucket in buckets])
+    axes.plot(centre, loss, dashes, marker="o", markersize=3, **look)
+    axes.fill_between(centre, loss - error, loss + error, color=look["color"], alpha=0.16, linewidth=0)
+
+
+def _position_axis(axes: Axes, edges: Sequence[int]) -> None:
+    """Positions from 0 to the length, on a logarithmic axis where the ranges are octaves."""
+    if edges[-1] - edges[-2] > 2 * (edges[1] - edges[0]):  # octaves
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(edges[1:]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(edges[1] / 2.5, edges[-1])
+    else:
+        axes.set_xlim(0, edges[-1])
+        axes.xaxis.set_major_locator(FixedLocator(np.linspace(0, edges[-1], 9).tolist()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
 def needle_figure(result: Result) -> Figure:
-    """Accuracy among ten digits, depth down and length to the right; the palest colour is chance."""
+    """Whole keys by length, chance dashed; then accuracy among ten digits, depth down and length to the right, the
+    palest colour is chance."""
     curves, lengths, depths = result["curves"], result["lengths"], result["depths"]
     with style():
-        width = 1.9 + len(curves) * max(2.4, 0.72 * len(lengths))
+        width = 1.9 + (len(curves) + 1) * max(2.4, 0.72 * len(lengths))
         figure = Figure(figsize=(width, 1.2 + max(1.6, 0.36 * len(depths))), layout="constrained")
-        panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        keys, *panels = figure.subplots(1, 1 + len(curves))
+        places = range(len(lengths))
+        for name, curve in curves.items():
+            exact = [100 * entry["exact"] for entry in curve["by_length"]]
+            keys.plot(places, exact, marker="o", markersize=3.5, color=COLOURS[name], label=ATTENTION[name])
+        chance = 100 * result["chance"] ** result["digits"]
+        keys.axhline(chance, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=f"chance, {chance:.3g} %")
+        keys.set(ylim=(-3, 103), xlim=(-0.3, len(lengths) - 0.7), xlabel="prompt length, tokens")
+        keys.set_ylabel(f"keys of {result['digits']} digits found, %")
+        keys.set_xticks(places, [f"{length:,}" for length in lengths])
+        keys.legend()
         scale = mpl.colors.Normalize(result["chance"], 1.0, clip=True)
         for axes, (name, curve) in zip(panels, curves.items(), strict=True):
             for cell in curve["cells"]:
@@ -156,12 +185,29 @@ def needle_figure(result: Result) -> Figure:
             axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
             axes.grid(False)
             axes.spines[:].set_visible(False)
-            axes.tick_params(length=0)
+            axes.tick_params(length=0, labelleft=axes is panels[0])
         panels[0].set_ylabel("depth of the needle, %")
-        bar = figure.colorbar(mpl.cm.ScalarMappable(scale, HEAT), ax=list(panels), aspect=14, pad=0.02, fraction=0.08)
+        bar = figure.colorbar(mpl.cm.ScalarMappable(scale, HEAT), ax=panels, aspect=14, pad=0.02, fraction=0.08)
         bar.outline.set_visible(False)
         bar.set_ticks([result["chance"], 0.5, 1.0], labels=[f"{100 * result['chance']:.0f}", "50", "100"])
         bar.set_label(f"digits right, % (chance {100 * result['chance']:.0f})")
+        return figure
+
+
+def bar_figure(bars: Sequence[tuple[str, float, float | None]]) -> Figure:
+    """(label, value, standard error) as horizontal bars, the first on top, each with its number."""
+    with style():
+        figure = Figure(figsize=(7.6, 0.9 + 0.3 * len(bars)), layout="constrained")
+        axes: Axes = figure.subplots()
+        for y, (_, value, error) in enumerate(bars):
+            axes.barh(y, value, height=0.62, color=BLUE, xerr=error, ecolor=MUTED)
+            end = value + (error or 0.0)
+            axes.annotate(f"{value:.3f}", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        axes.grid(False, axis="y")
+        axes.set_xlabel("score")
         return figure
 
 

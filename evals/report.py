@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evals import page
+from evals.ablation import read_result
+from evals.ablation import table as ablation_table
+from evals.ablation_plot import figure as ablation_figure
 from evals.cli import EvalError
+from evals.grid import Grid
 from evals.layer_plots import LAST_STEPS as HEATMAP_STEPS
 from evals.layer_plots import expert_heatmap, expert_loads, layer_figure
 from evals.plots import curve_figure, data_uri, loss_figure
 from evals.results import read_results
 from evals.runs import LAST_STEPS, Run, read_run
-from evals.tasks import TASKS, Result, Table, load_task
+from evals.tasks import TASKS, Result, Table, Task, load_task
 
 MISSING = "-"
+# a figure that is not read at half the width of the page: times as wide as high, or inches
+WIDE, WIDEST = 2.5, 10.0
 CURVES = (
     ("grad_norm", "gradient norm", "Gradient norm over all parameters, before clipping."),
     ("lr", "learning rate", "Learning rate of the step, as the schedule gives it."),
@@ -25,30 +32,50 @@ CURVES = (
 
 def write_report(args: argparse.Namespace) -> int:
     """The command. Raises EvalError, ConfigError or CheckpointError before anything is written."""
+    if not args.run and not args.eval and not args.ablation:
+        raise EvalError(
+            "report: nothing to show; give run folders with --run, folders of results with --eval, or of ablations "
+            "with --ablation"
+        )
     runs = [read_run(folder) for folder in args.run]
-    read = [read_results(folder) for folder in args.eval]
-    results = [found[task] for task in TASKS for found in read if task in found]
-    words = ["report", "--run", *map(str, args.run), *(["--eval", *map(str, args.eval)] if args.eval else [])]
-    this = shlex.join(["python", "-m", "evals", *words, "--output", str(args.output)])
-    phases = ", ".join(run.config.phase.name for run in runs)
-    body = [
-        page.heading(f"Training report: {phases}", 1),
-        page.paragraph(lead(runs), "lead"),
-        *summary_section(runs),
-        *curves_section(runs),
-        *layers_section(runs),
-        *experts_section(runs),
-        *(part for result in results for part in task_section(result, alone=len(read) == 1)),
-        *missing_section(runs, results),
-        *commands_section(runs, this),
-    ]
+    results = by_task([read_results(folder) for folder in args.eval])
+    ablations = [read_result(folder) for folder in args.ablation]
+    flags = ("run", "eval", "ablation")
+    words = [word for flag in flags if getattr(args, flag) for word in (f"--{flag}", *getattr(args, flag))]
+    this = shlex.join(["python", "-m", "evals", "report", *map(str, words), "--output", str(args.output)])
+    title = f"Training report: {', '.join(run.config.phase.name for run in runs)}" if runs else "Evaluation report"
+    body = [page.heading(title, 1)]
+    if runs:
+        body += [
+            page.paragraph(lead(runs), "lead"),
+            *summary_section(runs),
+            *curves_section(runs),
+            *layers_section(runs),
+            *experts_section(runs),
+        ]
+    body += [part for task, found in results.items() for part in task_sections(task, found)]
+    body += [part for ablation in ablations for part in ablation_section(ablation)]
+    body += [*missing_section(runs, results), *commands_section(runs, this)]
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(page.page(f"Training report: {phases}", body), encoding="utf-8")
+        args.output.write_text(page.page(title, body), encoding="utf-8")
     except OSError as error:
         raise EvalError(f"--output {args.output}: cannot be written ({error.strerror}); give another file") from error
     print(f"report: {args.output}")
     return 0
+
+
+def by_task(read: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Result]]:
+    """Task -> name of the checkpoint -> result, in the order of the tasks and folders."""
+    found: dict[str, dict[str, Result]] = {}
+    for task in TASKS:
+        for results in read:
+            if task in results:
+                result = results[task]
+                name = f"{result['phase']}, step {result['step']:,}" + (", PARTIAL" if result.get("partial") else "")
+                named = found.setdefault(task, {})
+                named[f"{name} ({len(named) + 1})" if name in named else name] = result
+    return found
 
 
 def lead(runs: Sequence[Run]) -> str:
@@ -172,24 +199,63 @@ def experts_section(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def task_section(result: Result, *, alone: bool) -> list[str]:
-    """Figure, table and command of one result; its checkpoint is in the heading unless it is `alone`."""
-    module = load_task(result["task"])
-    title = module.TITLE if alone else f"{module.TITLE}: {result['phase']}, step {result['step']:,}"
+def task_sections(task: str, results: Mapping[str, Result]) -> list[str]:
+    """All results of one task; where there are several, first what compares them, then each side by side."""
+    module = load_task(task)
+    if len(results) == 1:
+        (result,) = results.values()
+        figure, table, wide = task_parts(module, result)
+        return [page.heading(module.TITLE), *([*figure, *table] if wide else [page.pair(figure, table)])]
+    parts = [page.heading(f"{module.TITLE}: checkpoints compared")]
+    compare = getattr(module, "compare", None)
+    if compare:
+        drawn, lines = compare(results)
+        parts.append(page.pair([page.picture(data_uri(drawn), TASKS[task].about, "")], [page.table(lines)]))
+    columns = []
+    for name, result in results.items():
+        figure, table, _ = task_parts(module, result)
+        columns.append([page.heading(f"{module.TITLE}: {name}", 3), *figure, *table])
+    return [*parts, page.pair(*columns)]
+
+
+def task_parts(module: Task, result: Result) -> tuple[list[str], list[str], bool]:
+    """(figure, table with origin and command, whether the figure wants a line of its own) of one result."""
     origin = f"Checkpoint {result['checkpoint']}, {result['seconds']:.0f} s on {result['device']} in {result['dtype']}."
+    partial = result.get("partial")
+    warning = f"PARTIAL: only the first {partial} samples of each set; not to be compared with whole runs."
+    drawn = module.figure(result)
+    width, height = drawn.get_size_inches()
+    wide = bool(width > WIDE * height or width > WIDEST)
+    figure = page.picture(data_uri(drawn), TASKS[result["task"]].about, module.caption(result))
+    table = [page.table(module.table(result)), page.paragraph(origin, "note"), page.command(result["command"])]
+    return (
+        [page.wide(figure) if wide else figure],
+        ([page.paragraph(warning, "warning")] if partial else []) + table,
+        wide,
+    )
+
+
+def ablation_section(result: Mapping[str, Any]) -> list[str]:
+    """The picture and the table of models that were trained alike but for one thing."""
+    metrics = [Grid.Metric(**entry) for entry in result["metrics"]]
+    many = len(result["seeds"])
+    caption = (
+        f"Validation loss in training, then every number of the table by arm: a dot for each of {many} seed"
+        f"{'s' * (many > 1)}, a line for their mean; chance dashed. ±: standard deviation over seeds."
+    )
+    command = shlex.join(["python", "-m", "evals", *result["command"]])
     return [
-        page.heading(title),
-        page.picture(data_uri(module.figure(result)), TASKS[result["task"]][1], module.caption(result)),
-        page.table(module.table(result)),
-        page.paragraph(origin, "note"),
-        page.command(result["command"]),
+        page.heading(f"Ablation: {result['grid']}, {result['size']}"),
+        page.wide(page.picture(data_uri(ablation_figure(result)), result["question"], caption)),
+        page.table(ablation_table(result["arms"], metrics)),
+        page.command(command),
     ]
 
 
-def missing_section(runs: Sequence[Run], results: Sequence[Result]) -> list[str]:
-    """Says which tasks have no result, and how to make one."""
-    missing = [task for task in TASKS if task not in {result["task"] for result in results}]
-    if not missing:
+def missing_section(runs: Sequence[Run], results: Mapping[str, object]) -> list[str]:
+    """Says which tasks have no result of the last run, and how to make one."""
+    missing = [name for name, task in TASKS.items() if task.usual and name not in results]
+    if not missing or not runs:
         return []
     text = f"No result of {', '.join(missing)} was given. Make it, then make this report again with --eval EVAL:"
     run = ["python", "-m", "evals", "run", "--tasks", ",".join(missing), "--checkpoint", str(runs[-1].folder)]
@@ -206,13 +272,8 @@ def commands_section(runs: Sequence[Run], this: str) -> list[str]:
         words += ["--init_from", f"AGAIN/{before.config.phase.name}"] if before else []
         lines.append(shlex.join(words))
     text = "Training, from the resolved configurations, where each phase starts from the weights of the one before:"
-    return [
-        page.heading("Reproduce"),
-        page.paragraph(text),
-        page.command("\n".join(lines)),
-        page.paragraph("This report:"),
-        page.command(this),
-    ]
+    training = [page.paragraph(text), page.command("\n".join(lines))] if lines else []
+    return [page.heading("Reproduce"), *training, page.paragraph("This report:"), page.command(this)]
 
 
 def layout(run: Run) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evals.cli import EvalError
-from evals.tasks import TASKS, Result
+from evals.cli import EvalError, write_whole
+from evals.tasks import TASKS, Result, Table
 
 if TYPE_CHECKING:
     from evals.load import Subject
@@ -16,9 +17,9 @@ FORMAT = "neomoba-eval"
 VERSION = 1
 
 
-def header(subject: Subject, task: str, command: str, seconds: float) -> Result:
-    """What was evaluated, on what, by which command, and how long it took."""
-    config = subject.config
+def header(subject: Subject, task: str, command: str, seconds: float, partial: int | None) -> Result:
+    """What was evaluated, on what, by which command, and how long it took. partial: the value of --limit."""
+    config, corpus = subject.config, subject.given_corpus
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -28,12 +29,15 @@ def header(subject: Subject, task: str, command: str, seconds: float) -> Result:
         "phase": config.phase.name,
         "objective": config.model.objective,
         "trained_length": config.phase.sequence_length,
-        "data": str(subject.corpus.folder),
-        "data_fingerprint": subject.corpus.fingerprint,
-        "unigram_entropy": subject.corpus.unigram_entropy,
+        "data": None if corpus is None else str(corpus.folder),
+        "data_fingerprint": None if corpus is None else corpus.fingerprint,
+        "unigram_entropy": None if corpus is None else corpus.unigram_entropy,
+        "checkpoint_hash": subject.identity,
+        "layout": {axis: subject.model.mesh[axis].size for axis in ("tp", "pp", "cp", "ep", "dp")},
         "device": str(subject.device),
-        "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
         "seconds": seconds,
+        "partial": partial,
         "command": command,
     }
 
@@ -41,10 +45,14 @@ def header(subject: Subject, task: str, command: str, seconds: float) -> Result:
 def write_result(folder: Path, result: Result) -> Path:
     """Write `folder`/TASK.json whole or not at all; returns its path."""
     path = folder / f"{result['task']}.json"
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, [json.dumps(result, indent=1, allow_nan=False)])
     return path
+
+
+def write_csv(path: Path, lines: Table) -> None:
+    """The numbers behind a plot."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -62,7 +70,7 @@ def read_results(folder: Path) -> dict[str, Result]:
             raise EvalError(f"{path}: not a result of {FORMAT} version {VERSION}; run the task again")
         found[task] = result
     if not found:
-        tasks = ",".join(TASKS)
+        tasks = ",".join(name for name, task in TASKS.items() if task.usual)
         raise EvalError(
             f"--eval {folder}: no results here; make them with: python -m evals run --tasks {tasks} "
             f"--checkpoint DIR --output {folder}"

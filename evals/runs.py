@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from evals.cli import EvalError
-from neomoba_dist.checkpoint.layout import complete_checkpoints, read_index, read_json, tensor_entries
+from neomoba_dist.checkpoint.index import read_index, tensor_entries
+from neomoba_dist.checkpoint.layout import complete_checkpoints, read_json
 from neomoba_dist.config import Config, load_config
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
@@ -45,9 +46,9 @@ class Run:
 
     @property
     def final_loss(self) -> float:
-        """Mean training loss of the last steps."""
-        last = [entry["loss"] for entry in self.steps[-LAST_STEPS:]]
-        return sum(last) / len(last)
+        """Mean training loss of the last steps that have a finite one."""
+        last = [entry["loss"] for entry in self.steps if math.isfinite(entry["loss"])][-LAST_STEPS:]
+        return sum(last) / len(last) if last else math.nan
 
     @property
     def validation_loss(self) -> float | None:

@@ -1,8 +1,8 @@
 """The whole system on a laptop, in minutes: `make quickstart`.
 
-Real text -> tokenizer -> tar shards -> phase 1 (dp 4) -> phase 2 (tp 2 x dp 2) -> phase 3 (pp 2 x dp 2, MoBA) through
-the deepspeed launcher on four CPU ranks -> evaluation of the sharded checkpoints -> report.html. Every line that it
-runs is printed and can be run by hand; interrupted, it goes on where it stopped.
+Real text, and passages of it with a passkey -> tokenizer -> tar shards -> phase 1 (dp 4) -> phase 2 (tp 2 x dp 2) ->
+phase 3 (pp 2 x dp 2, MoBA) through the deepspeed launcher on four CPU ranks -> evaluation of the sharded checkpoints ->
+report.html. Every line that it runs is printed and can be run by hand; rerun it to resume.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 4
 PHASES = (1, 2, 3)
+DIGITS = "2"  # of a passkey
+# texts with a passkey, for one phase each: words of the shortest and the longest, further mentions, how many texts
+PASSKEYS = {"short": (4, 40, 6, 12000), "middle": (4, 200, 4, 3000), "long": (150, 760, 4, 2500)}
 # the short version: the same path, too few steps to learn anything
 FEW = [
     "neomoba.phase.steps=4",
@@ -55,17 +58,31 @@ class Quickstart:
         self.module("text", "data_tools.sample_corpus", "--output", text, *source)
         self.module(
             "tokenizer", "data_tools.train_tokenizer", "--input", text / "train", "--output", tokenizer,
-            "--vocab_size", "8192",
+            "--vocab_size", "4096",
         )  # fmt: skip
         for part in ("train", "validation"):
             self.module(
                 f"{part} shards", "data_tools.tokenize_corpus", "--input", text / part, "--tokenizer", tokenizer,
                 "--output", self.output / "corpus" / part, "--workers", "2",
             )  # fmt: skip
+        for name, (least, most, copies, documents) in PASSKEYS.items():
+            passkeys = self.output / "passkeys" / name
+            self.module(
+                f"{name} texts with a passkey", "data_tools.passkeys", "--input", text / "train",
+                "--output", passkeys.with_suffix(".text"), "--words", str(least), str(most), "--copies", str(copies),
+                "--digits", DIGITS, "--documents", str(documents // 20 if self.few else documents),
+            )  # fmt: skip
+            self.module(
+                f"their shards, {name}", "data_tools.tokenize_corpus", "--input", passkeys.with_suffix(".text"),
+                "--tokenizer", tokenizer, "--output", passkeys, "--workers", "2",
+            )  # fmt: skip
 
     def phase(self, number: int) -> None:
         """One phase on four ranks, from the weights of the phase before."""
-        settings = [f"neomoba.data.{part}={self.output / 'corpus' / part}" for part in ("train", "validation")]
+        train = _phase(number)["data"]["train"].replace("runs/quickstart", str(self.output))
+        settings = [
+            f"neomoba.data.train={train}", f"neomoba.data.validation={self.output / 'corpus' / 'validation'}",
+        ]  # fmt: skip
         before = self.output / f"phase{number - 1}"
         start: list[str | Path] = ["--init_from", before] if number > 1 else []
         self.run(
@@ -78,7 +95,8 @@ class Quickstart:
 
     def evaluate(self) -> None:
         """Loss by position before and after phase 3, needle after it, and the report."""
-        rows, needles = ("2", ["--samples", "1", "--lengths", "256,512"]) if self.few else ("16", ["--samples", "4"])
+        rows, needles = ("2", ["--samples", "1", "--lengths", "256,512"]) if self.few else ("16", ["--samples", "8"])
+        needles += ["--digits", DIGITS]
         common = ["--length", str(_sequence_length(3)), "--border", str(_sequence_length(2)), "--rows", rows]
         self.module(
             "evaluation before phase 3", "evals", "run", "--tasks", "position_loss", *common,
@@ -105,10 +123,20 @@ class Quickstart:
         for number, when in ((2, "before"), (3, "after")):
             result = _read(self.output / "evals" / f"phase{number}" / "position_loss.json")["summary"]
             print(f"loss within / beyond {_sequence_length(2)} tokens {when} phase 3: {_within_beyond(result)}")
+        curve = _read(self.output / "evals" / "phase3" / "needle.json")["curves"]["moba"]["by_length"]
+        shares = ", ".join(f"{100 * entry['exact']:.0f} % at {entry['length']:,} tokens" for entry in curve)
+        print(f"passkeys of {DIGITS} digits found by MoBA: {shares} (chance {100 * 0.1 ** int(DIGITS):.1f} %)")
         for title, seconds in self.times:
             print(f"{seconds:7.1f} s  {title}")
         print(f"{sum(seconds for _, seconds in self.times):7.1f} s  in all")
-        for what in ("corpus", "tokenizer", *(f"phase{n}/checkpoints" for n in PHASES), "evals", "report.html"):
+        for what in (
+            "corpus",
+            "passkeys",
+            "tokenizer",
+            *(f"phase{n}/checkpoints" for n in PHASES),
+            "evals",
+            "report.html",
+        ):
             print(f"{what:20s} {self.output / what}")
 
 
@@ -119,9 +147,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _phase(number: int) -> dict[str, Any]:
+    """The neomoba block of a phase's JSON."""
+    return _read(ROOT / "ds_configs" / f"quickstart_phase{number}.json")["neomoba"]
+
+
 def _sequence_length(number: int) -> int:
-    config = _read(ROOT / "ds_configs" / f"quickstart_phase{number}.json")
-    return config["neomoba"]["phase"]["sequence_length"]
+    return _phase(number)["phase"]["sequence_length"]
 
 
 def _within_beyond(result: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import data_tools.tokenize_corpus as command
 from data_tools.sources import input_files
 from data_tools.train_tokenizer import KINDS
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.tokenizer import load_tokenizer
 
 # Larger texts beside the clone, where there are any; no test needs them. `.ci/run` points this at nothing.

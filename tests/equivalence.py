@@ -10,7 +10,7 @@ from neomoba_dist.checkpoint.layout import boxes_of_part
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import ShardedTensorSpec, shard_of
+from neomoba_dist.model.init import ShardedTensorSpec, views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
@@ -23,7 +23,7 @@ Pieces = list[tuple[ShardedTensorSpec, torch.Tensor]]
 
 def pieces(module: nn.Module, of: str) -> Pieces:
     """(shard, valid part) of every parameter's value ("data") or gradient ("grad")."""
-    return [(p.shard, p.shard.valid(getattr(p, of)).detach().clone()) for p in module.parameters()]
+    return [(shard, view.detach().clone()) for p in module.parameters() for shard, view in views_of(p, getattr(p, of))]
 
 
 def assemble(all_pieces: list[Pieces]) -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def state_pieces(engine: Engine, kind: str) -> Pieces:
     rectangles of the logical tensors."""
     found = []
     for fragment in engine.fragments():
-        spec = shard_of(fragment.parameter)
+        spec = fragment.shard
         flat, stop = engine.values(fragment, kind), fragment.start + fragment.valid
         for box in boxes_of_part(spec.start, spec.extent, fragment.start, stop):
             part = flat[box.base :][: math.prod(box.shape)].view(box.shape)

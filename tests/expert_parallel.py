@@ -6,6 +6,7 @@ import torch
 
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
+from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.moe.layer import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
@@ -86,7 +87,7 @@ def on_this_rank(
     if mesh.sequence_parallel:
         records = all_reduce(records, mesh, "tp")
     for parameter in model.parameters():
-        axis = "expert_dp" if "ep" in parameter.shard.axes else "dp_cp"
+        axis = "expert_dp" if "ep" in shard_of(parameter).axes else "dp_cp"
         parameter.grad = all_reduce(parameter.grad, mesh, axis)
     return Outcome(
         float(all_reduce(loss, mesh, "dp_cp")),

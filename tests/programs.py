@@ -7,6 +7,7 @@ fresh interpreter instead.
 import faulthandler
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -30,15 +31,11 @@ def run_program(
     arguments = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(arguments, str(cwd), environment, out, err)
-        )
-        sys.stdout.flush()
-        process.start()
+        process = start_program(arguments, cwd, environment, out, err)
         process.join(timeout)
         hung = process.is_alive()
         if hung:
-            os.kill(process.pid, signal.SIGUSR1)  # prints the stacks
+            os.kill(process.pid, signal.SIGUSR2)  # prints the stacks
             process.join(0.3)
             os.killpg(process.pid, signal.SIGKILL)  # and what it started
             process.join()
@@ -48,6 +45,18 @@ def run_program(
     return subprocess.CompletedProcess(arguments, process.exitcode, said, complaints)
 
 
+def start_program(
+    arguments: list[str], cwd: Path | str, environment: dict[str, str], out: Path, err: Path
+) -> multiprocessing.process.BaseProcess:
+    """The forked process, which leads a process group of its own and writes to the files `out` and `err`."""
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(arguments, str(cwd), environment, out, err)
+    )
+    sys.stdout.flush()
+    process.start()
+    return process
+
+
 def _child(arguments: list[str], cwd: str, environment: dict[str, str], out: Path, err: Path) -> None:
     os.setsid()
     for number, path, name in ((1, out, "stdout"), (2, err, "stderr")):
@@ -55,7 +64,7 @@ def _child(arguments: list[str], cwd: str, environment: dict[str, str], out: Pat
         os.dup2(file.fileno(), number)
         setattr(sys, name, file)
         setattr(sys, f"__{name}__", file)
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr)
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr)
     root = logging.getLogger()
     for handler in list(root.handlers):  # pytest's
         root.removeHandler(handler)

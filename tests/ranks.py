@@ -42,7 +42,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             time.sleep(0.01)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for rank in hung:
-            os.kill(processes[rank].pid, signal.SIGUSR1)  # prints the stacks
+            os.kill(processes[rank].pid, signal.SIGUSR2)  # prints the stacks
         time.sleep(0.3 if hung else 0.0)
         for process in processes:
             process.kill()
@@ -61,7 +61,7 @@ def _rank_main(rank: int, world_size: int, folder: Path, function: Callable[...,
     log = open(folder / f"{rank}.log", "w", buffering=1)  # noqa: SIM115 - lives as long as the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=log)
+    faulthandler.register(signal.SIGUSR2, file=log)
     code = 0
     try:
         torch.set_num_threads(1)

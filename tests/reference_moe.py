@@ -42,7 +42,7 @@ def ranked_experts(scores: list[float], bias: list[float], config: Any) -> list[
 
 
 def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config: Any, row_length: int) -> Reference:
-    """weights: router.weight, router.bias, experts.*, shared.* (if any), as the layer names them."""
+    """weights: router.weight, router.bias, experts.*, shared.* as the layer names them."""
     num_experts, top_k = config.num_experts, config.num_experts_per_tok
     bias = weights["router.bias"].tolist()
     outputs, aux_losses = [], []
@@ -57,8 +57,8 @@ def mixture(x_TH: Tensor, valid: list[bool], weights: dict[str, Tensor], config:
         z, tokens = torch.zeros((), dtype=x_TH.dtype), 0
         for t in range(start, start + row_length):
             output = torch.zeros_like(x_TH[t])
-            if "shared.gate_proj" in weights:
-                output = swiglu(x_TH[t], *(weights[f"shared.{n}_proj"] for n in ("gate", "up", "down")))
+            if config.num_shared_experts:
+                output = swiglu(x_TH[t], *weights["shared.gate_up_proj"].chunk(2), weights["shared.down_proj"])
             if valid[t]:
                 logits = weights["router.weight"] @ x_TH[t]
                 scores = logits.softmax(0) if config.router_scoring == "softmax" else torch.sigmoid(logits)

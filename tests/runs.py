@@ -13,6 +13,7 @@ from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.assemble import build_stream, build_validation, open_corpora
 from neomoba_dist.train.engine import build_engine
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
+from neomoba_dist.train.rehearsal import rehearse
 from neomoba_dist.train.trainer import Trainer
 from tests.corpora import make_corpus
 from tests.models import tiny_model
@@ -71,7 +72,13 @@ def build_mesh(config: Config) -> Mesh:
 
 
 def train_here(
-    config: Config, output: Path, last_step: int, resume: Path | None = None, init: Path | None = None
+    config: Config,
+    output: Path,
+    last_step: int,
+    resume: Path | None = None,
+    init: Path | None = None,
+    *,
+    rehearsed: bool = False,
 ) -> None:
     """One rank of a training run; for `run_ranks`."""
     plan = config.plan(dist.get_world_size())
@@ -79,16 +86,19 @@ def train_here(
     corpora = open_corpora(config)
     engine = build_engine(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index, mesh)
-    validation = build_validation(config, plan, corpora.validation, mesh["dp"].index)
+    validation = build_validation(config, plan, corpora.validation, mesh)
     trainer = Trainer(config, mesh, engine, stream, validation, output)
     if resume:
         trainer.resume(CheckpointReader(resume))
     if init:
         trainer.start_from(CheckpointReader(init))
+    if rehearsed:
+        rehearse(engine)
     trainer.run(last_step)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The steps of a run without the entries that are times."""
-    timed = {"tokens_per_second", "step_seconds", "data_seconds", "tflops_per_rank"}
+    timed = {"tokens_per_second", "step_seconds", "data_seconds", "tflops_per_rank", "checkpoint_pause_seconds"}
+    timed |= {"rank_seconds", "slowest_rank", "slowest_rank_share"}
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(output / METRICS_FILE)]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from evals.bench._memory import peak_above, resident_bytes
 from evals.bench._timing import least
 from neomoba_dist.model.attention.moba import moba_attention
 
@@ -178,11 +178,7 @@ def peak_bytes(setting: Setting, kind: str) -> int:
     if setting.device == "cpu":
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             return fresh.submit(_peak_in_this_process, setting, kind).result()
-    inputs = tensors(setting)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _once(setting, kind, inputs)
-    return torch.cuda.max_memory_allocated() - before
+    return peak_above(partial(_once, setting, kind, tensors(setting)), setting.device)
 
 
 def _peak_in_this_process(setting: Setting, kind: str) -> int:
@@ -193,12 +189,6 @@ def _peak_in_this_process(setting: Setting, kind: str) -> int:
     before = resident_bytes("VmRSS")
     _once(setting, kind, inputs)
     return max(0, resident_bytes("VmHWM") - before)
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process; getrusage would count what its parent held."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def _once(setting: Setting, kind: str, inputs: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from evals.bench._attention_timing import resident_bytes
+from evals.bench._memory import resident_bytes
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.neobert import NeoBERT

@@ -20,10 +20,10 @@ import webdataset
 from data_tools.corpus_index import CorpusCounts, write_index
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.build import BatchBuilder
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.order import RowOrder
 from neomoba_dist.data.pack import Packing, plan_rows
-from neomoba_dist.data.plan import CorpusPlan, make_plan
 from neomoba_dist.data.rows import RowBlock, Source
 from neomoba_dist.data.shards import ShardWriter
 from neomoba_dist.data.stream import UpdateStream
@@ -94,8 +94,9 @@ class FlatFile:
         self._ids = np.asarray(np.memmap(path, "<u2", "r"))
         method = "concat" if in_order else "best_fit"
         self._packing = Packing(length=shape.length, max_documents=512, method=method)
-        self._plan = make_plan(corpus.document_lengths, [corpus.documents], self._packing, 0)
-        self._order = RowOrder(self._plan.shard_ends, SEED)
+        lengths = corpus.document_lengths
+        self._plan = plan_rows(np.cumsum(lengths) - lengths, lengths, self._packing)
+        self._order = RowOrder(np.array([self._plan.rows]), SEED)
         self._shape, self._in_order, self._padding = shape, in_order, corpus.special.padding
         self._builder = BatchBuilder(corpus, settings(0), objective="mlm", length=shape.length, seed=SEED)
         self.rows = self._plan.rows
@@ -106,7 +107,7 @@ class FlatFile:
         size = shape.micro * shape.accumulation
         for first in itertools.count(step=size):
             places = np.arange(first, first + size)
-            rows = places % self.rows if self._in_order else self._order.take(places)
+            rows = places % self.rows if self._in_order else self._order.rows_at(places)
             yield self._builder.build_update(self._block(rows, places // self.rows * self.rows + rows), shape.micro)
 
     def _block(self, rows: np.ndarray, row_ids: np.ndarray) -> RowBlock:
@@ -149,9 +150,7 @@ class WebDataset:
         for window in self._windows():
             lengths = np.array([len(document) for document in window])
             ids, starts = np.concatenate(window), np.cumsum(lengths) - lengths
-            packed = plan_rows(starts, lengths, packing)
-            nothing = np.zeros(0, np.int64)
-            plan = CorpusPlan(packed.row_starts, packed.piece_start, packed.piece_length, nothing, nothing)
+            plan = plan_rows(starts, lengths, packing)
             row, places, begins, sizes = plan.pieces(np.arange(plan.rows), packing)
             places += row * length
             tokens_T = np.full(plan.rows * length, self._padding, np.uint16)

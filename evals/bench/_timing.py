@@ -16,15 +16,29 @@ def least(works: Mapping[str, Callable[[], None]], *, device: str, threads: int,
     """Seconds of the fastest repetition of each, after one to warm up; a slower spell of the machine meets all."""
     for work in works.values():
         work()
+    measured = in_turns(works, device=device, threads=threads, repetitions=repetitions)
+    return {name: min(found) for name, found in measured.items()}
+
+
+def in_turns(
+    works: Mapping[str, Callable[[], None]],
+    *,
+    device: str,
+    threads: int,
+    repetitions: int,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds of every repetition of each. before: called with its name before each pass, and not timed."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repetitions):
         for name, work in works.items():
+            before(name)
             found[name].append(seconds(work, device, threads))
-    return {name: min(measured) for name, measured in found.items()}
+    return found
 
 
 def seconds(work: Callable[[], None], device: str, threads: int) -> float:
-    """Of one pass. device: "cpu" or "cuda"."""
+    """Of one pass. device: "cpu" or "cuda". threads: of all processes that work on it."""
     if device == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()

@@ -8,14 +8,13 @@ counted as half a pair per block.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.bench._processor import processor_name
-from evals.cli import EvalError, positive_int, print_table
+from evals.cli import EvalError, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,8 +168,7 @@ def run(args: argparse.Namespace) -> int:
             result["forward_only"].append(measure_alone(setting, args.repetitions))
         print(f"{setting.length} tokens x {setting.heads} heads measured", file=sys.stderr, flush=True)
         if args.output is not None:  # after every row: a run that is stopped keeps what it has
-            args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / "attention.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(args.output, "attention", result)
     if compared:
         print_table([HEADER, *(_cells(row) for row in result["rows"])])
     for row in result["forward_only"]:

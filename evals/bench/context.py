@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, list_of, positive_int, print_table, progress
+from evals.cli import EvalError, list_of, positive_int, print_table, progress, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,8 +118,7 @@ def run(args: argparse.Namespace) -> int:
         heads = ["tokens", "cp", "peak MiB", "peak x cp / tokens, KiB", "received MiB", "predicted MiB", "seconds"]
         print_table([heads, *(_measured_cells(row) for row in results["measured"])])
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "context.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, "context", results)
         if args.measure:
             from evals.plots import save_png
 

@@ -10,7 +10,6 @@ pass" is what remains afterwards. Prints a table; --output also gets loader.json
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from evals.bench._processor import processor_name
-from evals.cli import list_of, positive_int, print_table
+from evals.cli import list_of, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +67,7 @@ def cpu_seconds(updates: dict[str, Iterator[list]], count: int) -> dict[str, flo
 def measure(folder: Path, length: int, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One row of the table: rates in tokens per CPU second, and seconds to the first batch of a resume."""
     from evals.bench import _loader_peers as peers
-    from neomoba_dist.data.corpus import open_corpus
+    from neomoba_dist.data.check import open_corpus
 
     corpus = open_corpus(folder)
     shape = peers.Shape(length, max(1, args.micro_batch_tokens // length), args.accumulation)
@@ -133,7 +132,6 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         from evals.plots import save_png
 
-        args.output.mkdir(parents=True, exist_ok=True)
         result = {
             "command": shlex.join(["python", "-m", "evals", "bench", "loader", *sys.argv[3:]]),
             "machine": processor_name(),
@@ -141,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             "corpus": "random" if args.corpus is None else str(args.corpus),
             "rows": rows,
         }
-        (args.output / "loader.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, "loader", result)
         save_png(figure(rows), args.output / "loader.png")
     return 0
 

@@ -8,14 +8,13 @@ leaves that out. Needs torch alone.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.bench._processor import processor_name
-from evals.cli import EvalError, positive_int, print_table
+from evals.cli import EvalError, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +115,5 @@ def run(args: argparse.Namespace) -> int:
     print_table([header, [*map(str, sizes), *figures]])
     print(f"{result['machine']}, torch {result['torch']}")
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "moe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, "moe", result)
     return 0

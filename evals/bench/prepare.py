@@ -10,7 +10,6 @@ that of the Python installation. The environment variable RAYON_NUM_THREADS=1 ho
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.bench._processor import processor_name
-from evals.cli import positive_int, print_table
+from evals.cli import positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     from data_tools.cleaning import Document
@@ -113,10 +112,9 @@ def run(args: argparse.Namespace) -> int:
     print_table([header, *((Path(name).name, *_cells(row)) for name, row in rows.items())])
     print(processor_name(), file=sys.stderr)  # the table alone is the output
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "-m", "evals", "bench", "prepare", *sys.argv[3:]])
         result = {"command": command, "machine": processor_name(), "rows": rows}
-        (args.output / "prepare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, "prepare", result)
     return 0
 
 

@@ -10,7 +10,6 @@ Chance is 1 / 64. Writes recall.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, list_of, positive_int, print_table
+from evals.cli import EvalError, list_of, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +229,6 @@ def run(args: argparse.Namespace) -> int:
         lines.append([str(head["length"]), f"{head['from']}-{head['to']}", str(head["pairs"]), *values])
     print_table(lines)
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         result = {"setting": vars(setting), "chance": 1 / VALUES, "training": history, "cells": cells}
-        (args.output / "recall.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, "recall", result)
     return 0

@@ -9,13 +9,12 @@ NAME.json, NAME being the phase's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, positive_int, print_table
+from evals.cli import EvalError, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     from neomoba_dist.config import BatchPlan, Config
@@ -141,10 +140,8 @@ def run(args: argparse.Namespace) -> int:
         rows.append({"phase": config.phase.name, **row, "mfu": row["tflops"] / peak if peak else None})
     print_table([HEADER, *(_cells(row) for row in rows)])
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         result = {"machine": machine, "torch": torch.__version__, "peak_tflops": peak, "rows": rows}
-        path = args.output / f"{config.phase.name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, config.phase.name, result)
     sys.stdout.flush()
     torch.distributed.destroy_process_group()
     return 0

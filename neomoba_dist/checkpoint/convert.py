@@ -3,19 +3,23 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save_file
 
+from neomoba_dist.checkpoint.files import make_empty, sync, write_text
+from neomoba_dist.checkpoint.index import Entry
 from neomoba_dist.checkpoint.layout import CheckpointError, kind_and_name
 from neomoba_dist.checkpoint.load import CheckpointReader
-from neomoba_dist.checkpoint.save import make_empty, sync, write_text
-from neomoba_dist.checkpoint.verify import find_damage
+from neomoba_dist.checkpoint.verify import refuse_damage
 from neomoba_dist.model.init import ShardedTensorSpec
 
+T = TypeVar("T")
 FILE_BYTES = 1 << 30  # of a merged file; a larger tensor has a file of its own
 
 
@@ -35,7 +39,7 @@ def read_whole(reader: CheckpointReader, name: str) -> torch.Tensor:
 
 def describe(reader: CheckpointReader) -> str:
     """Step, layout, tensors and sizes, for people."""
-    config, files = reader.config, list(reader.folder.glob("*.safetensors"))
+    config, files = reader.config, list(reader.folder.rglob("*.safetensors"))
     weights = [entry for name, entry in reader.tensors.items() if name.startswith("model.")]
     layout = ", ".join(f"{name} {value}" for name, value in reader.index["config"]["neomoba"]["parallel"].items())
     return "\n".join(
@@ -72,17 +76,75 @@ def merge(reader: CheckpointReader, output: Path, file_bytes: int = FILE_BYTES) 
     where) and config.json, the configuration of the run. In memory are at most `file_bytes` or the largest tensor.
     Raises CheckpointError where the checkpoint is damaged or the folder is there already or cannot be written.
     """
-    if output.exists():
-        raise CheckpointError(f"{output}: is there already; give a new folder")
-    if problem := find_damage(reader.folder, ("model",)):
-        raise CheckpointError(f"{problem}; the checkpoint is damaged, use another one")
-    writing = output.with_name(output.name + ".writing")
-    make_empty(writing)
-    try:
-        where = _write_files(reader, writing, file_bytes)
+    require_new(output)
+    refuse_damage(reader.folder, ("model",))
+    parts = [
+        WholeTensor(name.removeprefix("model."), num_bytes(entry), partial(read_whole, reader, name))
+        for name, entry in reader.tensors.items()
+        if name.startswith("model.")
+    ]
+    with new_folder(output) as writing:
+        where = write_tensors(parts, writing, file_bytes)
         index = {"metadata": {"step": reader.index["step"]}, "weight_map": where}
         write_text(writing / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
         write_text(writing / "config.json", json.dumps(reader.index["config"], indent=1) + "\n")
+    return [output / name for name in sorted(set(where.values()))]
+
+
+class WholeTensor(NamedTuple):
+    """A tensor to be written: its name there, its bytes, and how it is read when its turn comes."""
+
+    name: str
+    bytes: int
+    read: Callable[[], torch.Tensor]
+
+
+def num_bytes(entry: Entry) -> int:
+    """Of a whole logical tensor."""
+    return math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+
+
+def groups_of_bytes(sized: Iterable[tuple[int, T]], most: int) -> Iterator[list[T]]:
+    """Neighbours together, of at most so many bytes; what is larger stands alone."""
+    held: list[T] = []
+    size = 0
+    for new, item in sized:
+        if held and size + new > most:
+            yield held
+            held, size = [], 0
+        held.append(item)
+        size += new
+    if held:
+        yield held
+
+
+def write_tensors(
+    parts: Iterable[WholeTensor], folder: Path, file_bytes: int, metadata: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Files of at most `file_bytes`, one after the other in memory; which tensor lies in which."""
+    where: dict[str, str] = {}
+    for number, group in enumerate(groups_of_bytes(((part.bytes, part) for part in parts), file_bytes), start=1):
+        file = f"model-{number:05d}.safetensors"
+        save_file({part.name: part.read() for part in group}, folder / file, metadata=metadata)
+        (folder / file).chmod(0o644)  # safetensors writes 0600
+        sync(folder / file)
+        where |= dict.fromkeys((part.name for part in group), file)
+    return where
+
+
+def require_new(output: Path) -> None:
+    """Raises CheckpointError where the folder is there already."""
+    if output.exists():
+        raise CheckpointError(f"{output}: is there already; give a new folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name once all is on disk. Raises CheckpointError where it cannot."""
+    writing = output.with_name(output.name + ".writing")
+    make_empty(writing)
+    try:
+        yield writing
         sync(writing)
         writing.rename(output)
         sync(output.parent)
@@ -91,30 +153,3 @@ def merge(reader: CheckpointReader, output: Path, file_bytes: int = FILE_BYTES) 
         raise CheckpointError(
             f"{writing}: cannot be written ({error.strerror}); free space or fix the folder"
         ) from error
-    return [output / name for name in sorted(set(where.values()))]
-
-
-def _write_files(reader: CheckpointReader, folder: Path, file_bytes: int) -> dict[str, str]:
-    """Files of at most `file_bytes`, one after the other; which tensor lies in which."""
-    where: dict[str, str] = {}
-    held: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
-        save_file(held, folder / file)
-        (folder / file).chmod(0o644)  # safetensors writes 0600
-        sync(folder / file)
-        where.update(dict.fromkeys(held, file))
-        held.clear()
-
-    size = 0
-    for name in (name for name in reader.tensors if name.startswith("model.")):
-        entry = reader.tensors[name]
-        new = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-        if held and size + new > file_bytes:
-            flush()
-            size = 0
-        held[name.removeprefix("model.")] = read_whole(reader, name)
-        size += new
-    flush()
-    return where

@@ -7,6 +7,7 @@
       weights-00000.safetensors   float32 weights that rank 0 held, flat parts of the tensors
       moments-00000.safetensors   AdamW's moments of the same parts
       ...                         one pair for every rank that holds something
+      ranks-00256/                those of ranks 256 to 511, and so on: no folder has thousands of files
 
 Logical names are those of the single process ("model.blocks.0.attention.q_proj"), whatever the layout that wrote them.
 A folder under its final name is complete: it is written as `step_100.writing`, flushed to disk, then renamed.
@@ -27,11 +28,45 @@ VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("model", "exp_avg", "exp_avg_sq")  # fp32 weights; AdamW's first and second moments
 STEMS = {"model": "weights", "exp_avg": "moments", "exp_avg_sq": "moments"}  # of the files that hold them
+RANKS_PER_FOLDER = 256
 _STEP = re.compile(r"step_(\d+)")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message is one line that names the file."""
+
+    on_all_ranks = False
+
+
+class AgreedCheckpointError(CheckpointError):
+    """The same on all ranks, after they have agreed: one of them may speak for all."""
+
+    on_all_ranks = True
+
+
+class ReadError(CheckpointError):
+    """A file that is there could not be read, as a disk of many machines has it now and then: perhaps it can the next
+    time."""
+
+
+class AgreedReadError(ReadError):
+    """The same on all ranks, after they have agreed."""
+
+    on_all_ranks = True
+
+
+class DamageError(CheckpointError):
+    """Something of a checkpoint is missing or wrong. problem: what, in one line that names the file."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}; the checkpoint is damaged, use another one")
+        self.problem = problem
+
+
+class AgreedDamageError(DamageError):
+    """The same on all ranks, after they have agreed."""
+
+    on_all_ranks = True
 
 
 @dataclass(frozen=True)
@@ -41,31 +76,6 @@ class Box:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     base: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements start..stop of the flattened part `offset`, `shape` of a logical tensor: `key` of `file`, from 0 on."""
-
-    file: str
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def boxes(self) -> Iterator[Box]:
-        """The rectangles that the elements fill; their offsets in the logical tensor, their bases in the stored key."""
-        return boxes_of_part(self.offset, self.shape, self.start, self.stop)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A logical tensor: its whole shape, the name of its dtype, and the pieces that fill it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    pieces: tuple[Piece, ...]
 
 
 def boxes_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:
@@ -98,9 +108,17 @@ def boxes_of_part(offset: tuple[int, ...], shape: tuple[int, ...], start: int, s
         yield Box(tuple(a + b for a, b in zip(offset, box.offset, strict=True)), box.shape, box.base - start)
 
 
-def file_name(kind: str, rank: int) -> str:
-    """The file in which a rank writes a kind."""
-    return f"{STEMS[kind]}-{rank:05d}.safetensors"
+def file_name(kind: str, rank: int, per_folder: int | None) -> str:
+    """The file in which a rank writes a kind; from rank `per_folder` on in a folder of so many ranks (None: never)."""
+    name = f"{STEMS[kind]}-{rank:05d}.safetensors"
+    first = rank // per_folder * per_folder if per_folder else 0
+    return f"ranks-{first:05d}/{name}" if first else name
+
+
+def is_stored_name(name: Any) -> bool:
+    """Whether `name`, read from a file, names a file of the checkpoint: nothing outside its folder."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return len(parts) in (1, 2) and all(map(is_file_name, parts))
 
 
 def logical_name(kind: str, name: str) -> str:
@@ -114,23 +132,29 @@ def kind_and_name(logical: str) -> tuple[str, str]:
     return kind, name
 
 
-def step_folder(output: Path, step: int) -> Path:
-    """Where the run's checkpoint of `step` lies."""
-    return output / "checkpoints" / f"step_{step}"
+def step_folder(output: Path, step: int, *, export: bool = False) -> Path:
+    """Where the run's checkpoint of `step` lies; export: where its weights alone do, from which no run resumes."""
+    return output / ("exports" if export else "checkpoints") / f"step_{step}"
 
 
-def complete_checkpoints(output: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
-    folder = output / "checkpoints"
+def step_of(folder: Path) -> int:
+    """The step of a `step_folder`."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def complete_checkpoints(output: Path, *, exports: bool = False) -> list[Path]:
+    """The run's complete checkpoints, or exports, oldest first."""
+    folder = step_folder(output, 0, export=exports).parent
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted((path for path in found if (path / "index.json").is_file()), key=lambda p: int(p.name[5:]))
+    return sorted((path for path in found if (path / "index.json").is_file()), key=step_of)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`. Raises CheckpointError."""
+    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`, or where a run keeps its best
+    weights alone (launch/finetune.py), these. Raises CheckpointError."""
     if (path / "index.json").is_file():
         return path
-    newest = complete_checkpoints(path)
+    newest = complete_checkpoints(path) or complete_checkpoints(path, exports=True)
     if not newest:
         raise CheckpointError(f"{path}: no checkpoint here; give a run folder or one of its checkpoints/step_N folders")
     return newest[-1]
@@ -140,65 +164,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not valid JSON ({error}); the checkpoint is damaged, use another one"
-        ) from error
+        raise DamageError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; the checkpoint is damaged, use another one")
+        raise DamageError(f"{path}: expected a JSON object")
     return value
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """index.json; its format and version are checked. Raises CheckpointError."""
-    index = read_json(folder / "index.json")
-    if index.get("format") != FORMAT or index.get("version") not in (1, VERSION):
-        raise CheckpointError(f"{folder / 'index.json'}: not a checkpoint of format {FORMAT} version {VERSION} or 1")
-    return index
-
-
-def tensor_entries(index: dict[str, Any], folder: Path) -> dict[str, Entry]:
-    """The logical tensors of an index, by logical name. Raises CheckpointError where a file is not a plain name."""
-    try:
-        parse = _entries_of_version_1 if index["version"] == 1 else _entries
-        entries = parse(index)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{folder / 'index.json'}: not a table of tensors ({error!r}); the checkpoint is damaged, use another one"
-        ) from error
-    for name, entry in entries.items():
-        for piece in entry.pieces:
-            if not is_file_name(piece.file):
-                raise CheckpointError(
-                    f"{folder / 'index.json'}: {name} lies in {piece.file!r}, which is no plain file name; do not "
-                    "use this checkpoint"
-                )
-    return entries
-
-
-def _entries(index: dict[str, Any]) -> dict[str, Entry]:
-    """All kinds of a tensor share their geometry, so it stands once in the file."""
-    entries = {}
-    for name, found in index["tensors"].items():
-        for kind in found["kinds"]:
-            key, pieces = logical_name(kind, name), []
-            for part in found["parts"]:
-                offset, shape, cuts = tuple(part["offset"]), tuple(part["shape"]), part["cuts"]
-                for rank, start, stop in zip(part["ranks"], cuts[:-1], cuts[1:], strict=True):
-                    pieces.append(Piece(file_name(kind, rank), key, offset, shape, start, stop))
-            entries[key] = Entry(tuple(found["shape"]), found["dtype"], tuple(pieces))
-    return entries
-
-
-def _entries_of_version_1(index: dict[str, Any]) -> dict[str, Entry]:
-    """One tensor-parallel rank's whole part per piece, stored in its own shape."""
-    entries = {}
-    for name, found in index["tensors"].items():
-        pieces = tuple(
-            Piece(p["file"], p["key"], tuple(p["offset"]), tuple(p["shape"]), 0, math.prod(p["shape"]))
-            for p in found["pieces"]
-        )
-        entries[name] = Entry(tuple(found["shape"]), found["dtype"], pieces)
-    return entries

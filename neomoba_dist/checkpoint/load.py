@@ -1,41 +1,53 @@
 """Read a checkpoint into any layout: each rank reads the slices that it needs, whoever wrote them."""
 
+import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from neomoba_dist.checkpoint.index import Entry, Piece, read_index, tensor_entries
 from neomoba_dist.checkpoint.layout import (
+    MANIFEST,
     Box,
     CheckpointError,
-    Entry,
-    Piece,
+    DamageError,
+    ReadError,
     boxes_of_part,
     find_checkpoint,
     logical_name,
-    read_index,
     read_json,
-    tensor_entries,
 )
-from neomoba_dist.checkpoint.verify import find_damage
+from neomoba_dist.checkpoint.rank_file import STREAMS, RankFile, Slice
+from neomoba_dist.checkpoint.state import StateFragment
+from neomoba_dist.checkpoint.verify import checksums_of_share, refuse_damage
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import ShardedTensorSpec, shard_of
+from neomoba_dist.model.init import ShardedTensorSpec, views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 
+OPEN_FILES = 128
+
 
 class CheckpointReader:
-    """A checkpoint opened for reading. path: a step_N folder, or a run folder (its newest checkpoint)."""
+    """A checkpoint opened for reading. path: a step_N folder, or a run folder (its newest checkpoint).
+
+    has_checksums: whether the files can be held against any.
+    """
+
+    has_checksums = True
 
     def __init__(self, path: Path | str) -> None:
         self.folder = find_checkpoint(Path(path))
         self.index = read_index(self.folder)
         self.tensors = tensor_entries(self.index, self.folder)  # by logical name
-        self._files: dict[str, Any] = {}
+        self._open = functools.lru_cache(OPEN_FILES)(lambda name: RankFile(self.folder / name))
 
     @property
     def config(self) -> Config:
@@ -56,13 +68,79 @@ class CheckpointReader:
         self._fill(part, kind, shard, entry, Box(shard.start, shard.extent))
         return part
 
-    def read_range(self, kind: str, shard: ShardedTensorSpec, start: int, stop: int) -> torch.Tensor:
-        """The elements start..stop of the flattened part that `shard` describes: [stop - start], as `read`."""
-        parts = [
-            self.read(kind, replace(shard, start=box.offset, extent=box.shape)).flatten()
-            for box in boxes_of_part(shard.start, shard.extent, start, stop)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0)
+    def read_range(self, kind: str, shard: ShardedTensorSpec, start: int, out: torch.Tensor) -> None:
+        """Fill the flat tensor `out` with elements of the flattened part that `shard` describes, from `start` on.
+
+        Where `stored` finds them, the bytes go straight from the file into `out`. Raises as `read`.
+        """
+        stored = self.stored(kind, shard, start, out)
+        for file, part in stored or ():
+            self._read(file, part)
+        if stored is None:
+            filled = 0
+            for box in boxes_of_part(shard.start, shard.extent, start, start + out.numel()):
+                values = self.read(kind, replace(shard, start=box.offset, extent=box.shape)).flatten()
+                out[filled : filled + len(values)].copy_(values)
+                filled += len(values)
+
+    def stored(
+        self, kind: str, shard: ShardedTensorSpec, start: int, out: torch.Tensor
+    ) -> list[tuple[str, Slice]] | None:
+        """In which files, and where, that lies which is to fill `out`; None where the tensor was cut into other parts.
+
+        It is cut into the same ones with as many ranks of tp and ep as before. Arguments as `read_range`.
+        """
+        if not out.numel():  # all padding
+            return []
+        entry = self.tensors.get(logical_name(kind, shard.name))
+        part = entry.part_at(shard.start, shard.extent) if entry and entry.shape == shard.shape else None
+        if not entry or not part:
+            return None
+        found, stop = [], start + out.numel()
+        for piece in entry.range_of(part, start, stop):
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            found.append((piece.file, Slice(piece.key, first - piece.start, out[first - start : last - start])))
+        return found
+
+    def checksums(self, kinds: Sequence[str], share: tuple[int, int]) -> dict[str, str]:
+        """By name the checksums of a share of the files, as `find_damage` has it; of version 1 and the hub none."""
+        if not self.has_checksums or self.index["version"] == 1:
+            return {}
+        path = self.folder / MANIFEST
+        try:
+            return checksums_of_share(read_json(path), kinds, share)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamageError(f"{path}: not a table of files ({error!r})") from error
+
+    def fill(self, fragments: Sequence[StateFragment], checksums: Mapping[str, str]) -> None:
+        """Fill the tensors of the fragments, and hold the files that `checksums` names against these.
+
+        Those are read whole and once, their bytes straight into the tensors where `stored` finds them; several files
+        at a time, as a disk of many machines serves one stream slowly. Raises as `read`, and DamageError: the tensors
+        then hold anything.
+        """
+        parts: dict[str, list[Slice]] = {name: [] for name in checksums}
+        others: dict[str, list[tuple[ShardedTensorSpec, int, torch.Tensor]]] = {}
+        for spec, start, values in fragments:
+            for kind, out in values.items():
+                stored = self.stored(kind, spec, start, out)
+                for file, part in stored or ():
+                    parts.setdefault(file, []).append(part)
+                if stored is None:
+                    others.setdefault(kind, []).append((spec, start, out))
+
+        def read_others(kind: str) -> None:
+            for other in others[kind]:
+                self.read_range(kind, *other)
+
+        with ThreadPoolExecutor(STREAMS) as pool:
+            jobs = [pool.submit(self._read_file, name, found, checksums.get(name)) for name, found in parts.items()]
+            jobs += [pool.submit(read_others, kind) for kind in others]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after the first failure
 
     def _entry(self, kind: str, shard: ShardedTensorSpec) -> Entry:
         name = logical_name(kind, shard.name)
@@ -82,7 +160,7 @@ class CheckpointReader:
     def _fill(self, part: torch.Tensor, kind: str, shard: ShardedTensorSpec, entry: Entry, wanted: Box) -> None:
         """Copy everything that the pieces hold of a rectangle of the logical tensor into `part`, in place."""
         filled = 0
-        for piece in entry.pieces:
+        for piece in entry.pieces(wanted):
             for box in piece.boxes():
                 begin = [max(a, b) for a, b in zip(wanted.offset, box.offset, strict=True)]
                 end = [
@@ -93,42 +171,53 @@ class CheckpointReader:
                     continue
                 target = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, wanted.offset, strict=True))
                 source = tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, box.offset, strict=True))
-                part[target] = self._rectangle(piece, box, source)
+                part[target] = self._rectangle(piece, box, source, part.dtype)
                 filled += math.prod(e - b for b, e in zip(begin, end, strict=True))
         if filled != part.numel():
             name = logical_name(kind, shard.name)
-            raise CheckpointError(f"{self.folder}: {name} is incomplete; the checkpoint is damaged, use another one")
+            raise DamageError(f"{self.folder}: {name} is incomplete")
 
-    def _rectangle(self, piece: Piece, box: Box, where: tuple[slice, ...]) -> torch.Tensor:
+    def _rectangle(self, piece: Piece, box: Box, where: tuple[slice, ...], dtype: torch.dtype) -> torch.Tensor:
         """The part `where` of a box, of which only the rows that hold it are read."""
-        if not where:
-            return self._slice(piece, slice(0, 1)).view(())
+        first, rows = (where[0].start, where[0].stop - where[0].start) if where else (0, 1)
         row = math.prod(box.shape[1:])
-        rows = where[0]
-        flat = self._slice(piece, slice(box.base + rows.start * row, box.base + rows.stop * row))
-        return flat.view(rows.stop - rows.start, *box.shape[1:])[(slice(None), *where[1:])]
+        flat = torch.empty(rows * row, dtype=dtype)
+        self._read(piece.file, Slice(piece.key, box.base + first * row, flat))
+        return flat.view(rows, *box.shape[1:])[(slice(None), *where[1:])] if where else flat.view(())
 
-    def _slice(self, piece: Piece, where: slice) -> torch.Tensor:
-        """Elements of a stored key, flat."""
-        path = self.folder / piece.file
+    def _read(self, file: str, part: Slice) -> None:
+        with self._naming(file):
+            self._open(file).read(part)
+
+    def _read_file(self, name: str, parts: Sequence[Slice], checksum: str | None) -> None:
+        """Fill the parts from one file, which is read whole where its checksum is given."""
+        with self._naming(name):
+            file, found = RankFile(self.folder / name), None
+            if checksum is not None:
+                found = file.read_whole(parts)
+            else:
+                for part in parts:
+                    file.read(part)
+        if found != checksum:
+            raise DamageError(f"{self.folder / name}: its checksum is wrong")
+
+    @contextmanager
+    def _naming(self, file: str) -> Iterator[None]:
+        """Turns what reading a file raises into one line that names it."""
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = safe_open(path, framework="pt")
-            if self.index["version"] == 1:  # stored in the shape of the part
-                return self._files[piece.file].get_tensor(piece.key).flatten()[where]
-            return self._files[piece.file].get_slice(piece.key)[where]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one"
-            ) from error
+            yield
+        except OSError as error:  # perhaps not the next time: no reason to take an older checkpoint
+            raise ReadError(f"{self.folder / file}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise DamageError(f"{self.folder / file}: cannot be read ({error})") from error
 
 
 def load_weights(reader: CheckpointReader, module: torch.nn.Module) -> None:
     """Fill the parameters of `module` (any layout) in place with the checkpoint's weights."""
     with torch.no_grad():
         for parameter in module.parameters():
-            shard = shard_of(parameter)
-            shard.valid(parameter).copy_(reader.read("model", shard))
+            for shard, view in views_of(parameter):
+                view.copy_(reader.read("model", shard))
     load_buffers(reader, module)
 
 
@@ -147,8 +236,7 @@ def load_model(
     Raises CheckpointError on a missing or damaged checkpoint.
     """
     reader = CheckpointReader(path)
-    if problem := find_damage(reader.folder, ("model",)):
-        raise CheckpointError(f"{problem}; the checkpoint is damaged, use another one")
+    refuse_damage(reader.folder, ("model",))
     config = reader.config
     model = NeoBERT(config.model, mesh or Mesh.single(device), dtype=dtype)
     load_weights(reader, model)

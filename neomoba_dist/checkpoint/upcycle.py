@@ -46,8 +46,7 @@ class UpcycledReader(CheckpointReader):
     def read(self, kind: str, shard: ShardedTensorSpec) -> torch.Tensor:
         layer, _, part = shard.name.partition(".mlp.")
         if part == "router.weight":
-            where = tuple(slice(a, a + n) for a, n in zip(shard.start, shard.extent, strict=True))
-            return self._init.draw(shard.name, shard.shape)[where]
+            return self._init.draw(shard)
         if part == "router.bias":
             return torch.zeros(shard.extent)
         if not part.startswith("experts."):

@@ -202,7 +202,7 @@ _REFUSED: Final[Block] = {
     "gradient_predivide_factor": _NO_EFFECT,
     "disable_allgather": _NO_EFFECT,
     "allgather_size": Refused("set zero_optimization.allgather_bucket_size instead"),
-    "zero_allow_untested_optimizer": Refused("the program sets it"),
+    "zero_allow_untested_optimizer": _NO_EFFECT,
     "zero_force_ds_cpu_optimizer": Refused("the program sets it"),
     "torch_autocast": Refused("set bf16.enabled instead"),
     "bfloat16": Refused("write it as bf16"),

@@ -20,16 +20,26 @@ KNOWN_KEYS: Final[Block] = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Config:
     """Return the resolved configuration of the JSON file at `path`.
 
     `overrides` are "path.to.key=value" strings rooted at the JSON's root; the value is read as JSON, else as a string.
+    `model`: keys of neomoba.model, for those that the file does not give.
     Raises ConfigError with one line for anything that cannot be used.
     """
+    tree = read_tree(path, overrides)
+    ours = tree.get("neomoba")
+    if model and isinstance(ours, dict) and isinstance(given := ours.get("model", {}), dict):
+        ours["model"] = {**model, **given}
+    return parse_config(tree, source=str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object of the file with the `overrides`; of its own keys none is checked yet. Raises ConfigError."""
     tree = read_json(Path(path))
     for override in overrides:
         _apply_override(tree, override, str(path))
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:

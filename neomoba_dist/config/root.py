@@ -10,6 +10,8 @@ from neomoba_dist.config.batch import BatchPlan, plan_batch
 from neomoba_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
+    FinetuneConfig,
+    HealthConfig,
     LogConfig,
     ModelConfig,
     ParallelConfig,
@@ -27,7 +29,9 @@ class Config:
     phase: PhaseConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     deepspeed: Mapping[str, Any]
     source: str = field(default="config", compare=False)
@@ -54,6 +58,16 @@ class Config:
         return "float16" if self.deepspeed.get("fp16", {}).get("enabled", False) else "float32"
 
     @property
+    def gradient_dtype(self) -> str:
+        """Dtype in which the gradients of the micro-batches are added up: "fp32" unless the JSON says otherwise."""
+        return str(self.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32"))
+
+    @property
+    def communication_dtype(self) -> str:
+        """Dtype in which gradients travel: that in which they are added up unless the JSON says otherwise."""
+        return str(self.deepspeed.get("communication_data_type", self.gradient_dtype))
+
+    @property
     def gradient_clipping(self) -> float:
         """Largest gradient norm; 0 = no clipping."""
         return float(self.deepspeed.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING))
@@ -73,6 +87,8 @@ BLOCKS: Final[Mapping[str, type]] = {
     "parallel": ParallelConfig,
     "data": DataConfig,
     "phase": PhaseConfig,
+    "finetune": FinetuneConfig,
     "checkpoint": CheckpointConfig,
+    "health": HealthConfig,
     "log": LogConfig,
 }

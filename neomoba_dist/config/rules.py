@@ -12,6 +12,7 @@ from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.expert_rules import expert_engine, experts
+from neomoba_dist.config.finetune import finetuning
 from neomoba_dist.config.root import Config
 from neomoba_dist.config.schema import ModelConfig
 from neomoba_dist.config.sources import source_problems
@@ -53,18 +54,14 @@ def zero_stage(config: Config) -> Iterator[str]:
 
 
 def precision(config: Config) -> Iterator[str]:
-    """Refuse two compute dtypes at once, and gradient dtypes that lose precision or pick an optimizer that diverges."""
+    """Refuse two compute dtypes at once, and sums of gradients in a dtype that is neither theirs nor float32."""
     bf16, fp16 = (config.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
     if bf16 and fp16:
         yield "bf16.enabled and fp16.enabled are both true; set one of them to false"
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype_name]
-    accumulate = config.deepspeed.get("data_types", {}).get("grad_accum_dtype", short)
-    if accumulate not in ("fp32", short):
-        yield f"data_types.grad_accum_dtype is {accumulate} but the model computes in {short}; delete the key"
-    if bf16 and accumulate == "fp32" and config.zero_stage == 1:
+    if config.gradient_dtype not in ("fp32", short):
         yield (
-            "data_types.grad_accum_dtype fp32 with bf16 at ZeRO stage 1 selects DeepSpeed's BF16_Optimizer, whose "
-            "replicated weights diverge; delete the key or set zero_optimization.stage to 2"
+            f"data_types.grad_accum_dtype is {config.gradient_dtype} but the model computes in {short}; delete the key"
         )
 
 
@@ -284,6 +281,16 @@ def _not_divisible(model: ModelConfig, tp: int) -> Iterator[str]:
         yield f"intermediate_size {model.intermediate_size} is not a multiple of"
 
 
+def checkpoints(config: Config) -> Iterator[str]:
+    """Refuse checkpoints to keep that are never written."""
+    settings = config.checkpoint
+    if settings.keep_every % settings.save_every:
+        yield (
+            f"neomoba.checkpoint.keep_every {settings.keep_every} is not a multiple of save_every "
+            f"{settings.save_every}; set it to {nearest_multiples(settings.keep_every, settings.save_every)}, or to 0"
+        )
+
+
 RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     zero_stage,
     precision,
@@ -299,4 +306,6 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     batch,
     data,
     texts,
+    checkpoints,
+    finetuning,
 )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from neomoba_dist.config.attention import expand_attention
 from neomoba_dist.config.sources import SourceEntry, parse_sources
+from neomoba_dist.config.text_tasks import TEXT_TASKS, HeadConfig, names_of
 from neomoba_dist.config.types import (
     Fraction,
     NonNegativeFloat,
@@ -135,7 +136,7 @@ class DataConfig:
     mlm_whole_word: bool = False
     token_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     max_documents_per_row: Size = 128
-    packing: Literal["best_fit", "concat"] = "best_fit"
+    packing: Literal["best_fit", "concat", "whole"] = "best_fit"
     align: Size = 1
     shuffle_shards: PositiveInt | None = None
     cache: str | None = "runs/cache"
@@ -168,7 +169,7 @@ class PhaseConfig:
     adam_eps: PositiveFloat = 1e-8
     full_attention_fraction: Fraction = 1.0
     full_attention_schedule: Literal["tail", "interleave"] = "tail"
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Literal["none", "full", "selective", "auto"] = "none"
     recompute_every: Parts = 1
     compile: bool = False
     allow_tf32: bool = True
@@ -176,11 +177,55 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tuning on whole texts (launch/finetune.py); with `tasks` null the run is one of pretraining.
+
+    tasks, transfer: names, comma-separated (config/finetune.py). epochs: passes over the training set, to which the
+    phase's steps are stretched. patience: validations without a better one until a run ends; 0: never. seeds: runs of
+    each task, from phase.seed on. transfer: tasks that start from the weights of the mnli run.
+    """
+
+    tasks: str | None = None
+    pooling: Literal["cls", "mean"] = "cls"
+    epochs: PositiveFloat | None = None
+    patience: NonNegativeInt = 0
+    seeds: PositiveInt = 1
+    transfer: str | None = None
+    temperature: PositiveFloat = 0.05
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """The head of the (first) task; None in pretraining."""
+        if self.tasks is None:
+            return None
+        return TEXT_TASKS[names_of(self.tasks)[0]].head(self.pooling, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often a checkpoint is written, in steps, and how many are kept (0 = all)."""
+    """How often a checkpoint is written, in steps, which ones are kept (0 = all), and how.
+
+    keep_every, export_every: also in steps; 0 = never.
+    """
 
     save_every: PositiveInt = 1000
     keep_last: NonNegativeInt = 0
+    keep_every: NonNegativeInt = 0
+    export_every: NonNegativeInt = 0
+    async_save: bool = True
+    on_save_failure: Literal["continue", "stop"] = "continue"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When a rank without a sign of life is given up, in seconds; which updates are skipped, and when that ends a run.
+
+    max_skipped_steps: in a row. spike_sigma: standard deviations above the last accepted steps; 0 = no limit.
+    """
+
+    lost_after: PositiveFloat = 20.0
+    max_skipped_steps: PositiveInt = 10
+    spike_sigma: NonNegativeFloat = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)

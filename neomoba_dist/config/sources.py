@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Final, NamedTuple
 
-_SOURCE: Final = re.compile(r"(?P<place>.+?)(@(?P<length>\d+))?(\*(?P<weight>\d+(\.\d+)?))?", re.ASCII)
+_SOURCE: Final = re.compile(r"(?P<location>.+?)(@(?P<length>\d+))?(\*(?P<weight>\d+(\.\d+)?))?", re.ASCII)
 
 
 class SourceEntry(NamedTuple):
     """One source: its folder or url, the least length in tokens of its documents, its weight."""
 
-    place: str
+    location: str
     min_length: int
     weight: Fraction
 
@@ -22,7 +22,7 @@ def parse_sources(train: str) -> tuple[SourceEntry, ...]:
     for item in train.split(","):
         match = _SOURCE.fullmatch(item.strip())
         assert match, train
-        found.append(SourceEntry(match["place"], int(match["length"] or 0), Fraction(match["weight"] or 1)))
+        found.append(SourceEntry(match["location"], int(match["length"] or 0), Fraction(match["weight"] or 1)))
     return tuple(found)
 
 

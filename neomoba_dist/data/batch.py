@@ -14,6 +14,7 @@ import torch
 IGNORE_LABEL = -100
 PADDING_POSITION = -1
 LEAST_DOCUMENTS = 16  # that `Batch.trimmed` keeps room for
+COUNTED_STEPS = 32  # numbers of tokens that `Batch.with_counted` may come to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Batch:
     row_ids      int64 [rows]; epoch * rows_in_epoch + row: names the row and its masks
     num_valid    counted labels of the whole update: all dp ranks, all micro-batches
     token_type_ids int64 [T] or None
+    counted      int64 [C] or None: tokens whose losses are computed, see `with_counted`
     """
 
     input_ids: torch.Tensor
@@ -37,6 +39,7 @@ class Batch:
     row_ids: torch.Tensor
     num_valid: int
     token_type_ids: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -57,14 +60,25 @@ class Batch:
         kept = max(LEAST_DOCUMENTS, 1 << (documents - 1).bit_length())
         return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1])
 
+    def with_counted(self) -> Batch:
+        """The same with `counted`: the tokens whose label counts, then others; for a batch on the host.
+
+        A GPU would have to wait to know how many there are. They come in whole 32nds of all tokens: few shapes.
+        """
+        counts, step = self.labels != IGNORE_LABEL, max(1, len(self.labels) // COUNTED_STEPS)
+        found, others = counts.nonzero().squeeze(1), (~counts).nonzero().squeeze(1)
+        missing = -len(found) % step  # up to whole steps
+        return replace(self, counted=torch.cat((found, others[:missing])))
+
     def local_valid(self) -> int:
         """Counted labels of this micro-batch alone."""
         return int((self.labels != IGNORE_LABEL).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
+        """The same batch on `device`; from the host to a GPU while the host goes on."""
+        to_gpu = torch.device(device).type == "cuda"
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if to_gpu and value.is_cpu else value).to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }

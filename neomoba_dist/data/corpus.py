@@ -1,8 +1,7 @@
-"""Corpus: an opened folder of shards, here or elsewhere, with all that its index says checked."""
+"""Corpus: a folder of shards, here or elsewhere, as its index describes it. `check.py` looks at the shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -12,57 +11,104 @@ from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import (
     DOCUMENTS_FILE,
     INDEX_FILE,
+    LOSS_SPANS_FILE,
     MEMBERS_FILE,
     CorpusIndex,
-    DocumentTable,
     MemberTable,
 )
 from neomoba_dist.data.reader import TokenReader
 from neomoba_dist.data.remote import RemoteFolder, is_remote
-from neomoba_dist.data.shards import check_files
+from neomoba_dist.data.stored import Columns, maps_at_once
 from neomoba_dist.data.tokenizer import SpecialIds, Tokenizer, load_tokenizer
-
-OpenFile = Callable[[str, str], Path]
 
 
 class Corpus:
-    """A checked folder of token shards. Open it with `open_corpus`.
+    """A folder of token shards. Open it with `open_corpus`, or with `read_corpus` if it is checked later.
 
-    name              the folder or url, for messages
-    index             what index.json says
-    document_lengths  int64 [documents], tokens with document borders, in corpus order
-    reader            the tokens
+    name    the folder or url, for messages
+    index   what index.json says
+    key     the config key that names it, for messages
+    remote  the folder, if it lies elsewhere
+    reader  the tokens
     """
 
-    def __init__(self, name: str, index: CorpusIndex, open_file: OpenFile, key: str) -> None:
-        """`open_file` gives the local path of a file from its name and its sha256; `key` is named in messages."""
-        self.name, self.index, self.key = name, index, key
-        self._open_file = open_file
-        members = MemberTable.from_file(open_file(MEMBERS_FILE, index.members_sha256), index.members_sha256)
-        documents = DocumentTable.from_file(open_file(DOCUMENTS_FILE, index.documents_sha256), index.documents_sha256)
-        self.document_lengths = documents.lengths
-        self.reader = TokenReader(index, members, self._open_shard)
-        self._check_counts(members)
-
-    def _check_counts(self, members: MemberTable) -> None:
-        """The tables must agree with the index. DataError."""
-        index = self.index
-        stored = int(members.tokens_size.sum()) // np.dtype(index.dtype).itemsize
-        lengths = self.document_lengths
-        if (len(lengths), int(lengths.sum()), stored) != (index.documents, index.tokens, index.tokens):
-            raise DataError(
-                f"{self.name}: {INDEX_FILE} counts {index.documents} documents and {index.tokens} tokens, its tables "
-                f"{len(lengths)} and {int(lengths.sum())}, in members of {stored}; the corpus is damaged"
-            )
+    def __init__(self, name: str, index: CorpusIndex, key: str, remote: RemoteFolder | None, maps: int) -> None:
+        """At most `maps` shards are mapped at once."""
+        self.name, self.index, self.key, self.remote = name, index, key, remote
+        self.reader = TokenReader(index, self.members, self._open_shard, maps)
         if self.vocab_size - 1 > np.iinfo(index.dtype).max:
             raise DataError(
                 f"{self.name}: ids are stored as {index.dtype}, too small for the tokenizer's {self.vocab_size} ids; "
                 "tokenize the text again"
             )
 
+    def open_file(self, name: str, sha256: str) -> Path:
+        """The local path of a file of the corpus, fetched first if it lies elsewhere."""
+        return self.remote.path(name, sha256) if self.remote else self.folder / name
+
     def _open_shard(self, number: int) -> Path:
         shard = self.index.shards[number]
-        return self._open_file(shard.file, shard.sha256)
+        return self.open_file(shard.file, shard.sha256)
+
+    def _columns(self, name: str, sha256: str) -> Columns:
+        path = self.open_file(name, sha256)
+        try:
+            return Columns(path)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite"
+            ) from error
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); run data_tools.tokenize_corpus with --overwrite") from error
+
+    @cached_property
+    def _members(self) -> Columns:
+        return self._columns(MEMBERS_FILE, self.index.members_sha256)
+
+    @cached_property
+    def _documents(self) -> Columns:
+        return self._columns(DOCUMENTS_FILE, self.index.documents_sha256)
+
+    @property
+    def has_loss_spans(self) -> bool:
+        """Whether the loss counts some tokens only: responses, not prompts."""
+        return self.index.loss_spans_sha256 is not None
+
+    @cached_property
+    def _loss_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self.index.loss_spans_sha256 is not None
+        columns = self._columns(LOSS_SPANS_FILE, self.index.loss_spans_sha256)
+        return columns.mapped("starts"), columns.mapped("stops")
+
+    def mark_counted(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """Sets True in `out`, bool, which tokens of some runs the loss counts: `lengths[i]` from number `starts[i]` on,
+        which lie at `out[places[i]:]`. All int64 [runs]."""
+        if not self.has_loss_spans:
+            for place, length in zip(places.tolist(), lengths.tolist(), strict=True):
+                out[place : place + length] = True
+            return
+        begins, ends = self._loss_spans
+        first = np.searchsorted(ends, starts, side="right")
+        last = np.searchsorted(begins, starts + lengths, side="left")
+        run = np.repeat(np.arange(len(starts)), last - first)
+        span = np.arange(len(run)) + (first - np.cumsum(last - first) + (last - first))[run]
+        begin = np.maximum(begins[span], starts[run]) - starts[run] + places[run]
+        end = np.minimum(ends[span], (starts + lengths)[run]) - starts[run] + places[run]
+        for a, b in zip(begin.tolist(), end.tolist(), strict=True):
+            out[a:b] = True
+
+    def members(self, shard: int) -> MemberTable:
+        """The members of a shard."""
+        return MemberTable.of_shard(self._members, shard)
+
+    def lengths(self, first: int, last: int) -> np.ndarray:
+        """Lengths of documents [first, last) in corpus order, tokens with document borders: int64."""
+        return self._documents.read("lengths", first, last)
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """The same of all documents: a view of the mapped file."""
+        return self._documents.mapped("lengths")
 
     @property
     def folder(self) -> Path:
@@ -109,7 +155,7 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside the shards; DataError if it is not the one that made them."""
         entry = self.index.tokenizer
-        path = self._open_file(entry.file, entry.sha256)
+        path = self.open_file(entry.file, entry.sha256)
         tokenizer = load_tokenizer(path)
         if tokenizer.sha256 != entry.sha256:
             raise DataError(f"{path}: not the tokenizer of these shards")
@@ -132,37 +178,28 @@ class Corpus:
             )
 
 
-def open_corpus(place: str | Path, key: str = "neomoba.data.train", cache: Path | None = None) -> Corpus:
-    """Opens a corpus and checks that every shard is there, has its size and is the one that the index means.
+def read_corpus(
+    location: str | Path, key: str = "neomoba.data.train", cache: Path | None = None, *, corpora: int = 1
+) -> Corpus:
+    """The corpus that an index describes; nothing but the index is looked at.
 
-    `place` is a folder, or a url as remote.py describes, whose files then come into the folder `cache`; `key` is the
-    config key that names it, for messages. DataError, in one line, if the index or a shard is missing, cut, swapped or
-    extra. Payloads are checked when they are read, or all at once by `data_tools.verify_shards`.
+    `location` is a folder, or a url as remote.py describes, whose files then come into the folder `cache`; `key` is the
+    config key that names it, for messages; `corpora`: how many share this process's open files. DataError, in one line.
     """
-    if is_remote(str(place)):
-        return _open_remote(str(place), key, cache)
-    folder = Path(place)
+    maps = maps_at_once(corpora)
+    if is_remote(str(location)):
+        if cache is None:
+            raise DataError(f"{key}: {location} lies elsewhere and needs a cache; set neomoba.data.cache to a folder")
+        remote = RemoteFolder(str(location), cache)
+        try:
+            payload = remote.read(INDEX_FILE)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+        return Corpus(str(location), CorpusIndex.from_bytes(payload, remote.url(INDEX_FILE)), key, remote, maps)
+    folder = Path(location)
     if not (folder / INDEX_FILE).is_file():
         raise DataError(
             f"{key}: no finished corpus in {folder} ({INDEX_FILE} is missing); make it with: python -m "
             f"data_tools.tokenize_corpus --input TEXT --tokenizer TOKENIZER --output {folder}"
         )
-    index = CorpusIndex.from_file(folder / INDEX_FILE)
-    check_files(folder, index.shards)
-    corpus = Corpus(str(folder), index, lambda name, sha256: folder / name, key)
-    corpus.reader.check_first_members()
-    return corpus
-
-
-def _open_remote(place: str, key: str, cache: Path | None) -> Corpus:
-    if cache is None:
-        raise DataError(f"{key}: {place} lies elsewhere and needs a cache; set neomoba.data.cache to a folder")
-    remote = RemoteFolder(place, cache)
-    try:
-        payload = remote.read(INDEX_FILE)
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
-    index = CorpusIndex.from_bytes(payload, remote.url(INDEX_FILE))
-    for problem in remote.problems(index.shards):
-        raise DataError(problem)
-    return Corpus(place, index, remote.path, key)
+    return Corpus(str(folder), CorpusIndex.from_file(folder / INDEX_FILE), key, None, maps)

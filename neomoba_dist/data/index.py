@@ -1,6 +1,6 @@
 """What a folder of shards says about itself: `index.json`, `members.npz` (byte offsets), `documents.npz` (lengths).
 
-A corpus folder holds `shard-00000.tar ...`, the tokenizer's file, the two tables and, written last, `index.json`:
+A corpus folder holds `shard-00000.tar ...`, the tokenizer's file, the tables and, written last, `index.json`:
 no index means not finished. The index pins every other file by sha256, so one fingerprint names the whole corpus.
 """
 
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ import numpy as np
 
 from neomoba_dist.config.paths import is_file_name
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.stored import Columns
 
 INDEX_FILE = "index.json"
 MEMBERS_FILE = "members.npz"
 DOCUMENTS_FILE = "documents.npz"
+LOSS_SPANS_FILE = "loss_spans.npz"
 FORMAT = "neomoba-shards"
 VERSION = 2
 # least lengths, in tokens, of the subsets that every corpus lists: phases train on long documents by choosing one
@@ -89,8 +92,17 @@ class MemberTable:
 
     @classmethod
     def from_file(cls, path: Path, sha256: str) -> MemberTable:
-        """Reads the table; DataError if the file is missing or is not the one with `sha256`."""
+        """Reads the whole table; DataError if the file is missing or is not the one with `sha256`."""
         return cls(**_checked_npz(path, sha256))
+
+    @classmethod
+    def of_shard(cls, columns: Columns, shard: int) -> MemberTable:
+        """The members of one shard, read from the file of the table."""
+        numbers = range(columns.length("shard"))
+        first, last = (
+            bisect_left(numbers, s, key=lambda i: columns.read("shard", i, i + 1)[0]) for s in (shard, shard + 1)
+        )
+        return cls(**{field.name: columns.read(field.name, first, last) for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +128,32 @@ class DocumentTable:
 
     @classmethod
     def from_file(cls, path: Path, sha256: str) -> DocumentTable:
-        """Reads the table; DataError if the file is missing or is not the one with `sha256`."""
+        """Reads the whole table; DataError if the file is missing or is not the one with `sha256`."""
         arrays = _checked_npz(path, sha256)
         return cls(
             lengths=arrays.pop("lengths"),
             subsets={int(name.removeprefix("at_least_")): documents for name, documents in arrays.items()},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpans:
+    """Which tokens the loss counts, where it does not count all: those numbered [starts[i], stops[i]).
+
+    Both int64 [spans], ascending; tokens are numbered over the whole corpus.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file; the same table gives the same bytes."""
+        return _npz(vars(self))
+
+    @classmethod
+    def from_file(cls, path: Path, sha256: str) -> LossSpans:
+        """Reads the whole table; DataError if the file is missing or is not the one with `sha256`."""
+        return cls(**_checked_npz(path, sha256))
 
 
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
@@ -130,13 +162,20 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _checked_npz(path: Path, sha256: str) -> dict[str, np.ndarray]:
+def table_problem(path: Path, sha256: str) -> str | None:
+    """What is wrong with the file of a table, None if it is the one with `sha256`."""
     if not path.is_file():
-        raise DataError(f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite")
-    payload = path.read_bytes()
-    if hashlib.sha256(payload).hexdigest() != sha256:
-        raise DataError(f"{path}: not the file that {INDEX_FILE} names (sha256 differs); the corpus is damaged")
-    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        return f"{path}: missing; restore it or run data_tools.tokenize_corpus with --overwrite"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return f"{path}: not the file that {INDEX_FILE} names (sha256 differs); the corpus is damaged"
+    return None
+
+
+def _checked_npz(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    if problem := table_problem(path, sha256):
+        raise DataError(problem)
+    with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
@@ -154,6 +193,7 @@ class CorpusIndex:
     unknown_tokens  tokens that stand for text which the vocabulary cannot write; None: not counted, an old index
     unknown_share   their share of the ordinary tokens
     unknown_text_share  share of the characters that they stand for, in all text that was read; None: ids made elsewhere
+    loss_spans_sha256   digest of `loss_spans.npz`; None: the loss counts every token
     """
 
     dtype: str
@@ -170,6 +210,13 @@ class CorpusIndex:
     unknown_tokens: int | None = None
     unknown_share: float | None = None
     unknown_text_share: float | None = None
+    loss_spans_sha256: str | None = None
+
+    @property
+    def tables(self) -> list[tuple[str, str]]:
+        """(file, digest) of every table."""
+        spans = [] if self.loss_spans_sha256 is None else [(LOSS_SPANS_FILE, self.loss_spans_sha256)]
+        return [(MEMBERS_FILE, self.members_sha256), (DOCUMENTS_FILE, self.documents_sha256), *spans]
 
     @property
     def unknown(self) -> str:
@@ -186,9 +233,11 @@ class CorpusIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Names the tokens and their order: 32 hex digits over the digests of tokenizer, members, shards."""
+        """Names the tokens, their order and what counts: 32 hex digits over the digests of tokenizer, members, shards,
+        loss spans."""
         shards = (shard.sha256 for shard in self.shards)
-        parts = [FORMAT, str(VERSION), self.dtype, self.tokenizer.sha256, self.members_sha256, *shards]
+        spans = [] if self.loss_spans_sha256 is None else [self.loss_spans_sha256]
+        parts = [FORMAT, str(VERSION), self.dtype, self.tokenizer.sha256, self.members_sha256, *shards, *spans]
         return hashlib.sha256("\n".join(parts).encode("ascii")).hexdigest()[:32]
 
     def to_json(self) -> str:
@@ -221,7 +270,7 @@ class CorpusIndex:
             raw["shards"] = [ShardEntry(**shard) for shard in raw["shards"]]
             index = cls(**raw)
             tokenizer = index.tokenizer
-            check_names(path, [*index.shards, tokenizer], [index.members_sha256, index.documents_sha256])
+            check_names(path, [*index.shards, tokenizer], [digest for _, digest in index.tables])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: damaged index ({error}); run data_tools.tokenize_corpus with --overwrite"

@@ -106,7 +106,8 @@ class TokenDropout:
 
 
 def next_token_labels(block: RowBlock, labels_T: np.ndarray) -> int:
-    """Fills `labels_T`, int64 [T]: the next token of the same piece; -100 at each piece's end and on padding.
+    """Fills `labels_T`, int64 [T]: the next token of the same piece; -100 at each piece's end, on padding, and where
+    the loss does not count that token (`RowBlock.counted_T`).
 
     Returns how many count.
     """
@@ -115,6 +116,9 @@ def next_token_labels(block: RowBlock, labels_T: np.ndarray) -> int:
     labels_T[ends - 1] = IGNORE_LABEL
     for start, stop in padding_runs(block):
         labels_T[start:stop] = IGNORE_LABEL
+    if block.counted_T is not None:
+        labels_T[:-1][~block.counted_T[1:]] = IGNORE_LABEL
+        return int(np.count_nonzero(labels_T != IGNORE_LABEL))
     return int(block.piece_length.sum()) - len(ends)
 
 

@@ -36,7 +36,7 @@ class Schedule:
             mine = self._source == source
             self._earlier[mine] = np.arange(mine.sum())
 
-    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sources_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, rows that it gave before) at `positions` int64 [n] of the run; each int64 [n]."""
         rounds, within = np.divmod(positions, self.period)
         source = self._source[within]

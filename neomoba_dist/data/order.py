@@ -24,9 +24,9 @@ class Permutation:
         self._low = np.uint64((1 << int(self._half)) - 1)
         self._keys = keys
 
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Where `places` int64 [n], each in range(size), go: int64 [n]."""
-        x = self._scramble(places.astype(np.uint64))
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Where `positions` int64 [n], each in range(size), go: int64 [n]."""
+        x = self._scramble(positions.astype(np.uint64))
         while len(outside := np.flatnonzero(x >= self.size)):
             x[outside] = self._scramble(x[outside])
         return x.astype(np.int64)
@@ -63,25 +63,25 @@ class RowOrder:
         self._chunk_size = max(1, min(_CHUNK, self.rows))
         self._chunk_number, self._chunk = -1, np.zeros(0, np.int64)
 
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Rows at `places` int64 [n] of the run, counted from 0 over all epochs: int64 [n]."""
-        rows = np.empty_like(places)
-        chunk_of = places // self._chunk_size
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows at `positions` int64 [n] of the run, counted from 0 over all epochs: int64 [n]."""
+        rows = np.empty_like(positions)
+        chunk_of = positions // self._chunk_size
         for chunk in np.unique(chunk_of).tolist():
             if chunk != self._chunk_number:
                 self._chunk_number, self._chunk = chunk, self._chunk_from(chunk * self._chunk_size)
             mine = chunk_of == chunk
-            rows[mine] = self._chunk[places[mine] - chunk * self._chunk_size]
+            rows[mine] = self._chunk[positions[mine] - chunk * self._chunk_size]
         return rows
 
     def _chunk_from(self, first: int) -> np.ndarray:
-        """Rows of a chunk of places, which may lie in two epochs: drawn together they cost a microsecond each."""
-        places = np.arange(first, first + self._chunk_size)
-        epochs, within = places // self.rows, places % self.rows
+        """Rows of a chunk of positions, which may lie in two epochs: drawn together they cost a microsecond each."""
+        positions = np.arange(first, first + self._chunk_size)
+        epochs, within = positions // self.rows, positions % self.rows
         return np.concatenate([self._rows(int(e), within[epochs == e]) for e in range(epochs[0], epochs[-1] + 1)])
 
     def _rows(self, epoch: int, within: np.ndarray) -> np.ndarray:
-        """Rows at places `within` int64 [n] of one epoch."""
+        """Rows at positions `within` int64 [n] of one epoch."""
         if epoch != self._epoch:
             self._plan_epoch(epoch)
         rows = np.empty_like(within)

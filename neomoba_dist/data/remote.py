@@ -15,8 +15,7 @@ import shlex
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,25 +29,25 @@ TIMEOUT_SECONDS = 60.0
 _PIECE = 1 << 20
 
 
-def is_remote(place: str) -> bool:
-    """Whether a place is not a folder of this machine."""
-    return place.startswith("pipe:") or "://" in place
+def is_remote(location: str) -> bool:
+    """Whether a location is not a folder of this machine."""
+    return location.startswith("pipe:") or "://" in location
 
 
 class RemoteFolder:
     """The files of a corpus elsewhere. `cache` is a folder of this machine, shared by its ranks."""
 
-    def __init__(self, place: str, cache: Path) -> None:
+    def __init__(self, location: str, cache: Path) -> None:
         """DataError for a `pipe:` without `{}`."""
-        if place.startswith("pipe:") and "{}" not in place:
-            raise DataError(f"{place}: write {{}} where the command takes the name of the file")
-        self.place, self._files = place, cache / "files"
+        if location.startswith("pipe:") and "{}" not in location:
+            raise DataError(f"{location}: write {{}} where the command takes the name of the file")
+        self.location, self._files = location, cache / "files"
 
     def url(self, name: str) -> str:
         """Where a file of the corpus lies."""
-        if self.place.startswith("pipe:"):
-            return self.place.replace("{}", shlex.quote(name))
-        return f"{self.place.rstrip('/')}/{name}"
+        if self.location.startswith("pipe:"):
+            return self.location.replace("{}", shlex.quote(name))
+        return f"{self.location.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
         """A small file, as it is now."""
@@ -64,14 +63,10 @@ class RemoteFolder:
                     self._fetch(name, sha256, path)
         return path
 
-    def problems(self, shards: Iterable[ShardEntry]) -> list[str]:
-        """One line for each shard that is missing or has another size than the index says; a `pipe:` cannot tell."""
-        if self.place.startswith("pipe:"):
-            return []
-        with ThreadPoolExecutor(16) as pool:
-            return [line for line in pool.map(self._problem, shards) if line]
-
-    def _problem(self, entry: ShardEntry) -> str | None:
+    def problem(self, entry: ShardEntry) -> str | None:
+        """What is wrong with a shard, as far as its size tells; a `pipe:` cannot tell. None if nothing is."""
+        if self.location.startswith("pipe:"):
+            return None
         url = self.url(entry.file)
         try:
             size = _size(url)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from neomoba_dist.data.corpus import Corpus
-from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.errors import AgreedError
+from neomoba_dist.data.job import Job
 from neomoba_dist.data.mix import Schedule
 from neomoba_dist.data.order import RowOrder
 from neomoba_dist.data.pack import Packing
-from neomoba_dist.data.plan import cached_plan
+from neomoba_dist.data.plan import Planner, corpus_plan
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RowBlock:
     piece_start  int64 [pieces]: where on the T axis each piece of a document starts, ascending
     piece_length int64 [pieces]
     damaged      row, counted in the block -> what is wrong with it, in one line
+    counted_T    bool [rows * length]: tokens that the loss counts as targets; None: all
     """
 
     tokens_T: np.ndarray
@@ -34,6 +36,7 @@ class RowBlock:
     piece_length: np.ndarray
     padding_id: int
     damaged: dict[int, str]
+    counted_T: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -51,6 +54,7 @@ class RowBlock:
             self.piece_length[pieces],
             self.padding_id,
             {row - first: text for row, text in self.damaged.items() if first <= row < last},
+            None if self.counted_T is None else self.counted_T[start:stop],
         )
 
     def without(self, rows: np.ndarray) -> RowBlock:
@@ -72,35 +76,50 @@ class Source:
     min_length: int = 0
 
 
+def make_planner(source: Source, packing: Packing) -> Planner:
+    """How the rows of a source are planned."""
+    corpus = source.corpus
+    shards = corpus.index.shards
+    documents = np.array([shard.documents for shard in shards], np.int64)
+    tokens = np.array([shard.tokens for shard in shards], np.int64)
+    return Planner(corpus.fingerprint, documents, tokens, corpus.lengths, packing, source.min_length)
+
+
 class RowReader:
     """The rows of one source. Row numbers run over the shards in order; no row crosses shards."""
 
-    def __init__(self, source: Source, packing: Packing, cache: Path | None = None) -> None:
-        """DataError where no document is long enough."""
+    def __init__(self, source: Source, packing: Packing, cache: Path | None = None, job: Job | None = None) -> None:
+        """The ranks of the job make the plan together, if the cache does not have it. AgreedError where no document is
+        long enough."""
         corpus = self.corpus = source.corpus
         self.packing = packing
-        counts = [shard.documents for shard in corpus.index.shards]
-        self.plan = cached_plan(corpus.fingerprint, corpus.document_lengths, counts, packing, source.min_length, cache)
+        self.plan = corpus_plan(make_planner(source, packing), cache, job or Job())
         if self.plan.rows == 0:
-            raise DataError(f"{corpus.key}: {corpus.name} has no document of {source.min_length} tokens or more")
+            longest = f" and at most {packing.length} (neomoba.phase.sequence_length)" * packing.keeps_whole
+            raise AgreedError(
+                f"{corpus.key}: {corpus.name} has no document of {source.min_length} tokens or more{longest}"
+            )
 
     def read(
-        self, rows: np.ndarray, slots: np.ndarray, out_T: np.ndarray
+        self, rows: np.ndarray, slots: np.ndarray, out_T: np.ndarray, counted_T: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Copies `rows` (int64 [n]) to rows `slots` (int64 [n]) of `out_T`.
+        """Copies `rows` (int64 [n]) to rows `slots` (int64 [n]) of `out_T`, and sets there in `counted_T`, bool, which
+        tokens the loss counts.
 
         Returns piece_start, piece_length (int64 [pieces], in the order of `rows`) and damaged, as RowBlock has them.
         """
         row_of_piece, place, start, length = self.plan.pieces(rows, self.packing)
         place += slots[row_of_piece] * self.packing.length
         problems = self.corpus.reader.read(start, length, out_T, place)
+        if counted_T is not None:
+            self.corpus.mark_counted(start, length, counted_T, place)
         return place, length, {int(slots[row_of_piece[piece]]): text for piece, text in problems.items()}
 
 
 class Rows:
     """The rows of all sources. A row's id, epoch * rows of all sources + row, names the row and its masks.
 
-    DataError, in one line, if the sources do not share a tokenizer, or one of them has no row.
+    AgreedError, in one line, if the sources do not share a tokenizer, or one of them has no row.
     """
 
     def __init__(
@@ -111,20 +130,23 @@ class Rows:
         *,
         shuffle_shards: int | None = None,
         cache: Path | None = None,
+        job: Job | None = None,
     ) -> None:
+        """All ranks of the job make the plans together and call this together."""
         self.sources, self.packing = list(sources), packing
         first = self.sources[0].corpus
         for source in self.sources:
             if source.corpus.index.tokenizer.sha256 != first.index.tokenizer.sha256:
-                raise DataError(
+                raise AgreedError(
                     f"{first.key}: {source.corpus.name} and {first.name} were made with different tokenizers; "
                     "tokenize them with the same one"
                 )
-        self.readers = [RowReader(source, packing, cache) for source in self.sources]
+        self.readers = [RowReader(source, packing, cache, job) for source in self.sources]
         self._orders = [RowOrder(reader.plan.shard_ends, seed, shuffle_shards) for reader in self.readers]
         self._ends = np.cumsum([reader.plan.rows for reader in self.readers])
         self._schedule = Schedule([source.weight for source in self.sources])
         self._dtype = np.result_type(*(source.corpus.reader.dtype for source in self.sources))
+        self._has_loss_spans = any(source.corpus.has_loss_spans for source in self.sources)
         self.padding_id = first.special.padding
 
     @property
@@ -146,12 +168,12 @@ class Rows:
 
     def row_ids(self, positions: np.ndarray) -> np.ndarray:
         """The rows at `positions` int64 [n] of the run: int64 [n]."""
-        source_of, places = self._schedule.take(positions)
+        source_of, places = self._schedule.sources_at(positions)
         ids = np.empty_like(positions)
         for source in np.unique(source_of).tolist():
             order, mine = self._orders[source], source_of == source
             epochs = places[mine] // order.rows
-            ids[mine] = epochs * self.total + int(self._ends[source]) - order.rows + order.take(places[mine])
+            ids[mine] = epochs * self.total + int(self._ends[source]) - order.rows + order.rows_at(places[mine])
         return ids
 
     def read(self, ids: np.ndarray) -> RowBlock:
@@ -159,13 +181,14 @@ class Rows:
         numbers = ids % self.total
         source_of = np.searchsorted(self._ends, numbers, side="right")
         tokens_T = np.full(len(ids) * self.packing.length, self.padding_id, self._dtype)
+        counted_T = np.zeros(len(tokens_T), bool) if self._has_loss_spans else None
         starts: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         damaged: dict[int, str] = {}
         for source in np.unique(source_of).tolist():
             slots = np.flatnonzero(source_of == source)
             rows = numbers[slots] - (int(self._ends[source]) - self._orders[source].rows)
-            start, length, problems = self.readers[source].read(rows, slots, tokens_T)
+            start, length, problems = self.readers[source].read(rows, slots, tokens_T, counted_T)
             starts.append(start)
             lengths.append(length)
             damaged |= problems
@@ -173,4 +196,4 @@ class Rows:
         if len(starts) > 1:
             order = np.argsort(piece_start)
             piece_start, piece_length = piece_start[order], piece_length[order]
-        return RowBlock(tokens_T, ids, piece_start, piece_length, self.padding_id, damaged)
+        return RowBlock(tokens_T, ids, piece_start, piece_length, self.padding_id, damaged, counted_T)

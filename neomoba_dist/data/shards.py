@@ -179,15 +179,22 @@ def check_files(folder: Path, shards: Sequence[FileSize]) -> None:
 
 def structural_problems(folder: Path, shards: Sequence[FileSize]) -> list[str]:
     """One line for each shard that is missing, has another size than the index says, or is not in the index."""
-    problems = []
-    for entry in shards:
-        path = folder / entry.file
-        if not path.is_file():
-            problems.append(f"{path}: shard is missing; {REMAKE}")
-        elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(
-                f"{path}: {size} bytes, the index says {entry.bytes} (differs from offset "
-                f"{min(size, entry.bytes)} on); {REMAKE}"
-            )
+    problems = [problem for entry in shards if (problem := shard_problem(folder / entry.file, entry.bytes))]
+    return problems + extra_problems(folder, shards)
+
+
+def shard_problem(path: Path, size: int) -> str | None:
+    """What is wrong with the file of a shard that should have `size` bytes, as far as one stat tells."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path}: shard is missing; {REMAKE}"
+    if found != size:
+        return f"{path}: {found} bytes, the index says {size} (differs from offset {min(found, size)} on); {REMAKE}"
+    return None
+
+
+def extra_problems(folder: Path, shards: Sequence[FileSize]) -> list[str]:
+    """One line for each shard of the folder that is not in the index."""
     extra = {path.name for path in folder.glob("*.tar")} - {entry.file for entry in shards}
-    return problems + [f"{folder / name}: extra shard, not in the index; remove it" for name in sorted(extra)]
+    return [f"{folder / name}: extra shard, not in the index; remove it" for name in sorted(extra)]

@@ -19,7 +19,8 @@ import numpy as np
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.build import BatchBuilder
-from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.errors import AgreedError, DataError
+from neomoba_dist.data.job import Job
 from neomoba_dist.data.pack import Packing
 from neomoba_dist.data.prefetch import prefetch
 from neomoba_dist.data.rows import RowBlock, Rows, Source
@@ -81,8 +82,10 @@ class UpdateStream:
         dp_size: int = 1,
         pin_memory: bool = False,
         agree: Agree | None = None,
+        job: Job | None = None,
     ) -> None:
-        """`agree` turns what this rank found damaged, bool [rows of the update], into what any rank found."""
+        """`agree` turns what this rank found damaged, bool [rows of the update], into what any rank found; the ranks
+        of `job`, which call this together, make the row plans together."""
         self.settings, self.seed, self.rows_consumed = settings, seed, 0
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size
@@ -94,6 +97,7 @@ class UpdateStream:
             seed,
             shuffle_shards=settings.shuffle_shards,
             cache=None if settings.cache is None else Path(settings.cache),
+            job=job,
         )
         self._builder = BatchBuilder(
             sources[0].corpus, settings, objective=objective, length=sequence_length, seed=seed, pin_memory=pin_memory
@@ -132,6 +136,10 @@ class UpdateStream:
             rows=self.rows_consumed,
         )
 
+    def row_ids(self, state: StreamState) -> list[int]:
+        """Ids of the rows of a whole update, over all ranks, by the state after it."""
+        return self.rows.row_ids(np.arange(state["rows"] - self.rows_per_update, state["rows"])).tolist()
+
     def load_state_dict(self, state: StreamState, *, allow_data_change: bool = False) -> None:
         """Goes on where `state` was taken, on any number of ranks; call it before iterating.
 
@@ -167,7 +175,7 @@ class UpdateStream:
         for source, reader, share in zip(self.rows.sources, self.rows.readers, self.rows.shares, strict=True):
             needed = float(share) * self.rows_per_update
             if reader.plan.rows < needed:
-                raise DataError(
+                raise AgreedError(
                     f"{source.corpus.key}: {source.corpus.name} gives {reader.plan.rows} rows of "
                     f"{self.rows.packing.length} tokens, fewer than the {needed:g} of one update: add text or lower "
                     "neomoba.phase.tokens_per_update"

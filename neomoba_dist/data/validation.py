@@ -12,6 +12,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.build import BatchBuilder
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.data.job import Job
 from neomoba_dist.data.rows import Rows, Source
 from neomoba_dist.data.stream import make_packing
 
@@ -28,16 +29,17 @@ def validation_batches(
     rows: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    job: Job | None = None,
 ) -> list[Batch]:
     """The fixed rows and masks on which every validation runs: this rank's share, the same number on each rank.
 
     The first `rows` rows (all, if the corpus has fewer) of epoch 0 under a seed of their own, whatever the run's seed
     and layout. Where they do not fill all micro-batches, rows of padding fill up: they count nothing. Nothing is
-    dropped out. DataError for a damaged row, whatever `on_corrupt` says.
+    dropped out. The ranks of `job` make the row plan together. DataError for a damaged row, whatever `on_corrupt` says.
     """
     settings = replace(settings, token_dropout=0.0)
     cache = None if settings.cache is None else Path(settings.cache)
-    source = Rows([Source(corpus)], make_packing(settings, sequence_length), VALIDATION_SEED, cache=cache)
+    source = Rows([Source(corpus)], make_packing(settings, sequence_length), VALIDATION_SEED, cache=cache, job=job)
     builder = BatchBuilder(corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED)
     rows = min(rows, source.total)
     batches = []

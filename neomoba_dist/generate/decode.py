@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch of prompts of different lengths, on tensor-, context- and pipeline-parallel models.
+"""Decoding of a batch of prompts of different lengths, on tensor-, context- and pipeline-parallel models.
 
 Prompts are fed in chunks, then one token per document and step. All tokens of a step are packed, with the borders of
 their documents in cu_seqlens, as in training. MoBA layers decode with full attention, as the paper's authors do
@@ -7,41 +7,47 @@ their documents in cu_seqlens, as in training. MoBA layers decode with full atte
 Shape letters: T new tokens of all documents, N documents, H hidden size, v vocabulary rows of this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 
-from neomoba_dist.generate.stage import Stage
+from neomoba_dist.generate.sample import Sampler, Sampling
+from neomoba_dist.generate.stage import GenerationError, Stage, Texts, batch_of, rows_at
 from neomoba_dist.model.attention.cache import KVCache
 from neomoba_dist.model.attention.context.cache import ShardedKVCache
-from neomoba_dist.model.init import shard_of
-from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
+from neomoba_dist.model.moe.layer import MoE
+from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.context_split import local_share, padded_split
 from neomoba_dist.parallel.documents import check_cu_seqlens
 
 DECODES = ("full", "moba")
-
-
-class GenerationError(ValueError):
-    """A model, layout or prompt that cannot be decoded; the message is one line."""
+T = TypeVar("T")
+GREEDY = Sampling()
+Choose = Callable[[Stage, torch.Tensor | None, Sequence[int]], list[int]]
 
 
 class Decoder:
     """One rank's part of decoding. All ranks of a model call the same methods with the same tokens.
 
     capacities: most tokens of every document, prompt included. decode: "full" or "moba", what MoBA layers run; full and
-    sliding-window layers stay what they are. Raises GenerationError where the model or the layout cannot be decoded.
+    sliding-window layers stay what they are. prefill: the same for the first step alone (default: as `decode`); the
+    paper evaluates with MoBA in prefill and full attention after it. Raises GenerationError where the model or the
+    layout cannot be decoded.
     """
 
-    def __init__(self, stage: Stage, capacities: Sequence[int], decode: str = "full") -> None:
+    def __init__(
+        self, stage: Stage, capacities: Sequence[int], decode: str = "full", prefill: str | None = None
+    ) -> None:
         config = stage.config
         if not config.causal:
             raise GenerationError(
                 'generation needs a causal model: neomoba.model.objective is "mlm", train one with "clm"'
             )
-        if decode not in DECODES:
-            raise GenerationError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
+        for name, value in (("decode", decode), ("prefill", prefill or decode)):
+            if value not in DECODES:
+                raise GenerationError(f"{name} must be one of {', '.join(DECODES)}, got {value!r}")
         if stage.mesh.sequence_parallel:
             raise GenerationError("decoding needs a mesh without sequence parallelism; set sequence_parallel to false")
         if config.position_embedding == "learned" and max(capacities) > config.max_position_embeddings:
@@ -52,13 +58,15 @@ class Decoder:
         self.stage, self.mesh = stage.eval(), stage.mesh  # experts have a capacity in training only
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        kinds = ["full" if kind == "moba" and decode == "full" else kind for kind in stage.kinds]
+        kinds = [_kind(kind, decode) for kind in stage.kinds]
         num_kv_heads = stage.blocks[0].attention.num_kv_heads
         self.cache: KVCache
         if self.mesh["cp"].size > 1:
             self.cache = ShardedKVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.mesh)
         else:
             self.cache = KVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.device)
+        for layer, kind in zip(self.cache.layers, stage.kinds, strict=True):
+            layer.prefill_kind = _kind(kind, prefill or decode)
 
     @torch.no_grad()
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -71,91 +79,122 @@ class Decoder:
         check_cu_seqlens(borders, sum(counts))
         cu_seqlens = borders.to(self.device)
         position_ids = self.cache.begin(counts)
-        stage, mesh, pp = self.stage, self.mesh, self.mesh["pp"]
-        if stage.is_first:
-            input_ids = torch.tensor([i for ids in tokens for i in ids], dtype=torch.int64, device=self.device)
-            state = stage.embedding((input_ids, position_ids, cu_seqlens))
-            hidden = state[0] if stage.positions is None else stage.positions(state)[0]
-        else:
-            hidden = torch.empty(sum(counts), stage.config.hidden_size, dtype=self.dtype, device=self.device)
-            receive(hidden, mesh, "pp", source=pp.index - 1)
-        for block, cache in zip(stage.blocks, self.cache.layers, strict=True):
-            hidden, *_ = block.transform(hidden, position_ids, cu_seqlens, cache)
-        if stage.is_last:
-            return stage.final_norm.norm(hidden)
-        send(hidden, mesh, "pp", target=pp.index + 1)
-        return None
+        input_ids = torch.tensor([i for ids in tokens for i in ids], dtype=torch.int64, device=self.device)
+        return self.stage.run(Texts(input_ids, position_ids, cu_seqlens), self.cache.layers)
 
     @torch.no_grad()
-    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the logits, [N, v]; -inf where a column is padding. Last stage only."""
-        weight = self.stage.output_matrix
-        logits = F.linear(hidden_NH, weight).to(torch.promote_types(self.dtype, torch.float32))
-        valid = shard_of(weight).valid(weight).shape[0]
-        logits[:, valid:] = -torch.inf
-        return logits
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Feed whole prompts, first of all. Returns the hidden states of their last tokens, [N, H], on the last stage.
 
-    @torch.no_grad()
-    def best_tokens(self, hidden_NH: torch.Tensor | None, documents: int) -> list[int]:
-        """The likeliest next token of each of `documents` hidden states, on every rank; of equals the lowest id.
-
-        hidden_NH: on the last stage. The vocabulary's shards agree by two numbers per token, not by their logits.
+        Under context parallelism every rank computes its share of the tokens, as in training, and keeps its share of
+        the keys; the layers' keys travel once.
         """
-        best = torch.zeros(documents, dtype=torch.int64, device=self.device)
-        if hidden_NH is not None:
-            logits, weight = self.logits(hidden_NH), self.stage.output_matrix
-            offset = shard_of(weight).start[0]
-            ids = torch.arange(offset, offset + logits.shape[1], device=self.device)
-            nowhere = torch.iinfo(torch.int64).max
-            largest = all_reduce(logits.amax(-1), self.mesh, "tp", op="max")
-            found = torch.where(logits == largest[:, None], ids, nowhere).amin(-1)
-            best = all_reduce(found, self.mesh, "tp", op="min")
-        broadcast(best, self.mesh, "pp", source=self.mesh["pp"].size - 1)
-        chosen = best.tolist()
-        if any(token >= self.stage.config.vocab_size for token in chosen):
-            raise GenerationError("the model's logits are not numbers; its weights are damaged")
-        return chosen
+        ends = [end - 1 for end in accumulate(len(ids) for ids in prompts)]
+        if self.mesh["cp"].size == 1:
+            hidden = self.step(prompts)
+            return None if hidden is None else hidden[ends]
+        assert isinstance(self.cache, ShardedKVCache)
+        batch = batch_of(prompts, self.device)
+        self.cache.begin([len(ids) for ids in prompts])
+        self.cache.prefilling = padded_split(len(batch.input_ids), self.mesh, self.stage.config)
+        hidden = self.stage.run(local_share(batch, self.mesh, self.stage.config), self.cache.layers)
+        split, self.cache.prefilling = self.cache.prefilling, None
+        return None if hidden is None else rows_at(hidden, torch.tensor(ends, device=self.device), self.mesh, split)
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """Take part in a step of other data-parallel ranks that need this one's experts."""
+        for block in self.stage.blocks:
+            if isinstance(block.mlp, MoE):
+                nothing = torch.zeros(1, self.stage.config.hidden_size, dtype=self.dtype, device=self.device)
+                block.mlp(nothing, torch.zeros(1, dtype=torch.int64, device=self.device))
+
+
+def _kind(kind: str, wanted: str) -> str:
+    """What a layer runs: its own kind, or full attention where MoBA is not wanted."""
+    return "full" if kind == "moba" and wanted == "full" else kind
 
 
 def generate(
     stage: Stage,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
     decode: str = "full",
+    prefill: str | None = None,
     prefill_chunk: int | None = None,
     stop_id: int | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """The greedy continuation of every prompt, up to `max_new_tokens` ids and without `stop_id`, which ends it.
+    """The continuation of every prompt, up to `max_new_tokens` ids and without `stop_id`, which ends it.
 
-    prefill_chunk: most tokens of one prompt that are fed at a time; None: all. Raises GenerationError, see `Decoder`.
+    max_new_tokens: of all, or of each. sampling: how a token is chosen. prefill: see `Decoder`. prefill_chunk: most
+    tokens of one prompt that are fed at a time; None: all, each computed by one context-parallel rank. stop:
+    (document, ids so far) -> whether that is enough. Where experts lie on several data-parallel ranks, all of these
+    call this together, each with its own prompts; who is done early idles until the last one is. Raises
+    GenerationError, see `Decoder`.
     """
     if not prompts or not all(prompts):
         raise GenerationError("a prompt is empty; give every document at least one token")
-    decoder = Decoder(stage, [len(prompt) + max_new_tokens for prompt in prompts], decode)
-    longest = max(len(prompt) for prompt in prompts)
-    chunk = prefill_chunk or longest
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    decoder = Decoder(stage, [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)], decode, prefill)
+    choose = _greedy if sampling.greedy else Sampler(sampling, prompts).choose
     following: dict[int, int] = {}
-    for start in range(0, longest, chunk):
-        parts = [prompt[start : start + chunk] for prompt in prompts]
-        done = [d for d, prompt in enumerate(prompts) if start < len(prompt) <= start + chunk]
-        following.update(zip(done, _after(decoder, parts, done), strict=True))
+    if prefill_chunk is None:
+        hidden = decoder.prefill(prompts)
+        following.update(enumerate(choose(stage, hidden, range(len(prompts)))))
+    else:
+        for start in _together(range(0, max(map(len, prompts)), prefill_chunk), decoder):
+            parts = [prompt[start : start + prefill_chunk] for prompt in prompts]
+            done = [d for d, prompt in enumerate(prompts) if start < len(prompt) <= start + prefill_chunk]
+            following.update(zip(done, _after(decoder, parts, done, choose), strict=True))
     results: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for step in range(max_new_tokens):
-        active = [document for document in active if following[document] != stop_id]
-        for document in active:
-            results[document].append(following[document])
-        if not active or step == max_new_tokens - 1:
-            break
+
+    def steps() -> Iterator[list[int]]:
+        """The documents that go on, step after step."""
+        active = list(range(len(prompts)))
+        while True:
+            active = [d for d in active if following[d] != stop_id and len(results[d]) < most[d]]
+            for d in active:
+                results[d].append(following[d])
+            active = [d for d in active if len(results[d]) < most[d] and not (stop and stop(d, results[d]))]
+            if not active:
+                return
+            yield active
+
+    for active in _together(steps(), decoder):
         tokens = [[following[d]] if d in active else [] for d in range(len(prompts))]
-        following = dict(zip(active, _after(decoder, tokens, active), strict=True))
+        following.update(zip(active, _after(decoder, tokens, active, choose), strict=True))
     return results
 
 
-def _after(decoder: Decoder, tokens: Sequence[Sequence[int]], documents: Sequence[int]) -> list[int]:
+def _together(steps: Iterable[T], decoder: Decoder) -> Iterator[T]:
+    """`steps`; where other ranks' experts take part in a step, idle ones too until nobody has any left."""
+    mesh, nothing = decoder.mesh, object()
+    shared = mesh["ep"].size > 1
+    mine = iter(steps)
+    while True:
+        step = next(mine, nothing)
+        if shared:
+            anyone = torch.tensor([int(step is not nothing)], device=decoder.device)
+            if not all_reduce(anyone, mesh, "ep", op="max").item():
+                return
+        if step is not nothing:
+            yield cast(T, step)
+        elif shared:
+            decoder.idle()
+        else:
+            return
+
+
+def _greedy(stage: Stage, hidden_NH: torch.Tensor | None, documents: Sequence[int]) -> list[int]:
+    return stage.best_tokens(hidden_NH, len(documents))
+
+
+def _after(decoder: Decoder, tokens: Sequence[Sequence[int]], documents: Sequence[int], choose: Choose) -> list[int]:
     """Feed `tokens` and choose what follows in some of the `documents`."""
     hidden = decoder.step(tokens)
     ends = list(accumulate(len(ids) for ids in tokens))
     rows = None if hidden is None else hidden[[ends[document] - 1 for document in documents]]
-    return decoder.best_tokens(rows, len(documents))
+    return choose(decoder.stage, rows, documents)

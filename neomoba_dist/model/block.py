@@ -9,14 +9,16 @@ from torch.utils.checkpoint import checkpoint
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.layer import Attention
+from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.model.norm import RMSNorm
 
-# hidden [S, H], aux_loss [] (at least float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1].
-# Fixed shapes, because pipeline stages allocate their receive buffers once.
-State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# hidden [S, H], aux_loss [] (at least float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1], and what
+# follows from the last two. Fixed shapes, because pipeline stages allocate their receive buffers once; only the four
+# tensors go to the next stage, which makes its own PackedTokens.
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PackedTokens]
 
 
 class Block(nn.Module):
@@ -61,28 +63,28 @@ class Block(nn.Module):
         self.observe: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
 
     def forward(self, state: State) -> State:
-        hidden, aux_loss, position_ids, cu_seqlens = state
+        hidden, aux_loss, position_ids, cu_seqlens, packed = state
         if self.recompute == "full" and torch.is_grad_enabled():
             hidden, added, record = checkpoint(
-                self.transform, hidden, position_ids, cu_seqlens, use_reentrant=False, preserve_rng_state=False
+                self.transform, hidden, position_ids, packed, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden, added, record = self.transform(hidden, position_ids, cu_seqlens)
+            hidden, added, record = self.transform(hidden, position_ids, packed)
         if added is not None:
             aux_loss = aux_loss + added
         if self.observe is not None and self.training:
             self.observe(hidden.detach(), record)
-        return hidden, aux_loss, position_ids, cu_seqlens
+        return hidden, aux_loss, position_ids, cu_seqlens, packed
 
     def transform(
         self,
         x_SH: torch.Tensor,
         position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
+        packed: PackedTokens,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The block proper: [S, H] -> [S, H], and a mixture's auxiliary loss and record. cache: for decoding."""
-        x_SH = x_SH + self.attention(self.attention_norm(x_SH), position_ids, cu_seqlens, cache)
+        x_SH = x_SH + self.attention(self.attention_norm(x_SH), packed, cache)
         normed_SH = self.mlp_norm(x_SH)
         if isinstance(self.mlp, SwiGLU):
             return x_SH + self.mlp(normed_SH), None, None

@@ -26,7 +26,7 @@ def vocab_parallel_cross_entropy(
     """-log softmax(hidden W^T)[label] for every token.
 
     hidden_NH: all tokens on every tp rank; its gradient is this rank's part of the sum over tp. weight_vH: this rank's
-    vocabulary rows, a parameter made by `Initializer.weight` with shard_dim 0 (its `shard` tells which rows are real).
+    vocabulary rows, a parameter made by `Initializer.weight` with shard_dim 0 (`shard_of` tells which rows are real).
     labels_N: int64 in [0, vocab_size), no ignored ones. Returns [N], float32 (float64 for float64 input).
     """
     shard = shard_of(weight_vH)
@@ -73,6 +73,30 @@ class _CrossEntropy(torch.autograd.Function):
             grad_hidden[part] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+@torch.no_grad()
+def vocab_parallel_scores(
+    hidden_NH: torch.Tensor, weight_vH: nn.Parameter, labels_N: torch.Tensor, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log softmax(hidden W^T)[label], whether no other token has a larger logit) for every token, on every tp rank.
+
+    Arguments as for `vocab_parallel_cross_entropy`. Returns [N] float32 (float64 for float64 input) and bool [N].
+    """
+    shard = shard_of(weight_vH)
+    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+    scores, first = hidden_NH.new_empty(len(hidden_NH), dtype=dtype), torch.empty_like(labels_N, dtype=torch.bool)
+    for part in _chunks(len(hidden_NH)):
+        logits = _logits(hidden_NH[part], weight_vH, shard.extent[0], dtype)
+        target, owned = _local_targets(labels_N[part], shard.start[0], shard.extent[0])
+        largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
+        target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)
+        normaliser = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
+        del logits  # one chunk is held, also while the next one is computed
+        normaliser, target_logit = all_reduce(torch.stack((normaliser, target_logit)), mesh, "tp")
+        scores[part] = target_logit - largest - normaliser.log()
+        first[part] = target_logit >= largest
+    return scores, first
 
 
 def _chunks(num_tokens: int) -> Iterator[slice]:

@@ -21,13 +21,13 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden, intermediate = config.hidden_size, intermediate_size or config.intermediate_size
         self.mesh = init.mesh
-        self.gate_proj = init.weight(f"{name}.gate_proj", (intermediate, hidden), shard_dim=0)
-        self.up_proj = init.weight(f"{name}.up_proj", (intermediate, hidden), shard_dim=0)
+        # one matrix product, hence one gather and one gradient reduction for both
+        wide = (intermediate, hidden)
+        self.gate_up_proj = init.stacked({f"{name}.gate_proj": wide, f"{name}.up_proj": wide}, shard_dim=0)
         # residual outputs start smaller so that the stream's variance does not grow with depth (GPT-2, section 2.3)
         scale = (2 * config.num_hidden_layers) ** -0.5
         self.down_proj = init.weight(f"{name}.down_proj", (hidden, intermediate), shard_dim=1, scale=scale)
 
     def forward(self, x_SH: torch.Tensor) -> torch.Tensor:
-        # one matrix product, hence one gather and one gradient reduction for both
-        gate, up = column_linear(x_SH, torch.cat((self.gate_proj, self.up_proj)), self.mesh).chunk(2, dim=-1)
+        gate, up = column_linear(x_SH, self.gate_up_proj, self.mesh).chunk(2, dim=-1)
         return row_linear(F.silu(gate) * up, self.down_proj, self.mesh)

@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.config.text_tasks import HeadConfig
+from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import RMSNorm
 from neomoba_dist.model.positions import PositionEmbedding
+from neomoba_dist.model.text_heads import TEXT_HEADS, TextHead
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
 
@@ -39,6 +42,8 @@ class Inputs(Protocol):
     def position_ids(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def counted(self) -> torch.Tensor | None: ...
 
 
 def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
@@ -49,15 +54,15 @@ def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.
 
 
 class Embedding(nn.Module):
-    """Token embedding: int64 [T] -> State. Its single weight may be tied to the head's."""
+    """Token embedding: int64 [T] and the rest of a State -> State. Its single weight may be tied to the head's."""
 
     def __init__(self, config: ModelConfig, init: Initializer) -> None:
         super().__init__()
         self.mesh = init.mesh
         self.weight = _vocabulary_matrix("embedding.weight", config, init)
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> State:
-        input_ids, position_ids, cu_seqlens = inputs
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, PackedTokens]) -> State:
+        input_ids, position_ids, cu_seqlens, packed = inputs
         shard = shard_of(self.weight)
         local = input_ids - shard.start[0]
         owned = (local >= 0) & (local < shard.extent[0])
@@ -65,7 +70,7 @@ class Embedding(nn.Module):
         # a leaf that needs a gradient: pipeline stages send one back for every float tensor of the state
         exact = torch.promote_types(x_TH.dtype, torch.float32)
         aux_loss = torch.zeros((), dtype=exact, device=x_TH.device, requires_grad=x_TH.requires_grad)
-        return sum_over_tensor_parallel(x_TH, self.mesh), aux_loss, position_ids, cu_seqlens
+        return sum_over_tensor_parallel(x_TH, self.mesh), aux_loss, position_ids, cu_seqlens, packed
 
 
 class FinalNorm(nn.Module):
@@ -89,8 +94,8 @@ class Head(nn.Module):
         self.mesh = init.mesh
         self.weight = tied if tied is not None else _vocabulary_matrix("head.weight", config, init)
 
-    def forward(self, hidden_SH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        return token_losses(hidden_SH, self.weight, labels_T, self.mesh)
+    def forward(self, state: State, labels_T: torch.Tensor, counted_C: torch.Tensor | None = None) -> torch.Tensor:
+        return token_losses(state[0], self.weight, labels_T, self.mesh, counted_C)
 
 
 class PipelineHead(Head):
@@ -100,15 +105,26 @@ class PipelineHead(Head):
         return _with_weight(self, state)
 
 
-def token_losses(hidden_SH: torch.Tensor, weight: nn.Parameter, labels_T: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+def token_losses(
+    hidden_SH: torch.Tensor,
+    weight: nn.Parameter,
+    labels_T: torch.Tensor,
+    mesh: Mesh,
+    counted_C: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cross entropy of every token, [T] float32 (float64 for float64), 0 where the label is -100.
 
-    Only counted tokens enter the vocabulary product: with MLM at 20 % that saves four fifths of it.
+    counted_C: int64, the tokens that enter the vocabulary product, no one twice: those whose label counts, and maybe
+    others (`Batch.with_counted`). With MLM at 20 % that saves four fifths of it. None: looked up, for which the host
+    waits for the device.
     """
     hidden_TH = enter_tensor_parallel(hidden_SH, mesh)
-    counted = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
-    losses = vocab_parallel_cross_entropy(hidden_TH[counted], weight, labels_T[counted], mesh)
-    return losses.new_zeros(len(labels_T)).index_put((counted,), losses)
+    if counted_C is None:
+        counted_C = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+    labels_C = labels_T.index_select(0, counted_C)
+    losses_C = vocab_parallel_cross_entropy(hidden_TH.index_select(0, counted_C), weight, labels_C.clamp(min=0), mesh)
+    losses_C = losses_C.where(labels_C != IGNORE_INDEX, 0)
+    return losses_C.new_zeros(len(labels_T)).index_put((counted_C,), losses_C)
 
 
 @dataclass(frozen=True)
@@ -132,10 +148,17 @@ def layer_list(
     recompute: str = "none",
     recompute_every: int = 1,
     row_length: int | None = None,
+    text_head: HeadConfig | None = None,
 ) -> list[Layer]:
     """Embedding, added positions if any, blocks, final norm, head: the order in which `State` travels."""
     common = {"config": config, "init": init}
-    tied = "embedding" if config.tie_word_embeddings else None
+    if text_head:
+        head = Layer(TEXT_HEADS[text_head.kind], {**common, "head": text_head})
+    elif config.tie_word_embeddings:
+        head = Layer(Embedding, common, "embedding", call=_with_weight)
+    else:
+        head = Layer(PipelineHead, common)
+    tied = head.tied
     added = config.position_embedding in ("learned", "sinusoidal")
     blocks = [
         Layer(
@@ -144,7 +167,7 @@ def layer_list(
                 **common,
                 "index": i,
                 "attention": kind,
-                "recompute": "none" if recompute == "full" and i % recompute_every else recompute,
+                "recompute": recompute_of(i, recompute, recompute_every),
                 "row_length": row_length,
             },
         )
@@ -155,8 +178,13 @@ def layer_list(
         *([Layer(PositionEmbedding, common)] if added else []),
         *blocks,
         Layer(FinalNorm, common),
-        Layer(Embedding, common, tied, call=_with_weight) if tied else Layer(PipelineHead, common),
+        head,
     ]
+
+
+def recompute_of(index: int, recompute: str, every: int) -> str:
+    """What block `index` recomputes: "full" may be for every so many blocks only (config.PhaseConfig)."""
+    return "none" if recompute == "full" and index % every else recompute
 
 
 def _with_weight(module: Embedding | Head, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
@@ -165,10 +193,11 @@ def _with_weight(module: Embedding | Head, state: State) -> tuple[torch.Tensor, 
 
 
 class NeoBERT(nn.Module):
-    """The whole model in one pipeline stage.
+    """The whole model in one pipeline stage, on the mesh's device.
 
     seed: of the initial weights. recompute, recompute_every: activation checkpointing (config.PhaseConfig).
-    row_length: tokens of a training row; None: a micro-batch is one row.
+    row_length: tokens of a training row; None: a micro-batch is one row. text_head: on whole texts, instead of the
+    output matrix. deferred: weights come later (init.Initializer).
     """
 
     def __init__(
@@ -181,21 +210,36 @@ class NeoBERT(nn.Module):
         recompute: str = "none",
         recompute_every: int = 1,
         row_length: int | None = None,
+        text_head: HeadConfig | None = None,
+        deferred: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
-        init = Initializer(mesh, seed, config.initializer_range, dtype)
-        *body, _ = layer_list(config, init, recompute=recompute, recompute_every=recompute_every, row_length=row_length)
+        init = Initializer(mesh, seed, config.initializer_range, dtype, deferred)
+        *body, head = layer_list(
+            config,
+            init,
+            recompute=recompute,
+            recompute_every=recompute_every,
+            row_length=row_length,
+            text_head=text_head,
+        )
         embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
         assert isinstance(embedding, Embedding)
         self.embedding, self.final_norm = embedding, final_norm
         self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
         self.blocks = nn.ModuleList(blocks)
-        self.head = Head(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
+        self.head: Head | TextHead
+        if text_head:
+            self.head = head.cls(**head.kwargs)  # type: ignore[assignment]
+        else:
+            self.head = Head(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
 
     def states(self, batch: Inputs) -> State:
         """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""
-        state = self.embedding((batch.input_ids, batch.position_ids, batch.cu_seqlens))
+        places = (batch.position_ids, batch.cu_seqlens)
+        packed = PackedTokens.of(*places, self.config, self.mesh, self.embedding.weight.dtype)
+        state = self.embedding((batch.input_ids, *places, packed))
         if self.positions is not None:
             state = self.positions(state)
         for block in self.blocks:
@@ -208,13 +252,25 @@ class NeoBERT(nn.Module):
 
     def token_losses(self, batch: Inputs) -> torch.Tensor:
         """Cross entropy per token, [T], 0 where the label is -100."""
-        return self.head(self.states(batch)[0], batch.labels)
+        return self._losses(self.states(batch), batch)
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Logits [T, V] on a mesh of ones, for decoding and evaluation of few tokens; training never forms them."""
+        assert isinstance(self.head, Head)
         return F.linear(hidden_SH, self.head.weight)[:, : self.config.vocab_size]
 
-    def forward(self, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of the token losses, auxiliary loss), both scalars."""
-        hidden, aux_loss, *_ = self.states(batch)
-        return self.head(hidden, batch.labels).sum(), aux_loss
+    def forward(self, batch: Inputs, outputs: bool = False) -> Any:
+        """(sum of the losses, auxiliary loss), both scalars; with `outputs` a text head's outputs [D, K] instead.
+
+        One door for both, because ZeRO-3 gathers weights for `forward` alone.
+        """
+        state = self.states(batch)
+        if outputs:
+            return self.head(state)
+        return self._losses(state, batch).sum(), state[1]
+
+    def _losses(self, state: State, batch: Inputs) -> torch.Tensor:
+        """Of tokens [T], or of what a text head has losses of."""
+        if isinstance(self.head, Head):
+            return self.head(state, batch.labels, batch.counted)
+        return self.head(state, batch.labels)

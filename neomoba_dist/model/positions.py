@@ -6,7 +6,7 @@ Shape letters: T tokens, S tokens of this rank, H hidden size, N heads of this r
 import functools
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,17 @@ def apply_rope(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) 
     cos, sin = cos_TD.to(dtype)[:, None, :], sin_TD.to(dtype)[:, None, :]
     first, second = x_TND.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TND.dtype)
+
+
+def rope_tables(
+    position_ids: torch.Tensor, config: ModelConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope_cos_sin` of a model in the dtype that `apply_rope` computes in for states of `dtype`: two [T, D/2]."""
+    assert config.head_dim is not None  # resolved by ModelConfig
+    frequencies = rope_frequencies(config, config.head_dim, position_ids.device)
+    cos, sin = rope_cos_sin(position_ids, frequencies, rope_temperature(config))
+    exact = torch.promote_types(dtype, torch.float32)
+    return cos.to(exact), sin.to(exact)
 
 
 def rope_frequencies(config: ModelConfig, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
@@ -80,7 +91,7 @@ def rope_temperature(config: ModelConfig) -> float:
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a learned or sinusoidal position to the embedding: State -> State.
+    """Adds a learned or sinusoidal position to the embedding: State -> State (model/block.py).
 
     A layer of its own, because the embedding may be tied to the head, and tied pipeline layers share all they hold.
     """
@@ -93,17 +104,15 @@ class PositionEmbedding(nn.Module):
             # "embedding." keeps it out of weight decay, like the token table
             self.weight = init.weight("embedding.positions", (config.max_position_embeddings, config.hidden_size))
 
-    def forward(
-        self, state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        x_SH, aux_loss, position_ids, cu_seqlens = state
+    def forward(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_SH, aux_loss, position_ids, *rest = state
         here = position_ids.clamp(min=0)  # padding is -1
         if self.mesh.sequence_parallel:
             here = here.narrow(0, self.mesh["tp"].index * len(x_SH), len(x_SH))
         if self.weight is None:
-            return x_SH + sinusoids(here, x_SH.shape[1]).to(x_SH.dtype), aux_loss, position_ids, cu_seqlens
+            return x_SH + sinusoids(here, x_SH.shape[1]).to(x_SH.dtype), aux_loss, position_ids, *rest
         weight = sum_gradient(self.weight, self.mesh, "tp") if self.mesh.sequence_parallel else self.weight
-        return x_SH + F.embedding(here, weight), aux_loss, position_ids, cu_seqlens
+        return x_SH + F.embedding(here, weight), aux_loss, position_ids, *rest
 
 
 def sinusoids(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ are not counted here.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,11 +174,24 @@ def barrier(mesh: Mesh, axis: str = "world") -> None:
 
 def agree(ok: bool, mesh: Mesh) -> bool:
     """True where every rank of the world says True: one rank's failure becomes everybody's decision."""
-    flag = torch.tensor([int(ok)], device=mesh.device)
-    return bool(all_reduce(flag, mesh, "world", op="min").item())
+    return not any_rank([not ok], mesh)[0]
 
 
-def on_first_rank(mesh: Mesh, action: Callable[[], None]) -> None:
+def any_rank(flags: Sequence[bool], mesh: Mesh) -> list[bool]:
+    """For each flag whether some rank of the world raised it; one collective for all of them."""
+    raised = torch.tensor(flags, dtype=torch.int32, device=mesh.device)
+    return all_reduce(raised, mesh, "world", op="max").bool().tolist()
+
+
+def sum_together(parts: Mapping[str, torch.Tensor | Sequence[float]], mesh: Mesh) -> dict[str, torch.Tensor]:
+    """The sums over the world of all `parts`, float64 on the CPU, bit for bit the same everywhere; one collective."""
+    tensors = [torch.as_tensor(part, dtype=torch.float64, device=mesh.device) for part in parts.values()]
+    whole = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), mesh, "world").cpu()
+    sums = whole.split([tensor.numel() for tensor in tensors])
+    return {name: total.view(tensor.shape) for name, tensor, total in zip(parts, tensors, sums, strict=True)}
+
+
+def on_first_rank(mesh: Mesh, action: Callable[[], object]) -> None:
     """Run `action` on global rank 0 while all others wait; its failure is raised everywhere."""
     error: Exception | None = None
     if mesh.rank == 0:
@@ -212,3 +225,27 @@ def sum_gradient(tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
     if mesh[axis].size == 1:
         return tensor
     return _SumGradient.apply(tensor, mesh, axis)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
+        ctx.mesh, ctx.axis = mesh, axis
+        return all_gather(tensor, mesh, axis).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        parts = grads[0].unflatten(0, (ctx.mesh[ctx.axis].size, -1))
+        return reduce_scatter(parts, ctx.mesh, ctx.axis), None, None
+
+
+def gather_rows(tensor: torch.Tensor, mesh: Mesh, axis: str) -> torch.Tensor:
+    """The rows of all members of the axis, as many of each, in axis order: [n, ...] -> [size * n, ...].
+
+    Differentiable: a row's gradient is the sum over the members, which use all rows for different things.
+    """
+    if mesh[axis].size == 1:
+        return tensor
+    return _GatherRows.apply(tensor, mesh, axis)

@@ -67,9 +67,9 @@ def fetch_tokens(x: Tensor, wanted: Callable[[int], Tensor], mesh: Mesh, axis: s
     rank, ranks = mesh[axis].index, range(mesh[axis].size)
     given = []
     for other in ranks:
-        owner, local = split.places_of(wanted(other))
+        owner, local = split.owners_of(wanted(other))
         given.append(local[owner == rank])
-    owner, _ = split.places_of(wanted(rank))
+    owner, _ = split.owners_of(wanted(rank))
     sent = x.index_select(0, torch.cat(given).to(x.device))
     counts = [int((owner == other).sum()) for other in ranks]
     received = all_to_all(sent, mesh, axis, [len(part) for part in given], counts)
@@ -94,14 +94,14 @@ def with_halo(x: Tensor, before: int, after: int, mesh: Mesh, axis: str, split: 
     def foreign(rank: int) -> Tensor:
         index = neighbours(rank).unique()
         index = index[(index >= 0) & (index < split.num_tokens)]
-        return index[split.places_of(index)[0] != rank]
+        return index[split.owners_of(index)[0] != rank]
 
     units = x.unflatten(0, (split.units, split.unit))
     if before + after == 0:
         return units
     rank = mesh[axis].index
     index, wanted = neighbours(rank), foreign(rank)
-    owner, local = split.places_of(index.clamp(0, split.num_tokens - 1))
+    owner, local = split.owners_of(index.clamp(0, split.num_tokens - 1))
     row = torch.where(owner == rank, local, len(x) + torch.searchsorted(wanted, index))
     row[(index < 0) | (index >= split.num_tokens)] = len(x) + len(wanted)
     known = torch.cat((x, fetch_tokens(x, foreign, mesh, axis, split), x.new_zeros(1, *x.shape[1:])))

@@ -28,6 +28,15 @@ class AttentionShape:
     top_k: int
     pooling: str = "mean"
 
+    @classmethod
+    def of(cls, config: Config) -> "AttentionShape":
+        """Of the configuration's layers."""
+        model, tp = config.model, config.parallel.tensor_model_parallel_size
+        assert model.head_dim is not None  # resolved by ModelConfig
+        heads = (model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp))
+        size = 4 if config.dtype_name == "float32" else 2
+        return cls(*heads, model.head_dim, size, model.moba_block_size, model.moba_top_k, model.moba_pooling)
+
 
 def received_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks: int) -> tuple[float, float]:
     """(forward, backward) bytes that a rank receives in one layer, without activation checkpointing.
@@ -146,12 +155,8 @@ def passing_bytes(strategy: str, shape: AttentionShape, local_tokens: int, ranks
 def describe(config: Config) -> str:
     """The split of a micro-batch and, for MoBA and full layers, strategy, bytes and balance: a line each."""
     model, parallel, ranks = config.model, config.parallel, config.parallel.context_parallel_size
-    assert model.head_dim is not None  # resolved by ModelConfig
-    tp = parallel.tensor_model_parallel_size
-    heads = (model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp))
-    size = 4 if config.dtype_name == "float32" else 2
-    shape = AttentionShape(*heads, model.head_dim, size, model.moba_block_size, model.moba_top_k, model.moba_pooling)
-    tokens, multiple = config.micro_batch_size * config.phase.sequence_length, tp if parallel.sequence_parallel else 1
+    shape, tokens = AttentionShape.of(config), config.micro_batch_size * config.phase.sequence_length
+    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     split = ContextSplit.of_tokens(tokens, ranks, parallel.context_parallel_split, model.moba_block_size, multiple)
     lines = [
         f"context parallelism: {tokens:,} tokens + {split.num_tokens - tokens} of padding, {split.local_tokens:,} on "

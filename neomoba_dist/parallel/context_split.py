@@ -81,7 +81,7 @@ class ContextSplit:
 
     def gathered_order(self, device: torch.device | None = None) -> Tensor:
         """The inverse: where each token stands when the ranks' tokens are laid end to end, int64 [T]."""
-        owner, local = self.places_of(torch.arange(self.num_tokens, device=device))
+        owner, local = self.owners_of(torch.arange(self.num_tokens, device=device))
         return owner * self.local_tokens + local
 
     def indices_at(self, local: Tensor, rank: Tensor | int) -> Tensor:
@@ -90,7 +90,7 @@ class ContextSplit:
         place = torch.where(row % 2 == 1, self.ranks - 1 - rank, rank)
         return (row * self.ranks + place) * self.unit + local % self.unit
 
-    def places_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def owners_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Owner and local index of tokens by their global ones."""
         row, place = index // self.unit // self.ranks, index // self.unit % self.ranks
         owner = torch.where(row % 2 == 1, self.ranks - 1 - place, place)
@@ -173,7 +173,7 @@ def pieces(split: ContextSplit, borders: Sequence[int], block_size: int) -> Piec
     block_starts = cu[document] + (torch.arange(len(document)) - first_block[document]) * block_size
     start = torch.cat((block_starts, torch.arange(0, split.num_tokens, split.unit))).unique()
     stop = torch.cat((start[1:], cu[-1:]))
-    owner, local = split.places_of(start)
+    owner, local = split.owners_of(start)
     number = torch.empty_like(start)
     for rank in range(split.ranks):
         mine = owner == rank

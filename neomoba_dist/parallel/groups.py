@@ -1,9 +1,16 @@
-"""The process groups, made by megatron-core, which is imported inside the functions: it takes seconds."""
+"""The ranks of every axis and their process groups; what megatron-core's tensor-parallel layers need to be told.
+
+megatron-core is imported inside a function, and only where there is tensor parallelism: it takes two seconds and 200
+MiB in every rank. Its `parallel_state` has every rank take part in making the groups of all ranks, thousands of them
+in a large world; here a rank makes those that it is a member of, ten at most.
+"""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from neomoba_dist.config import ParallelConfig
 
@@ -35,29 +42,53 @@ def use_cpu_when_there_is_no_gpu() -> None:
         module.torch = substitute
 
 
-def initialize_groups(parallel: ParallelConfig) -> dict[str, torch.distributed.ProcessGroup]:
-    """Build megatron-core's process groups (order tp-cp-ep-dp-pp) and return them by our axis names."""
+def prepare_megatron() -> None:
+    """What `megatron.core.tensor_parallel` needs once in a process; its functions are handed their group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # six lines per rank on optional packages that we do not use
         from megatron.core import parallel_state
 
     use_cpu_when_there_is_no_gpu()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        order="tp-cp-ep-dp-pp",
-        create_gloo_process_groups=False,
-    )
-    return {
-        "tp": parallel_state.get_tensor_model_parallel_group(),
-        "cp": parallel_state.get_context_parallel_group(),
-        "pp": parallel_state.get_pipeline_model_parallel_group(),
-        "dp": parallel_state.get_data_parallel_group(),
-        "dp_cp": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "model": parallel_state.get_model_parallel_group(),
-        "ep": parallel_state.get_expert_model_parallel_group(),
-        "expert_dp": parallel_state.get_expert_data_parallel_group(),
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
+def axis_ranks(parallel: ParallelConfig, world_size: int, rank: int, cp_heads: int) -> dict[str, tuple[int, ...]]:
+    """The ranks along each axis through `rank`, in ascending order: tp is the fastest axis, then cp, dp and pp.
+
+    cp_heads: neighbouring ranks of cp that split KV heads.
+    """
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp, ep = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    world = torch.arange(world_size).view(pp, -1, cp, tp)
+    p, d, c, t = (int(place) for place in (world == rank).nonzero()[0])
+    context, data = world[p, d, :, t], world[p, :, :, t].flatten()
+    place = d * cp + c
+    heads, experts = context.view(-1, cp_heads), data.view(-1, ep)
+    found = {
+        "tp": world[p, d, c],
+        "cp": context,
+        "cp_heads": heads[c // cp_heads],
+        "cp_tokens": heads[:, c % cp_heads],
+        "pp": world[:, d, c, t],
+        "dp": world[p, :, c, t],
+        "dp_cp": data,
+        "model": world[:, d, c].flatten(),
+        "ep": experts[place // ep],
+        "expert_dp": experts[:, place % ep],
+        "world": world.flatten(),
     }
+    return {axis: tuple(ranks.tolist()) for axis, ranks in found.items()}
+
+
+def make_groups(ranks: Mapping[str, tuple[int, ...]]) -> dict[str, dist.ProcessGroup | None]:
+    """A group for each axis; axes along the same ranks share one. All ranks call this, each for its own axes.
+
+    "world" is the default group. Only members meet to make a group, and NCCL starts at its first collective: a device
+    bound to the default group would have every rank take part in each of the groups that DeepSpeed makes.
+    """
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for axis, members in ranks.items():
+        if axis != "world" and members not in made:
+            made[members] = dist.new_group(members, use_local_synchronization=True)
+    return {axis: dist.group.WORLD if axis == "world" else made[members] for axis, members in ranks.items()}

@@ -6,6 +6,7 @@ half-set ones, and those left over from another launcher, are refused in one lin
 
 import os
 import socket
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from neomoba_dist.config import ConfigError
+from neomoba_dist.parallel.ledger import CommunicationError
 
 
 def _first_host(node_list: str) -> str:
@@ -65,8 +67,9 @@ def _launched_by(found: Mapping[str, str]) -> str | None:
         if not given or (one and not (rank == "RANK" and rank in found)):
             continue
         needed = [rank, size, *(name for name in local if name)]
-        if launcher == "srun" and not found.get("MASTER_ADDR"):
-            needed.append("SLURM_JOB_NODELIST")
+        if launcher == "srun":  # a batch script's own shell has the other variables, too, as if it were rank 0
+            needed.append("SLURM_STEP_ID")
+            needed += [] if found.get("MASTER_ADDR") else ["SLURM_JOB_NODELIST"]
         remedy = f"start with {launcher} itself, or unset {given[0]} to run one process"
         if missing := [name for name in needed if not found.get(name)]:
             half_set = half_set or (
@@ -86,9 +89,18 @@ def _refuse_leftovers(found: Mapping[str, str]) -> None:
     """ConfigError where RANK and WORLD_SIZE are left over from elsewhere beside the ranks of srun or mpirun.
 
     All processes of such a launch would take the same rank. torchrun and deepspeed may themselves run under srun, one
-    per host, and contradict it rightly: they leave a variable of their own.
+    per host, and contradict it rightly: they leave a variable of their own. But all of them must make one world.
     """
-    if "RANK" not in found or "TORCHELASTIC_RUN_ID" in found or "CROSS_RANK" in found:
+    if "RANK" not in found:
+        return
+    if agents := found.get("GROUP_WORLD_SIZE") or found.get("CROSS_SIZE"):
+        started = found.get("SLURM_STEP_NUM_TASKS", "1")
+        if started not in ("1", agents):
+            raise ConfigError(
+                f"srun started {started} of torchrun or deepspeed, but this one knows of {agents}: each would train "
+                "alone; give all of them the same meeting place and number of hosts (torchrun --nnodes "
+                "--rdzv-endpoint, deepspeed --hostfile --node_rank --no_ssh)"
+            )
         return
     for launcher, (rank, size, *_) in list(_LAUNCHERS.items())[1:]:
         if not (found.get(rank) and found.get(size)) or _whole_number(found, size) == 1:
@@ -117,8 +129,9 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
     if launcher == "deepspeed or torchrun":
         _refuse_leftovers(found)
     if launcher is None:
+        alone = any(found.get(size) == "1" for _, size, *_ in _LAUNCHERS.values())
         for name in _UNKNOWN_RANKS:
-            if found.get(name, "0") != "0":
+            if name in found and not alone:
                 raise ConfigError(
                     f"{name} is {found[name]}, but no world size is known: started by an MPI that is not supported; "
                     "use srun, torchrun, deepspeed, or the mpirun of Open MPI or MPICH"
@@ -132,7 +145,7 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
         mapped |= {
             "LOCAL_SIZE": per_node.split("(")[0].split(",")[0],
             "MASTER_ADDR": found.get("MASTER_ADDR") or _first_host(found["SLURM_JOB_NODELIST"]),
-            "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + int(found.get("SLURM_JOB_ID", "0")) % 20000),
+            "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + int(found.get("SLURM_JOB_ID", "0")) % 17000),
         }
     elif launcher is not None and "RANK" not in found:
         # mpirun in a batch script spans the job's hosts and starts rank 0 on the first one
@@ -152,6 +165,14 @@ def map_launcher_environment(environment: MutableMapping[str, str] = os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at every import
     return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+
+
+def launched_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Number of processes that srun or an mpirun says it has started this one among; 1 where none says so."""
+    for launcher, (rank, size, *_) in list(_LAUNCHERS.items())[1:]:
+        if rank in environment and size in environment and (launcher != "srun" or "SLURM_STEP_ID" in environment):
+            return _whole_number(environment, size)
+    return 1
 
 
 def local_device(local_rank: int, local_ranks: int, visible: int) -> int:
@@ -205,13 +226,53 @@ def initialize_process_group(timeout_minutes: float = 30.0) -> torch.device:
     try:
         dist.init_process_group(**arguments, timeout=timedelta(minutes=timeout_minutes))
     except dist.DistNetworkError as error:
-        raise ConfigError(
+        raise CommunicationError(
             f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} cannot be used ({error}); if another run "
             "holds it, choose another one: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
         ) from error
     if cuda and local_ranks > torch.cuda.device_count():
-        devices: list[Any] = [None] * dist.get_world_size()
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        dist.all_gather_object(devices, (socket.gethostname(), uuid))
-        refuse_shared_devices(devices)
+        refuse_shared_devices(gather_from_all((socket.gethostname(), uuid)))
     return device
+
+
+def gather_from_all(value: Any) -> list[Any]:
+    """The small picklable `value` of every rank of the launch, in rank order: for what precedes the mesh.
+
+    Raises CommunicationError where a rank ends meanwhile.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise CommunicationError(f"another rank ended at the start; see its message ({error})") from error
+    return values
+
+
+def join_world() -> None:
+    """Meet the other ranks of the launch, if there are any and this process has not met them yet."""
+    if joined_world_size() == 1 and map_launcher_environment()[1] > 1:
+        initialize_process_group()
+
+
+def joined_world_size() -> int:
+    """Ranks of the process group that this process has joined; 1 where there is none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def joined_rank() -> int:
+    """This process's rank among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def rendezvous_store(prefix: str) -> Any:
+    """A connection of its own to the store where the ranks have met, for keys that begin with `prefix`."""
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+
+
+def leave_process_group(seconds: float = 5.0) -> None:
+    """Destroy all process groups, if there are any; what does not come to an end in time is left to the process's."""
+    if dist.is_initialized():
+        thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        thread.start()
+        thread.join(seconds)

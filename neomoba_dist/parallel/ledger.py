@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 class CommunicationError(RuntimeError):
     """A collective failed or timed out; the message names the operation, the axis and the ranks."""
 
+    on_all_ranks = False  # whether it is enough that one rank of each host says so
+
 
 @dataclass
 class Entry:

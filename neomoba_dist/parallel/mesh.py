@@ -6,14 +6,14 @@ the group to talk to. `Mesh.single()` is the mesh of ones on which every layer i
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from neomoba_dist.config import ParallelConfig
 from neomoba_dist.config.context import ulysses_ranks
-from neomoba_dist.parallel.groups import initialize_groups
+from neomoba_dist.parallel.groups import axis_ranks, make_groups, prepare_megatron
 from neomoba_dist.parallel.ledger import Ledger
 
 AXES = ("tp", "cp", "cp_heads", "cp_tokens", "pp", "dp", "dp_cp", "model", "ep", "expert_dp", "world")
@@ -61,6 +61,22 @@ class Mesh:
         return cls(axes={name: Axis() for name in AXES}, device=torch.device(device))
 
     @classmethod
+    def place(cls, parallel: ParallelConfig, world_size: int, rank: int, *, num_key_value_heads: int = 1) -> "Mesh":
+        """Where a rank stands in a world that need not exist: no groups."""
+        cp = parallel.context_parallel_size
+        heads = ulysses_ranks(cp, max(1, num_key_value_heads // parallel.tensor_model_parallel_size))
+        places = axis_ranks(parallel, world_size, rank, heads)
+        axes = {name: Axis(len(ranks), ranks.index(rank), ranks) for name, ranks in places.items()}
+        return cls(
+            axes,
+            rank,
+            sequence_parallel=parallel.sequence_parallel and axes["tp"].size > 1,
+            context_split=parallel.context_parallel_split,
+            context_moba=parallel.context_parallel_moba,
+            context_full=parallel.context_parallel_full,
+        )
+
+    @classmethod
     def build(
         cls, parallel: ParallelConfig, device: torch.device | str = "cpu", *, num_key_value_heads: int = 1
     ) -> "Mesh":
@@ -70,36 +86,17 @@ class Mesh:
         """
         if dist.get_world_size() == 1:
             return cls.single(device)
-        groups = {**initialize_groups(parallel), "world": dist.group.WORLD}
-        axes = {}
-        for name, group in groups.items():
-            ranks = tuple(dist.get_process_group_ranks(group))
-            axes[name] = Axis(len(ranks), ranks.index(dist.get_rank()), ranks, group)
-        heads = max(1, num_key_value_heads // axes["tp"].size)
-        axes.update(_context_axes(parallel, ulysses_ranks(axes["cp"].size, heads)))
-        return cls(
-            axes,
-            dist.get_rank(),
-            torch.device(device),
-            sequence_parallel=parallel.sequence_parallel and axes["tp"].size > 1,
-            context_split=parallel.context_parallel_split,
-            context_moba=parallel.context_parallel_moba,
-            context_full=parallel.context_parallel_full,
-        )
+        mesh = cls.place(parallel, dist.get_world_size(), dist.get_rank(), num_key_value_heads=num_key_value_heads)
+        if mesh["tp"].size > 1:
+            prepare_megatron()
+        groups = make_groups({name: axis.ranks for name, axis in mesh.axes.items()})
+        axes = {name: replace(axis, group=groups[name]) for name, axis in mesh.axes.items()}
+        return replace(mesh, axes=axes, device=torch.device(device), ledger=Ledger())
 
-
-def _context_axes(parallel: ParallelConfig, heads: int) -> dict[str, Axis]:
-    """cp_heads, `heads` neighbouring ranks at a time, and cp_tokens, those of equal place. All make all groups."""
-    world, me = torch.arange(dist.get_world_size()), dist.get_rank()
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    divided = world.view(-1, cp, tp).transpose(1, 2).flatten(0, 1).unflatten(1, (-1, heads))
-    found = {}
-    for name, groups in (("cp_heads", divided.flatten(0, 1)), ("cp_tokens", divided.transpose(1, 2).flatten(0, 1))):
-        for ranks in groups.tolist():
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
-            if me in ranks:
-                found[name] = Axis(len(ranks), ranks.index(me), tuple(ranks), group)
-    return found
+    @property
+    def num_groups(self) -> int:
+        """Process groups that this rank is a member of, the default group among them; 0 on a mesh of ones."""
+        return len({axis.group for axis in self.axes.values()} - {None})
 
 
 class DeepSpeedMPU:

@@ -63,3 +63,14 @@ def enter_tensor_parallel(x_SH: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
         return mappings.gather_from_sequence_parallel_region(x_SH, group=mesh["tp"].group)
     return sum_gradient(x_SH, mesh, "tp")  # contiguous-safe, unlike megatron's copy mapping
+
+
+def gather_tokens(x_SH: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """All tokens on every tp rank, for what all of them compute alike: each keeps its own tokens' gradient. [T, H]"""
+    if not mesh.sequence_parallel:
+        return x_SH
+    from megatron.core.tensor_parallel import mappings
+
+    return mappings.gather_from_sequence_parallel_region(
+        x_SH, tensor_parallel_output_grad=False, group=mesh["tp"].group
+    )

@@ -9,62 +9,87 @@ import math
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from neomoba_dist.checkpoint.layout import KINDS
-from neomoba_dist.checkpoint.load import CheckpointReader, load_buffers, load_weights
-from neomoba_dist.checkpoint.save import StateFragment
+from neomoba_dist.checkpoint.load import CheckpointReader, load_buffers
+from neomoba_dist.checkpoint.resume import read_together
+from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
-from neomoba_dist.model.init import Initializer, shard_of
+from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
-from neomoba_dist.parallel.comm import all_reduce
+from neomoba_dist.parallel.comm import all_reduce, sum_together
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
+from neomoba_dist.train.bad_steps import guard_step
+from neomoba_dist.train.drawn import DrawnOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer
+from neomoba_dist.train.recompute import choose_recompute
+from neomoba_dist.train.stragglers import ForwardTimer
 
 # DeepSpeed compiles a shared-memory operator at start on a CPU machine (40-150 s that look like a hang, and a killed
 # build leaves a lock that hangs every later run). Training never uses it.
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+# At ZeRO-1 DeepSpeed leaves its own ZeRO optimizer, which adds gradients up in float32 when told to, for another one
+# under which copies of a weight drift apart. Every engine here has ZeRO.
+deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
+
+
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of DeepSpeed's
+
+Judge = Callable[[float, float], str | None]
+Report = Callable[[], Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step: mean token loss and auxiliary loss over the update, gradient norm before clipping.
+    """One update: mean token loss and auxiliary loss, gradient norm before clipping; the same on every rank.
 
-    skipped: fp16's loss scale overflowed and no step was taken. routing, activation_rms: see
-    layer_stats.LayerStatistics.take. layer_grad_norms: of every layer, then of the rest.
+    problem: why no optimizer step was taken, in words; None if it was. overflow: none was taken because fp16's loss
+    scale was too high, which is how it is found. routing, activation_rms: see layer_stats.LayerStatistics.read.
+    layer_grad_norms: of every layer, then of the rest. report: sums over the world of what `Engine.update` was given.
     """
 
     loss: float
     aux_loss: float
     grad_norm: float
-    skipped: bool
+    problem: str | None
+    overflow: bool
     routing: torch.Tensor | None
     activation_rms: list[float]
     layer_grad_norms: list[float]
+    report: Mapping[str, list[float]]
+
+
+def not_finite(loss: float, grad_norm: float) -> str | None:
+    """The least that a judge objects to."""
+    return None if math.isfinite(loss) and math.isfinite(grad_norm) else f"loss {loss}, gradient norm {grad_norm}"
 
 
 class Engine(ABC):
     """What the training loop and checkpoints need. `module` is this rank's part of the model."""
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
+        config = choose_recompute(config, mesh)
         self.config, self.plan, self.mesh = config, plan, mesh
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -75,6 +100,7 @@ class Engine(ABC):
         _start_deepspeed(mesh)
         self.module = self._build_module()
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
+        self.forward_timer = ForwardTimer(self.module, mesh)
         if config.phase.compile:
             # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
             torch.compiler.config.cache_key_tag = code_fingerprint()
@@ -83,45 +109,101 @@ class Engine(ABC):
                     layer.compile(dynamic=False)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase)
+        mpu = self._mpu()
+        if config.zero_stage == 3:
+            deepspeed.zero.Init(
+                module=DrawnOneByOne(self.module, getattr(torch, config.dtype_name)),
+                data_parallel_group=mpu and mpu.get_data_parallel_group(),
+                config_dict_or_path=self._deepspeed_config(),
+                mpu=mpu,
+            )
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=self.optimizer,
             config=self._deepspeed_config(),
-            mpu=self._mpu(),
+            mpu=mpu,
         )
+        if config.zero_stage == 2:
+            dtypes = getattr(torch, config.dtype_name), self.engine.communication_data_type
+            _average_in(torch.promote_types(*dtypes), self.engine.optimizer)
         self.gradient_norms = GradientNorms(
-            self.optimizer,
-            self.engine.optimizer,
-            config.zero_stage,
-            self.module,
-            config.model.num_hidden_layers,
-            mesh,
+            self.engine.optimizer, config.zero_stage, self.module, config.model.num_hidden_layers, mesh
         )
+        self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # fp16: the judge sees to it
+        self._judge: Judge = not_finite
+        self._report: Report = dict
+        self._num_valid = self._micro_batches = 0
+        self._result: UpdateResult | None = None
+        guard_step(self.engine.optimizer, self.optimizer, self._decide)
 
-    def update(self, batches: Sequence[Batch], learning_rate: float) -> UpdateResult:
-        """One optimizer step over this rank's micro-batches of the update."""
+    def update(
+        self, batches: Sequence[Batch], learning_rate: float, judge: Judge = not_finite, report: Report = dict
+    ) -> UpdateResult:
+        """One optimizer step over this rank's micro-batches of the update.
+
+        judge: (loss, gradient norm) -> why the step must not be taken, if so; asked on all ranks with the same numbers.
+        report: numbers to add up over the world, on the way in the one collective that brings those two together;
+        called before it, when forward and backward are done (on a GPU: under way).
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.module.train()
         self._loss_sum.zero_()
         self._aux_sum.zero_()
+        self._judge, self._report = judge, report
+        self._num_valid, self._micro_batches = batches[0].num_valid, len(batches)
         self._run_update(batches)
-        micro_batches = len(batches) * self.mesh["dp_cp"].size
-        # DeepSpeed skips a step whose gradients are not finite, in every dtype; only for fp16 that is routine
-        overflow, fp16 = bool(self.engine.optimizer.overflow), self.config.dtype_name == "float16"
-        grad_norm = math.nan if overflow else float(self.engine.get_global_grad_norm() or 0.0)
-        activation_rms, routing = self.layer_statistics.take()
-        if routing is not None and not overflow:
-            update_biases(self.module, routing, self.config.model)
-        return UpdateResult(
-            loss=self._global_sum(self._loss_sum) / batches[0].num_valid,
-            aux_loss=self._global_sum(self._aux_sum) / micro_batches,
+        result = self._result
+        assert result is not None
+        if self.engine.optimizer.overflow and not (result.problem or result.overflow):  # its squares, in float32
+            result = replace(result, problem=f"the gradient norm {result.grad_norm:.4g} is too large")
+        if result.routing is not None and not (result.problem or result.overflow):
+            update_biases(self.module, result.routing.to(self.mesh.device), self.config.model)
+        return result
+
+    def _decide(self) -> tuple[bool, float]:
+        """Add up all numbers of the update over the world, and ask the judge; whether AdamW may step, gradient norm."""
+        squares = self.gradient_norms.squares()
+        # tensor-parallel ranks have the same loss, and only last pipeline stages have one
+        losses = torch.stack([self._loss_sum, self._aux_sum])
+        damage = torch.stack([~torch.isfinite(losses).all(), ~torch.isfinite(squares).all()])
+        parts: dict[str, torch.Tensor | Sequence[float]] = {
+            "losses": losses if self.mesh["tp"].index == 0 else torch.zeros_like(losses),
+            "damage": damage,
+            "squares": squares[:-1],
+            "statistics": self.layer_statistics.take(),
+        }
+        sums = sum_together({**parts, **self._report()}, self.mesh)
+        loss_sum, aux_sum = sums["losses"].tolist()
+        bad_losses, bad_squares = sums["damage"].tolist()  # also where another rank's are summed
+        loss = math.nan if bad_losses else loss_sum / self._num_valid
+        layer_squares = sums["squares"].tolist()
+        grad_norm = math.nan if bad_squares else math.sqrt(math.fsum(layer_squares))
+        activation_rms, routing = self.layer_statistics.read(sums["statistics"])
+        scaler = self.engine.optimizer.loss_scaler
+        can_fall = scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        overflow = can_fall and math.isfinite(loss) and not math.isfinite(grad_norm)
+        self._result = UpdateResult(
+            loss=loss,
+            aux_loss=aux_sum / (self._micro_batches * self.mesh["dp_cp"].size),
             grad_norm=grad_norm,
-            skipped=overflow and fp16,
+            problem=None if overflow else self._judge(loss, grad_norm),
+            overflow=overflow,
             routing=routing,
             activation_rms=activation_rms,
-            layer_grad_norms=self.gradient_norms.take(grad_norm, self.config.gradient_clipping),
+            layer_grad_norms=[math.sqrt(square) for square in layer_squares],
+            report={name: sums[name].tolist() for name in sums.keys() - parts.keys()},
         )
+        return self._result.problem is None and not overflow, grad_norm
+
+    def rehearse(self, batches: Sequence[Batch]) -> None:
+        """Everything of an update but AdamW's step; its moments are made, and all else is as before."""
+        if not self._adam_states():
+            self._create_moments(0.0)
+        scaler = vars(self.engine.optimizer.loss_scaler)
+        kept = dict(scaler)
+        self.update(batches, 0.0, judge=lambda loss, grad_norm: "it is only rehearsed")
+        scaler.update(kept)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Sum of the token losses over the micro-batches of all ranks, without gradients."""
@@ -140,6 +222,10 @@ class Engine(ABC):
         for layer in moe_layers(self.module):
             layer.router.set_step(step)
 
+    def before_step(self, action: Callable[[], None]) -> None:
+        """Have `action` called each time that AdamW is about to change weights and moments."""
+        self.optimizer.register_step_pre_hook(lambda *unused: action())
+
     def local_state(self) -> Iterator[StateFragment]:
         """What this rank adds to a checkpoint: its own parts of weights and moments, where no other rank saves them."""
         if not self._adam_states():
@@ -147,8 +233,7 @@ class Engine(ABC):
         for fragment in self.fragments():
             if is_copy(fragment.parameter, self.mesh) or not fragment.valid:
                 continue
-            values = {kind: self.values(fragment, kind)[: fragment.valid] for kind in KINDS}
-            yield StateFragment(shard_of(fragment.parameter), fragment.start, values)
+            yield self._state_of(fragment, KINDS)
         if self.mesh["dp_cp"].index == self.mesh["tp"].index == 0:
             for spec, buffer in saved_buffers(self.module):
                 yield StateFragment(spec, 0, {KINDS[0]: buffer.flatten()})
@@ -156,27 +241,41 @@ class Engine(ABC):
     def load(self, reader: CheckpointReader, *, moments: bool) -> None:
         """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout.
 
-        A rank reads its own parts of the float32 partitions, and below ZeRO-3 the weights that it computes with.
+        A rank reads its own parts of the float32 partitions, 12 bytes per parameter over all ranks. Below ZeRO-3 it
+        gets the weights that it computes with from the partitions of its peers, as after every optimizer step.
+        Raises AgreedDamageError on all ranks where a file is not what the manifest says; another one can be loaded
+        then, and must be: weights and moments hold anything.
         """
         if moments:
             state = reader.trainer()
             self._create_moments(float(state["optimizer_step"]))
-            if self.config.dtype_name == "float16":
-                self.engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
-        for fragment in self.fragments():
-            spec, stop = shard_of(fragment.parameter), fragment.start + fragment.valid
-            for kind in KINDS if moments else KINDS[:1]:
-                values = self.values(fragment, kind).zero_()  # padding is zero
-                values[: fragment.valid].copy_(reader.read_range(kind, spec, fragment.start, stop))
+            self.load_loss_scaler(state)
+        kinds, held = KINDS if moments else KINDS[:1], list(self.fragments())
+
+        def read() -> None:
+            checksums = reader.checksums(kinds, (self.mesh.rank, self.mesh["world"].size))
+            reader.fill([self._state_of(fragment, kinds) for fragment in held], checksums)
+            load_buffers(reader, self.module)
+
+        read_together(self.mesh, read)
+        for fragment in held:
+            for kind in kinds:
+                self.values(fragment, kind)[fragment.valid :].zero_()  # padding
             if self.config.zero_stage == 3:
-                part: Any = fragment.parameter
-                part.ds_tensor.data.copy_(self.values(fragment, KINDS[0]))
+                parameter: Any = fragment.parameter
+                held_here = parameter.ds_tensor
+                first = fragment.part.first + fragment.start - held_here.ds_numel * parameter.ds_zero_partition_rank
+                held_here.data.narrow(0, first, fragment.numel).copy_(self.values(fragment, KINDS[0]))
         if self.config.zero_stage == 3:
             # the second copy of the weights (zero_hpz_partition_size) is stale now
             self.engine.optimizer.invalidate_secondary_tensor()
-            load_buffers(reader, self.module)
         else:
-            load_weights(reader, self.module)
+            self.engine.optimizer.update_lp_params()
+
+    def _state_of(self, fragment: Fragment, kinds: Sequence[str]) -> StateFragment:
+        """The fragment's tensors, without padding; views of the partitions."""
+        values = {kind: self.values(fragment, kind)[: fragment.valid] for kind in kinds}
+        return StateFragment(fragment.shard, fragment.start, values)
 
     def fragments(self) -> Iterator[Fragment]:
         """Where this rank's optimizer holds its parts of the parameters."""
@@ -195,6 +294,17 @@ class Engine(ABC):
         """fp16: the dynamic loss scale; 1 otherwise."""
         return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
 
+    def loss_scaler(self) -> dict[str, float]:
+        """fp16: the dynamic loss scale and the counters that say when it changes next; empty otherwise."""
+        scaler = self.engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in LOSS_SCALER} if scaler.dynamic else {}
+
+    def load_loss_scaler(self, state: Mapping[str, Any]) -> None:
+        """Go on with that of trainer.json; checkpoints of earlier versions have the scale alone."""
+        scaler = self.engine.optimizer.loss_scaler
+        if scaler.dynamic:
+            vars(scaler).update(state.get("loss_scaler", {"cur_scale": state["loss_scale"]}))
+
     def _adam_states(self) -> list[dict[str, Any]]:
         """The states of AdamW, one per flat fp32 partition that DeepSpeed made."""
         return [state for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
@@ -209,6 +319,10 @@ class Engine(ABC):
                 "exp_avg_sq": torch.zeros_like(flat),
             }
 
+    def _local(self, batch: Batch) -> Batch:
+        """This rank's share of a batch, on its device, with the tokens whose losses are computed."""
+        return local_share(batch, self.mesh, self.config.model).with_counted().to(self.mesh.device)
+
     def scale(self, num_valid: int, micro_batches: int) -> float:
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""
         return micro_batches * self.mesh["dp_cp"].size / num_valid
@@ -221,9 +335,14 @@ class Engine(ABC):
         """DeepSpeed's part of the configuration with what we own filled in."""
         settings = {key: value for key, value in self.config.deepspeed.items() if key != "train_batch_size"}
         settings["gradient_accumulation_steps"] = self.plan.gradient_accumulation_steps
-        settings["zero_allow_untested_optimizer"] = True
+        settings["data_types"] = {"grad_accum_dtype": self.config.gradient_dtype}
+        settings["communication_data_type"] = self.config.communication_dtype
         settings["zero_force_ds_cpu_optimizer"] = False
         settings.setdefault("steps_per_print", sys.maxsize)  # our run log has a line per step
+        # these two would have the host wait for the device: with every micro-batch, and for every parameter in a step
+        settings.setdefault("timers", {"throughput": {"enabled": False}})
+        if "bf16" in settings:
+            settings["bf16"] = {"check_grad_overflow": False, **settings["bf16"]}  # our judge sees to it
         return settings
 
     @abstractmethod
@@ -255,6 +374,8 @@ class FlatEngine(Engine):
             recompute=phase.recompute,
             recompute_every=phase.recompute_every,
             row_length=phase.sequence_length,
+            text_head=self.config.finetune.head,
+            deferred=self.config.zero_stage == 3,
         ).to(self.mesh.device)
 
     def _mpu(self) -> DeepSpeedMPU | None:
@@ -272,9 +393,15 @@ class FlatEngine(Engine):
         for batch in batches:
             self._loss_sum += self.engine(self._on_device(batch))[0]
 
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """What a head on texts says of this rank's documents, [D, K] float32 on the CPU; called by all ranks alike."""
+        self.module.eval()
+        with torch.no_grad():
+            return self.engine(self._on_device(batch), outputs=True).float().cpu()
+
     def _on_device(self, batch: Batch) -> Batch:
         """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
-        local = local_share(batch.trimmed(), self.mesh, self.config.model).to(self.mesh.device)
+        local = self._local(batch.trimmed())
         if self.config.phase.compile:
             torch._dynamo.maybe_mark_dynamic(local.cu_seqlens, 0)
         return local
@@ -293,7 +420,12 @@ class PipelineParallelEngine(Engine):
             recompute_every=phase.recompute_every,
             row_length=phase.sequence_length,
         )
-        return build_pipeline(layers, self.mesh, self._loss, balance="Block")
+        return build_pipeline(layers, self.mesh, self._loss, balance="Block", share=self._packed)
+
+    def _packed(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedTokens:
+        """What the blocks of a stage share; the last two inputs are the positions and borders."""
+        position_ids, cu_seqlens = inputs[-2:]
+        return PackedTokens.of(position_ids, cu_seqlens, self.config.model, self.mesh, dtype)
 
     def _mpu(self) -> DeepSpeedMPU | None:
         return None  # PipelineModule brings its own, from the same rank order
@@ -304,19 +436,20 @@ class PipelineParallelEngine(Engine):
     def _loss(
         self, outputs: tuple[torch.Tensor, torch.Tensor, nn.Parameter], targets: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The last stage's loss of one micro-batch; `targets` are the labels and the scale."""
+        """The last stage's loss of one micro-batch; `targets` are the labels, the tokens that count, and the scale."""
         hidden, aux_loss, weight = outputs
-        labels, scale = targets
-        loss_sum = token_losses(hidden, weight, labels, self.mesh).sum()
+        labels, counted, scale = targets
+        loss_sum = token_losses(hidden, weight, labels, self.mesh, counted).sum()
         self._loss_sum += loss_sum.detach()
         self._aux_sum += aux_loss.detach()
         return loss_sum * scale + aux_loss
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
         for whole in batches:
-            batch = local_share(whole, self.mesh, self.config.model)
-            scale = torch.tensor(self.scale(batch.num_valid, len(batches)))
-            yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, scale)
+            batch = self._local(whole)
+            scale = torch.full((), self.scale(batch.num_valid, len(batches)), device=self.mesh.device)
+            assert batch.counted is not None
+            yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, batch.counted, scale)
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
         self.engine.train_batch(data_iter=self._feed(batches))
@@ -328,6 +461,21 @@ class PipelineParallelEngine(Engine):
 def build_engine(config: Config, plan: BatchPlan, mesh: Mesh) -> Engine:
     """The engine for the layout. torch.distributed must be initialised, also for a world of one."""
     return (PipelineParallelEngine if mesh["pp"].size > 1 else FlatEngine)(config, plan, mesh)
+
+
+def _average_in(dtype: torch.dtype, zero: Any) -> None:
+    """Have ZeRO-2 average gradients in `dtype` before it reduces them.
+
+    It would in that of the weights: in its buckets, and where a gradient is too large for one and goes by itself.
+    """
+
+    def gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+        if parameter.grad is not None and parameter.numel() > zero.reduce_bucket_size:
+            parameter.grad.data = parameter.grad.data.to(dtype)
+        return parameter.grad
+
+    zero._gradient_reduction_buffer_dtype = lambda: dtype
+    zero.get_gradient_for_reduction = gradient
 
 
 def _start_deepspeed(mesh: Mesh) -> None:

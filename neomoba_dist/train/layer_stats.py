@@ -1,8 +1,7 @@
 """Statistics of every layer in every update: gradient norms and the size of activations, the same on every rank."""
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,21 +11,8 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.moe.router import RECORD
-from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.fragments import fragments, is_copy
-
-
-def over_all_ranks(rows: torch.Tensor, places: Sequence[int], total: int, mesh: Mesh) -> torch.Tensor:
-    """Sums over all tokens of an update, for the layers of all pipeline stages.
-
-    rows: [n, K] of this stage's layers, sums over this rank's tokens; places: of each among the `total` rows.
-    """
-    if mesh.sequence_parallel:
-        rows = all_reduce(rows, mesh, "tp")
-    whole = rows.new_zeros(total, rows.shape[1])
-    whole[list(places)] = all_reduce(rows, mesh, "dp_cp")
-    return all_reduce(whole, mesh, "pp")
+from neomoba_dist.train.fragments import flat_partitions, fragments, is_copy
 
 
 class LayerStatistics:
@@ -41,18 +27,28 @@ class LayerStatistics:
         self.blocks = [block for block in module.modules() if isinstance(block, Block)]
         width = 2 + (len(RECORD) + config.num_experts if config.moe_layers else 0)
         self.sums = torch.zeros(len(self.blocks), width, dtype=torch.float64, device=mesh.device)
+        indices = [block.index for block in self.blocks]
+        self._indices = torch.tensor(indices, dtype=torch.int64, device=mesh.device)  # a list would be copied each time
         for block, row in zip(self.blocks, self.sums, strict=True):
             block.observe = functools.partial(_add, row)
 
-    def take(self) -> tuple[list[float], torch.Tensor | None]:
-        """Sums over all tokens of the update that just ran, the same on every rank; they start again at zero.
+    def take(self) -> torch.Tensor:
+        """This rank's part of the sums over all tokens of the update that just ran; they start again at zero.
+
+        float64 [layers of the whole model, 2 + 4 + E]; the sum over the world is that over all tokens.
+        """
+        part = self.sums.new_zeros(self.config.num_hidden_layers, self.sums.shape[1])
+        if self.mesh.sequence_parallel or self.mesh["tp"].index == 0:  # the others hold the same tokens
+            part[self._indices] = self.sums
+        self.sums.zero_()
+        return part
+
+    def read(self, whole: torch.Tensor) -> tuple[list[float], torch.Tensor | None]:
+        """From the sums over the world, see `take`: what every rank knows of the update.
 
         Returns the root mean square of the residual stream after every block, and float64 [L, 4 + E] of the layers
         with experts, in `config.moe_layers` order (None without).
         """
-        places = [block.index for block in self.blocks]
-        whole = over_all_ranks(self.sums, places, self.config.num_hidden_layers, self.mesh)
-        self.sums.zero_()
         squares, count = whole[:, :2].unbind(1)
         routing = whole[list(self.config.moe_layers), 2:] if self.config.moe_layers else None
         return (squares / count).sqrt().tolist(), routing
@@ -68,42 +64,61 @@ def _add(row: torch.Tensor, output: torch.Tensor, record: torch.Tensor | None) -
 
 
 class GradientNorms:
-    """Gradient norm of every layer, read off the flat fp32 partitions when AdamW steps on them.
+    """Gradient norm of every layer, read where DeepSpeed's ZeRO optimizer `zero` is about to step on the gradients.
 
-    zero: DeepSpeed's ZeRO optimizer around `optimizer`; it is asked where each parameter lies in a partition.
+    They lie end to end as in the float32 partitions: as lists of tensors, or with offload as the gradients of those.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, zero: Any, stage: int, module: nn.Module, num_layers: int, mesh: Mesh
-    ) -> None:
-        self.mesh, self.num_layers = mesh, num_layers
-        self._squares = torch.zeros(num_layers + 1, dtype=torch.float64, device=mesh.device)
-        self._places: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
-        counted = (parameter for parameter in module.parameters() if not is_copy(parameter, mesh))
-        for found in fragments(counted, zero, stage, mesh):
-            place = (found.offset, found.numel, self._layer(found.parameter))
-            self._places.setdefault(found.flat, []).append(place)
-        optimizer.register_step_pre_hook(self._on_step)
+    def __init__(self, zero: Any, stage: int, module: nn.Module, num_layers: int, mesh: Mesh) -> None:
+        self.zero, self.stage, self.num_layers, self.mesh = zero, stage, num_layers, mesh
+        self._by_row: tuple[torch.Tensor, torch.Tensor] | None = None  # order of the gradients, how many a row has
+        numbers = {id(flat): number for number, flat in enumerate(flat_partitions(zero, stage))}
+        self._rows: list[dict[int, tuple[int, int]]] = [{} for _ in numbers]  # offset -> (elements, row of the result)
+        for found in fragments(module.parameters(), zero, stage, mesh):
+            row = num_layers + 1 if is_copy(found.parameter, mesh) else self._layer(found.parameter)
+            self._rows[numbers[id(found.flat)]][found.offset] = (found.numel, row)
 
-    def take(self, norm: float, clipping: float) -> list[float]:
-        """Norms of the layers, then that of all other parameters; their squares add up to `norm` squared.
+    @torch.no_grad()
+    def squares(self) -> torch.Tensor:
+        """Squared norms of this rank's gradients before clipping: float64 [num_layers + 2].
 
-        norm: of all gradients, before they were clipped to `clipping` (0: not).
+        Of every layer, of all other parameters, and of what another rank counts. The sum over the world of the first
+        num_layers + 1 is that of the whole model.
         """
-        squares = all_reduce(self._squares, self.mesh, "world").tolist()
-        self._squares.zero_()
-        scale = max(1.0, (norm + 1e-6) / clipping) if clipping else 1.0  # DeepSpeed's own formula
-        return [math.sqrt(square) * scale for square in squares]
+        found = [
+            pair
+            for number, flat in enumerate(flat_partitions(self.zero, self.stage))
+            for pair in self._gradients(number, flat)
+        ]
+        if not found:
+            return torch.zeros(self.num_layers + 2, dtype=torch.float64, device=self.mesh.device)
+        rows, gradients = zip(*found, strict=True)
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).to(self.mesh.device, torch.float64)
+        if self._by_row is None:  # the same in every update, but DeepSpeed's pieces are not known before the first one
+            row = torch.tensor(rows)
+            counts = torch.bincount(row, minlength=self.num_layers + 2)
+            self._by_row = row.argsort(stable=True).to(norms.device), counts.to(norms.device)
+        order, counts = self._by_row
+        # adds in the same order every time, unlike index_add on a GPU
+        squares = norms.square().index_select(0, order) / self.zero.loss_scale**2
+        return torch.segment_reduce(squares, "sum", lengths=counts, initial=0, unsafe=True)
+
+    def _gradients(self, number: int, flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(row of the result, gradient) of every fragment in a partition."""
+        rows, pieces = self._rows[number], self.zero.averaged_gradients.get(number)
+        if pieces is None:  # offload
+            if self.mesh.device.type == "cuda":
+                torch.cuda.synchronize()  # the copies to the host
+            assert flat.grad is not None
+            for offset, (numel, row) in rows.items():
+                yield row, flat.grad.narrow(0, offset, numel)
+            return
+        offset = 0
+        for piece in pieces:
+            if offset in rows:  # else padding
+                yield rows[offset][1], piece
+            offset += piece.numel()
 
     def _layer(self, parameter: nn.Parameter) -> int:
         parts = shard_of(parameter).name.split(".")
         return int(parts[1]) if parts[0] == "blocks" else self.num_layers
-
-    def _on_step(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if flat.grad is None:
-                    continue
-                for start, length, layer in self._places.get(flat, ()):
-                    norm = torch.linalg.vector_norm(flat.grad.narrow(0, start, length), dtype=torch.float32)
-                    self._squares[layer] += norm.to(self._squares.device) ** 2

@@ -2,9 +2,9 @@
 
 import json
 import logging
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from tqdm import tqdm
 from neomoba_dist.config import Config
 
 METRICS_FILE = "metrics.jsonl"
+NO_CURVES = ("tokens_per_expert", "row_ids", "rank_seconds")  # lists that are not one number per layer
+MOST_CURVES = 16  # layers that TensorBoard and W&B show; of deeper models an even choice, metrics.jsonl has them all
 ROUTING_LISTS = ("kl_to_uniform", "max_violation", "router_entropy")  # one number per layer with experts
+
+
+class RunLogError(RuntimeError):
+    """The log cannot be written; the message is one line."""
 
 
 class RunLog:
@@ -23,7 +29,7 @@ class RunLog:
         self.config = config
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        path = output / METRICS_FILE
+        self._path = path = output / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= start_step] if path.exists() else []
         _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
@@ -39,14 +45,19 @@ class RunLog:
         self._steps = 0
 
     def step(self, entry: dict[str, Any]) -> None:
-        """Record one step. `entry` holds at least the keys that the format promises."""
-        self._file.write(json.dumps(entry) + "\n")
+        """Record one step. `entry` holds at least the keys that the format promises. Raises RunLogError."""
+        try:
+            self._file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise RunLogError(
+                f"{self._path}: cannot be written ({error.strerror}); free space there and start again"
+            ) from error
         scalars = self._scalars(entry)
         if self._tensorboard:
             for key, value in scalars.items():
                 self._tensorboard.add_scalar(key, value, entry["step"])
-            for layer, rows in zip(self.config.model.moe_layers, entry.get("tokens_per_expert", ()), strict=True):
-                _add_bars(self._tensorboard, f"tokens_per_expert/layer_{layer}", rows, entry["step"])
+            for name, rows in self._of_layers("tokens_per_expert", entry.get("tokens_per_expert", ())):
+                _add_bars(self._tensorboard, name, rows, entry["step"])
         if self._wandb:
             self._wandb.log(scalars, step=entry["step"])
         self._steps += 1
@@ -64,7 +75,8 @@ class RunLog:
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # of a line that `step` could not write
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -76,10 +88,23 @@ class RunLog:
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "step":
                 scalars[key] = value
-            elif isinstance(value, list) and key != "tokens_per_expert":
-                layers: Sequence[int] = self.config.model.moe_layers if key in ROUTING_LISTS else range(len(value))
-                scalars |= {f"{key}/layer_{layer}": number for layer, number in zip(layers, value, strict=True)}
+            elif isinstance(value, list) and key not in NO_CURVES:
+                scalars |= dict(self._of_layers(key, value))
         return scalars
+
+    def _of_layers(self, key: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        """Name and value of the layers that are shown; numbers have as many digits as the last one has."""
+        experts = key in (*ROUTING_LISTS, "tokens_per_expert")
+        layers: Sequence[int] = self.config.model.moe_layers if experts else range(len(values))
+        last = len(values) - 1
+        shown = (
+            {round(i * last / (MOST_CURVES - 1)) for i in range(MOST_CURVES)}
+            if last >= MOST_CURVES
+            else range(last + 1)
+        )
+        digits = len(str(max(layers, default=0)))
+        for place in sorted(shown):
+            yield f"{key}/layer_{layers[place]:0{digits}}", values[place]
 
     def _line(self, entry: dict[str, Any]) -> str:
         left = int(self._seconds / self._steps * self._remaining)
@@ -91,10 +116,15 @@ class RunLog:
             f"{entry['tokens_per_second']:,.0f} tokens/s",
             f"{entry['step_seconds']:.2f} s",
         ]
+        if entry["skipped"]:
+            parts.append("skipped")
+        if entry["skipped_steps"]:
+            parts.append(f"skipped so far {entry['skipped_steps']}")
         if "max_violation" in entry:
             parts.append(f"max violation {max(entry['max_violation']):.2f}")
-        if "validation_loss" in entry:
-            parts.append(f"validation loss {entry['validation_loss']:.4f}")
+        for key in entry:
+            if key.startswith("validation_"):
+                parts.append(f"{key.replace('_', ' ')} {entry[key]:.4f}")
         if entry["full_attention"] and self.config.phase.full_attention_fraction < 1.0:
             parts.append("full attention")
         parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
@@ -112,11 +142,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
-
-
-def is_finite(*values: float) -> bool:
-    """Whether all values are finite numbers."""
-    return all(math.isfinite(value) for value in values)
 
 
 def _replace(path: Path, text: str) -> None:

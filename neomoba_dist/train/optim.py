@@ -1,6 +1,7 @@
 """AdamW (arXiv 1711.05101) over parameter groups, and the learning rate of every step."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from neomoba_dist.config import PhaseConfig
 from neomoba_dist.model.init import shard_of
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices get weight decay; norms and embeddings do not. Empty groups are left out (small pipeline stages).
 
     Experts that other ranks do not hold make a third group, whose name DeepSpeed knows (train/expert_groups.py).
@@ -18,11 +19,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     experts: dict[str, list[nn.Parameter]] = {}
-    for parameter in module.parameters():
+    for parameter in parameters:
         if hasattr(parameter, "group_name"):
             experts.setdefault(parameter.group_name, []).append(parameter)
             continue
-        is_matrix = parameter.ndim >= 2 and not shard_of(parameter).name.startswith("embedding")
+        shard = shard_of(parameter)
+        is_matrix = len(shard.shape) >= 2 and not shard.name.startswith("embedding")
         (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
@@ -37,7 +39,7 @@ def build_optimizer(module: nn.Module, phase: PhaseConfig) -> torch.optim.Optimi
 
     Not apex's: it keeps the step in the parameter group, where neither an exact resume nor ZeRO-3 finds it.
     """
-    groups = parameter_groups(module, phase.weight_decay)
+    groups = parameter_groups(module.parameters(), phase.weight_decay)
     betas = (phase.adam_beta1, phase.adam_beta2)
     return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=phase.adam_eps, fused=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from neomoba_dist.checkpoint.layout import KINDS, boxes_of_range
+from neomoba_dist.checkpoint import save, write
+from neomoba_dist.checkpoint.convert import describe
+from neomoba_dist.checkpoint.index import Entry, Part
+from neomoba_dist.checkpoint.layout import KINDS, Box, boxes_of_range
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
-from neomoba_dist.checkpoint.rank_file import checksum_of, write_rank_file
-from neomoba_dist.checkpoint.save import save_checkpoint
+from neomoba_dist.checkpoint.rank_file import Slice, checksum_of, write_rank_file
+from neomoba_dist.checkpoint.save import CheckpointSaver
+from neomoba_dist.checkpoint.verify import find_damage
 from neomoba_dist.config import Config
 from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.train.engine import build_engine
@@ -88,7 +93,9 @@ def save_and_count(config: Config, output: Path) -> tuple[dict[str, int], int]:
             ("all_", "broadcast", "gather", "reduce", "send")
         ):
             setattr(dist, name, counted(name, function))
-    save_checkpoint(output, 1, engine, {})
+    saver = CheckpointSaver(output, engine, config.checkpoint)
+    saver.save(1, {})
+    saver.finish()
     return calls, largest
 
 
@@ -112,23 +119,71 @@ def test_nothing_is_gathered(tmp_path: Path, world: int, layout: dict[str, Any],
         assert max(shares) <= 1.3 * min(shares)  # the last one ends in padding
 
 
+def test_a_slice_finds_its_pieces() -> None:
+    part = Part((0, 0), (1000, 8), range(0, 8001, 8), range(1000))
+    entry = Entry("model", "model.x", (2000, 8), "float32", (part, replace(part, offset=(1000, 0))))
+    assert [piece.start for piece in entry.pieces(Box((500, 2), (3, 4)))] == [4000, 4008, 4016]
+    assert len(list(entry.pieces(Box((999, 0), (2, 8))))) == 2
+
+
 def test_a_slice_reads_its_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of a tensor in many pieces: only the rows that hold it are read."""
     run_ranks(4, train_here, run_config({}, 3), tmp_path, 1)
     reader, read = CheckpointReader(tmp_path), []
-    original = CheckpointReader._slice
+    original = CheckpointReader._read
 
-    def count(self: CheckpointReader, piece: Any, where: slice) -> torch.Tensor:
-        read.append(where.stop - where.start)
-        return original(self, piece, where)
+    def count(self: CheckpointReader, file: str, part: Slice) -> None:
+        read.append(len(part.out))
+        original(self, file, part)
 
     name = "blocks.0.mlp.gate_proj"
     rows, columns = reader.tensors[f"model.{name}"].shape
     whole = reader.read("model", ShardedTensorSpec(name, (rows, columns)))
-    monkeypatch.setattr(CheckpointReader, "_slice", count)
+    monkeypatch.setattr(CheckpointReader, "_read", count)
     part = reader.read("model", ShardedTensorSpec(name, (rows, columns), (3, 5), (7, 11)))
     assert torch.equal(part, whole[3:10, 5:16])
     assert sum(read) <= 7 * columns
-    flat = reader.read_range("exp_avg", ShardedTensorSpec(name, (rows, columns), (4, 0), (8, columns)), 13, 99)
-    assert len(flat) == 86
+    flat = torch.empty(86)
+    reader.read_range("model", ShardedTensorSpec(name, (rows, columns), (4, 0), (8, columns)), 13, flat)
+    assert torch.equal(flat, whole[4:12].flatten()[13:99])
+    read.clear()
+    reader.read_range("model", ShardedTensorSpec(name, (rows, columns)), 13, flat)
+    assert torch.equal(flat, whole.flatten()[13:99])
+    assert sum(read) == 86  # straight into `flat`
     assert set(KINDS) == {"model", "exp_avg", "exp_avg_sq"}
+
+
+def test_files_are_spread_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From so many ranks on; the same tensors as in one folder, checked, described, loaded and damaged like them."""
+    config = run_config({"tensor_model_parallel_size": 2}, 2)
+    run_ranks(4, train_here, config, tmp_path / "flat", 1)
+    for module in (write, save):
+        monkeypatch.setattr(module, "RANKS_PER_FOLDER", 2)
+    run_ranks(4, train_here, config, tmp_path / "spread", 1)
+    monkeypatch.undo()
+    folder = tmp_path / "spread" / "checkpoints" / "step_1"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    tensors = {f"{stem}-0000{rank}.safetensors" for stem in ("weights", "moments") for rank in (0, 1)}
+    spread = {f"ranks-00002/{stem}-0000{rank}.safetensors" for stem in ("weights", "moments") for rank in (2, 3)}
+    assert names == {*tensors, *spread, "index.json", "manifest.json", "trainer.json"}
+    found, expected = whole_tensors(folder), whole_tensors(tmp_path / "flat")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert find_damage(folder) is None
+    assert "8 files with tensors" in describe(CheckpointReader(folder))
+    (folder / "ranks-00002" / "moments-00003.safetensors").unlink()
+    assert "ranks-00002/moments-00003.safetensors: missing" in str(find_damage(folder))
+
+
+def test_ranks_look_at_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together at every file, each once, and each rank at those that it has written."""
+    run_ranks(4, train_here, run_config({}, 1), tmp_path, 1)
+    folder, looked = tmp_path / "checkpoints" / "step_1", []
+    original = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: looked.append(path.name) or original(path))
+    for rank in range(4):
+        looked.clear()
+        assert find_damage(folder, share=(rank, 4)) is None
+        assert {name for name in looked if "safetensors" in name} == {
+            f"{stem}-0000{rank}.safetensors" for stem in ("weights", "moments")
+        }

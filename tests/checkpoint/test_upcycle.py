@@ -12,6 +12,7 @@ from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model, load_weights
 from neomoba_dist.checkpoint.upcycle import UpcycledReader, difference
 from neomoba_dist.config import Config
+from neomoba_dist.model.init import views_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.engine import build_engine
@@ -38,7 +39,8 @@ def test_the_mixture_computes_what_the_dense_model_did(dense: Path) -> None:
     original, _ = load_model(dense)
     batch = tiny_batch(0, vocab_size=1200)
     torch.testing.assert_close(model(batch)[0], original(batch)[0], rtol=1e-5, atol=0)
-    experts, up = model.blocks[1].mlp.experts.up_proj, original.blocks[1].mlp.up_proj
+    _, (_, up) = views_of(original.blocks[1].mlp.gate_up_proj)
+    experts = model.blocks[1].mlp.experts.up_proj
     assert all(torch.equal(expert, up) for expert in experts)
     router = model.blocks[1].mlp.router.weight
     assert float(router.detach().std()) == pytest.approx(config.model.initializer_range, rel=0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.pretrain import MISTAKE
 from neomoba_dist.config import load_config
 from tests.programs import run_program
 from tests.runs import metrics, run_config
@@ -69,7 +70,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_bad_input_is_one_line(words: list[str | Path], environment: dict[str, str], message: str) -> None:
     result = pretrain(*words, **environment)
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
@@ -84,12 +85,13 @@ def test_bad_input_is_one_line(words: list[str | Path], environment: dict[str, s
         (["--set", "neomoba.model.vocab_size=1000"], "set neomoba.model.vocab_size=1200"),
         (["--set", "neomoba.phase.tokens_per_update=4194304"], "lower neomoba.phase.tokens_per_update"),
         (["--set", "fp16.enabled=true"], "fp16"),
+        (["--set", "neomoba.model.intermediate_size=1000000000"], "error: out of memory on rank 0 ("),
         (["--max_steps", "0"], "--max_steps is 0; give at least 1"),
     ],
 )
 def test_bad_start_is_one_line(config_file: Path, tmp_path: Path, words: list[str], message: str) -> None:
     result = pretrain("--ds_config", config_file, "--output_dir", tmp_path / "run", *words)
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
@@ -110,7 +112,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(config_file: Path, tmp
         output = tmp_path / "link"
         output.symlink_to(tmp_path / "nowhere")
     result = pretrain("--ds_config", config_file, "--output_dir", output, RANK="0", WORLD_SIZE="2")
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert result.stderr.splitlines() == [result.stderr.strip()]
     assert result.stderr.startswith(f"error: --output_dir {output}: ")
     assert "is not a folder; give a folder of your own that can be written" in result.stderr
@@ -120,10 +122,10 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(config_file: Path, tmp
 def test_a_half_set_launcher_is_one_line(config_file: Path, tmp_path: Path) -> None:
     environment = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
     result = pretrain("--ds_config", config_file, "--output_dir", tmp_path / "run", **environment)
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert result.stderr.splitlines() == [result.stderr.strip()]
     assert result.stderr.startswith(
-        "error: SLURM_PROCID is set in the environment, but not SLURM_LOCALID, SLURM_JOB_NODELIST: "
+        "error: SLURM_PROCID is set in the environment, but not SLURM_LOCALID, SLURM_STEP_ID, SLURM_JOB_NODELIST: "
     )
 
 
@@ -142,6 +144,12 @@ def test_a_finished_run_has_nothing_to_do(config_file: Path, tmp_path: Path) -> 
         assert (again.returncode, again.stderr) == (0, ""), again.stderr
         assert again.stdout == f"{output}: {said}\n"
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    (file,) = output.glob("checkpoints/step_1/weights-*")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")  # it would be found only if somebody loaded it
+    damaged = pretrain(*command, "--max_steps", "1")
+    assert damaged.returncode != 0
+    assert f"{file}: its checksum is wrong" in damaged.stdout
+    assert "none of its 1 checkpoints is whole" in damaged.stderr
 
 
 def test_a_port_in_use_is_one_line(config_file: Path, tmp_path: Path) -> None:
@@ -197,7 +205,7 @@ def test_deepspeed_launcher_trains_resumes_and_starts_the_next_phase(config_file
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"step_3", "step_6"}
 
     again = pretrain("--ds_config", config_file, "--output_dir", output, "--resume", "none")
-    assert again.returncode == 1
+    assert again.returncode == MISTAKE
     assert "holds a run already" in again.stderr
 
     one = pretrain("--ds_config", config_file, "--output_dir", tmp_path / "one", "--max_steps", "6")

@@ -17,7 +17,8 @@ from neomoba_dist.config import load_config
 from tests.programs import ROOT, run_program
 
 README = ROOT / "README.md"
-TEXTS = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+FRENCH = ROOT / "README.fr.md"
+TEXTS = (README, FRENCH, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 # programs of other people, whose arguments are not checked
 FOREIGN = ("source", "pip", "py-spy", "apt-get")
 
@@ -50,16 +51,18 @@ def shell_lines(text: Path) -> list[str]:
 def parse(line: str) -> Command | None:
     """The command of our own in a line, None where it is a make target or not ours."""
     words = shlex.split(line)
-    if words[0] == "mpirun":  # -n K
+    if words[0] in ("mpirun", "torchrun"):  # -n K
         words = words[3:]
+    if words[0] == "-m":  # of torchrun
+        words = ["python", *words]
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     script = next((i for i, word in enumerate(words) if word.startswith("launch/")), None)
-    if words[0] in ("python", "deepspeed") and script is not None:
+    if (words[0] in ("python", "deepspeed") and script is not None) or script == 0:
         return Command(line, (words[script],), tuple(words[script + 1 :]))
     if words[:2] == ["python", "-m"]:
-        # the first argument of evals is a command of its own, and so are those of bench and ablation
-        end = 3 if words[2] != "evals" else 4 + (words[3:4] in (["bench"], ["ablation"]))
+        # the first argument of evals is a command of its own, and so are those of bench and prepare
+        end = 3 if words[2] != "evals" else 4 + (words[3:4] in (["bench"], ["prepare"]))
         return Command(line, tuple(words[1:end]), tuple(words[end:]))
     assert words[0] in ("make", *FOREIGN) or words[:2] == ["python", "-"], f"what is this? {line}"
     return None
@@ -114,7 +117,8 @@ def test_printed_training_commands_load(command: Command) -> None:
     (file,) = command.values("--ds_config")
     config = load_config(ROOT / file, command.values("--set"))
     words = shlex.split(command.line)
-    ranks = command.values("--world_size") or [words[words.index("--num_gpus") + 1]]
+    gpus = words[words.index("--num_gpus") + 1] if "--num_gpus" in words else "1"  # plain python is one rank
+    ranks = command.values("--world_size") or [gpus]
     assert config.plan(int(ranks[0])).gradient_accumulation_steps >= 1
 
 
@@ -131,6 +135,22 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
                 slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert anchor in slugs, f"{text.name}: {target}"
+
+
+def test_the_french_readme_says_the_same() -> None:
+    """Commands, headings by level, rows of tables, code, links and figures are those of the English one."""
+    assert shell_lines(FRENCH) == shell_lines(README)
+    english, french = (
+        re.sub(r"^```.*?^```", "", text.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for text in (README, FRENCH)
+    )
+    assert re.findall(r"^(#+) |^(\|)", english, re.MULTILINE) == re.findall(r"^(#+) |^(\|)", french, re.MULTILINE)
+    for pattern in (r"`[^`]+`", r"\]\(([^)\s]+)\)", r"\b\d[\d,. ]*\d\b|\b\d\b"):
+        english_found, french_found = (
+            sorted(re.sub(r"[,. ]", "", found) for found in re.findall(pattern, text) if "README" not in found)
+            for text in (english, french)
+        )
+        assert english_found == french_found, pattern
 
 
 def run_to_the_end(*words: str | Path, timeout: float) -> str:

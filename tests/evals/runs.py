@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from neomoba_dist.checkpoint.layout import KINDS
-from neomoba_dist.checkpoint.save import StateFragment, save_checkpoint
+from neomoba_dist.checkpoint.save import save_checkpoint
+from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.config import Config, parse_config
-from neomoba_dist.model.init import shard_of
+from neomoba_dist.model.init import views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -23,6 +24,7 @@ from tests.models import tiny_model
 
 LENGTH = 96  # twelve blocks of 8 tokens
 TOKENS_PER_UPDATE = 4 * LENGTH
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_shared_experts": 1}
 
 
 @dataclass
@@ -35,9 +37,9 @@ class WholeState:
 
     def local_state(self) -> Iterator[StateFragment]:
         for parameter in self.model.parameters():
-            weights = shard_of(parameter).valid(parameter).detach().flatten()
-            nothing = torch.zeros_like(weights)
-            yield StateFragment(shard_of(parameter), 0, dict(zip(KINDS, (weights, nothing, nothing), strict=True)))
+            for shard, view in views_of(parameter):
+                weights, nothing = view.flatten(), torch.zeros(view.numel())
+                yield StateFragment(shard, 0, dict(zip(KINDS, (weights, nothing, nothing), strict=True)))
         for spec, buffer in saved_buffers(self.model):
             yield StateFragment(spec, 0, {"model": buffer.flatten()})
 
@@ -69,7 +71,9 @@ def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerpri
 
     fingerprint: of the training corpus, as the checkpoint names it.
     """
-    source = WholeState(config, NeoBERT(config.model, Mesh.single(), seed=7), Mesh.single())
+    source = WholeState(
+        config, NeoBERT(config.model, Mesh.single(), seed=7, text_head=config.finetune.head), Mesh.single()
+    )
     data = {"data": {"fingerprint": fingerprint}} if fingerprint else {}
     save_checkpoint(folder, 20, source, {"tokens": 20 * TOKENS_PER_UPDATE, "world_size": 4, **data})
     log = RunLog(folder, config, 0, 20)
@@ -86,6 +90,7 @@ def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerpri
             "step_seconds": 0.5,
             "full_attention": step > switch_after,
             "skipped": step == 5,
+            "skipped_steps": int(step >= 5),
             "layer_grad_norms": [1.0 / step, 2.0 / step, 3.0 / step],
             "activation_rms": [1.0, 2.0, 3.0 + step],
         }
@@ -96,3 +101,17 @@ def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerpri
         log.step(entry | ({"validation_loss": 7.1 - 0.1 * step} if step % 10 == 0 else {}))
     log.close()
     return folder
+
+
+def half_done(whole: Path, output: Path) -> int:
+    """Let `output` look like a run that was killed half way, as it wrote; returns how many items are left."""
+    lines = (whole / "progress.jsonl").read_text().splitlines()
+    half = len(lines) // 2
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "progress.jsonl").write_text("\n".join(lines[:half]) + "\n" + lines[-1][:7])
+    return len(lines) - half
+
+
+def journal_lines(output: Path) -> int:
+    """Lines of a run's journal, the one that was cut off included."""
+    return len((output / "progress.jsonl").read_text().splitlines())

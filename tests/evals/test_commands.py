@@ -14,11 +14,12 @@ import pytest
 
 import evals.__main__ as program
 from evals.load import load_subject
-from evals.tasks import TASKS
 from neomoba_dist.data.corpus import Corpus
 from tests.corpora import make_corpus
 from tests.evals.runs import make_config, write_run
 from tests.programs import ROOT, run_program
+
+TASKS = ("position_loss", "needle")
 
 
 def evals(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -68,7 +69,7 @@ def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], "{run,report,bench,ablation}"),
+        (["--help"], "{prepare,run,score,report,bench,ablation,check-data}"),
         (["run", "--help"], "--depths P,..."),
         (["run", "--tasks", "needle", "--help"], "needle:"),
         (["report", "--help"], "--eval DIR"),
@@ -145,7 +146,7 @@ def test_wrong_command_lines(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(capsys, ["rn"], "rn: no such command", "run, report, bench")
+    refused(capsys, ["rn"], "rn: no such command", "prepare, run, score, report, bench")
     refused(capsys, ["bench", "soup"], "bench soup", "choose from")
     refused(capsys, ["run", "--tasks", "nedle"], "--tasks 'nedle'", "choose from: position_loss, needle")
     refused(capsys, ["run"], "--tasks", "required")

@@ -1,6 +1,7 @@
 """The needle task: prompts are what they say; reading the needle gives 100 %, not reading it gives chance."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.passkeys import KEY_DIGITS
 from evals import needle
 from evals.cli import EvalError
 from evals.load import Subject
-from evals.passkey import KEY_DIGITS, Prompt, Row, make_batch, make_prompt, read_text, score, write_row
+from evals.passkey import Prompt, Row, make_batch, make_prompt, read_text, score, write_row
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.tokenizer import load_tokenizer
@@ -21,10 +23,36 @@ DEPTHS = [0.0, 30.0, 50.0, 100.0]
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"lengths": [80, 200], "depths": DEPTHS, "samples": 3, "seed": 0, **changes})
+    return argparse.Namespace(
+        **{
+            "lengths": [80, 200],
+            "depths": DEPTHS,
+            "samples": 3,
+            "seed": 0,
+            "digits": KEY_DIGITS,
+            "needles": 1,
+            "limit": None,
+            **changes,
+        }
+    )
 
 
-class Reader:
+class Whole:
+    """A model whose logits are all there."""
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        raise NotImplementedError
+
+    def choices(self, batch: Batch, places: Sequence[int], candidates: Sequence[int]) -> tuple[list[int], list[int]]:
+        logits = self.hidden_states(batch)[list(places)]
+        return logits[:, list(candidates)].argmax(-1).tolist(), logits.argmax(-1).tolist()
+
+
+def holds(tokens: list[int], part: list[int]) -> bool:
+    return any(tokens[i : i + len(part)] == part for i in range(len(tokens)))
+
+
+class Reader(Whole):
     """Finds the needle in its input and answers with what stands there; its hidden states are its logits."""
 
     def __init__(self, prompt: Prompt) -> None:
@@ -34,20 +62,18 @@ class Reader:
         logits = torch.zeros(len(batch.input_ids), 1200)
         for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
             tokens = batch.input_ids[start:end].tolist()
-            marks = self.prompt.needle[0]
+            (name,) = [i for i, (ask, _) in enumerate(self.prompt.questions) if holds(tokens, ask)]
+            marks = self.prompt.needles[name][0]
             after = next(i for i in range(len(tokens)) if tokens[i : i + len(marks)] == marks) + len(marks)
-            question = self.prompt.question[0]
+            question = self.prompt.questions[name][0]
             answer = max(i for i in range(len(tokens)) if tokens[i : i + len(question)] == question) + len(question)
             for i in range(KEY_DIGITS):
                 place = answer + i - (1 if self.prompt.mask is None else 0)
                 logits[start + place, tokens[after + i]] = 1.0
         return logits
 
-    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
-        return hidden_SH
 
-
-class Blind:
+class Blind(Whole):
     """Does not look at its input: random logits, or always the same digit."""
 
     def __init__(self, favourite: int | None = None) -> None:
@@ -60,13 +86,10 @@ class Blind:
         logits[:, self.favourite] = 1.0
         return logits
 
-    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
-        return hidden_SH
-
 
 def scores(model: Any, plan: needle.Plan) -> np.ndarray:
     """bool [groups, 2, depths, K]."""
-    return np.array([score(model, plan.prompt, group, "cpu") for group in plan.groups])
+    return np.array([score(model, plan.prompt, group) for group in plan.groups])
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
@@ -92,7 +115,7 @@ def test_the_answer_is_looked_up_and_not_assumed(subjects: dict[str, Subject]) -
     """Another key in the needle than in the answer: the reader is wrong everywhere."""
     plan = needle.prepare(subjects["clm"], options(lengths=[80], samples=1))
     for row in plan.groups[0]:
-        before = plan.prompt.needle[0]
+        before = plan.prompt.needles[0][0]
         tokens = row.tokens.tolist()
         at = next(i for i in range(len(tokens)) if tokens[i : i + len(before)] == before) + len(before)
         row.tokens[at : at + KEY_DIGITS] = plan.prompt.digits[(row.key + 1) % 10]
@@ -105,6 +128,7 @@ def test_an_untrained_model_is_near_chance(subjects: dict[str, Subject], objecti
     assert result["lengths"] == [64]
     assert result["depths"] == DEPTHS
     assert result["samples"] == 50
+    assert len(needle.prepare(subjects[objective], options(lengths=[64], samples=50, limit=2)).groups) == 2
     for curve in result["curves"].values():
         assert abs(curve["all"]["accuracy"] - 0.1) < 0.05
         assert curve["all"]["exact"] < 0.02
@@ -120,8 +144,8 @@ def test_prompts(subjects: dict[str, Subject]) -> None:
         key = "".join(map(str, row.key))
         assert len(row.tokens) == row.length
         assert text.startswith("[CLS]")
-        assert text.endswith(f'whatisthepasskey?thepasskeyis"{key}".[SEP]')
-        assert text.count(f'thepasskeyis"{key}".rememberthepasskey.') == 1
+        assert text.endswith(f"whatisthepasskey?thepasskeyis{key}.[SEP]")
+        assert text.count(f"thepasskeyis{key}.rememberthepasskey.") == 1
         assert tokenizer.decode(row.tokens[row.answer : row.answer + KEY_DIGITS]).replace(" ", "") == key
         place = text.index("rememberthepasskey") / len(text)
         assert abs(place - row.depth / 100) < 0.5 * 80 / row.length  # the question and the needle take their part
@@ -166,13 +190,13 @@ def test_haystack_is_text_of_the_corpus(corpus: Corpus) -> None:
 
 
 def test_needle_stands_after_a_full_stop_where_one_is_near(subjects: dict[str, Subject]) -> None:
-    prompt = make_prompt(subjects["clm"].tokenizer, mask=False)
+    prompt = make_prompt(subjects["clm"].tokenizer, mask=False, key_digits=KEY_DIGITS)
     haystack = np.full(1000, prompt.digits[0] + 1)
     haystack[490] = prompt.full_stop
 
     def place(depth: float) -> int:
         row: Row = write_row(prompt, haystack, depth, 0, 0)
-        marks = prompt.needle[0]
+        marks = prompt.needles[0][0]
         tokens = row.tokens.tolist()
         return next(i for i in range(len(tokens)) if tokens[i : i + len(marks)] == marks) - len(prompt.head)
 
@@ -182,7 +206,7 @@ def test_needle_stands_after_a_full_stop_where_one_is_near(subjects: dict[str, S
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram", "bpe"])
 def test_every_kind_of_tokenizer_spells_keys(kind: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, kind))
-    prompt = make_prompt(tokenizer, mask=True)
+    prompt = make_prompt(tokenizer, mask=True, key_digits=KEY_DIGITS)
     assert len(set(prompt.digits.tolist())) == 10
     row = write_row(prompt, np.array(tokenizer.encode("Some text to hide a key in.")), 50.0, 0, 0)
     text = "".join(tokenizer.decode(row.tokens).split())
@@ -197,4 +221,28 @@ def test_tokenizer_without_digits_is_refused(subjects: dict[str, Subject]) -> No
             return [1]
 
     with pytest.raises(EvalError, match="digits"):
-        make_prompt(NoDigits(), mask=True)  # type: ignore[arg-type]
+        make_prompt(NoDigits(), mask=True, key_digits=KEY_DIGITS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_several_needles(subjects: dict[str, Subject], objective: str) -> None:
+    subject = subjects[objective]
+    plan = needle.prepare(subject, options(lengths=[200], needles=3))
+    prompt = plan.prompt
+    rows = [row for group in plan.groups for row in group]
+    asked = set()
+    for row in rows:
+        tokens = row.tokens.tolist()
+        assert len(tokens) == row.length == 200
+        assert all(holds(tokens, before) for before, _ in prompt.needles)
+        (name,) = [i for i, (ask, _) in enumerate(prompt.questions) if holds(tokens, ask)]
+        asked.add(name)
+        # the asked key stands after its own name, others after theirs
+        said = [*prompt.needles[name][0], *prompt.digits[row.key].tolist(), *prompt.needles[name][1]]
+        assert holds(tokens, said)
+    assert asked == {0, 1, 2}
+    right, top = score(Reader(prompt), prompt, rows)
+    assert right.all()
+    assert top.all()
+    with pytest.raises(EvalError, match="--needles 27: keys are named by letters; give at most 26"):
+        needle.prepare(subject, options(needles=27))

@@ -2,9 +2,11 @@
 
 import argparse
 import base64
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from evals import needle, position_loss
+from evals.ablation import FORMAT
 from evals.cli import EvalError
 from evals.load import Subject
 from evals.plots import MOST_POINTS, needle_figure, position_loss_figure, thinned
@@ -19,6 +22,7 @@ from evals.report import duration, layout, write_report
 from evals.results import header, read_results, write_result
 from evals.runs import read_run
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.model.init import views_of
 from tests.evals.runs import TOKENS_PER_UPDATE, make_config, write_run
 
 VOID = {"meta", "img", "br"}
@@ -56,18 +60,21 @@ def results(subjects: dict[str, Subject], tmp_path_factory: pytest.TempPathFacto
     """A folder with a result of each task."""
     folder = tmp_path_factory.mktemp("results")
     subject = subjects["mlm"]
-    args = argparse.Namespace(length=128, rows=4, buckets=4, border=None)
+    given = {"mask_stride": 8, "trailing": None, "border": None, "limit": None}
+    args = argparse.Namespace(length=128, rows=4, buckets=4, rule="rows", **given)
     measured = position_loss.run(subject, position_loss.prepare(subject, args))
-    write_result(folder, {**header(subject, "position_loss", "python -m evals run --tasks A", 1.0), **measured})
-    args = argparse.Namespace(lengths=[64, 96], depths=[0.0, 100.0], samples=2, seed=0)
+    write_result(folder, {**header(subject, "position_loss", "python -m evals run --tasks A", 1.0, None), **measured})
+    args = argparse.Namespace(lengths=[64, 96], depths=[0.0, 100.0], samples=2, seed=0, digits=5, needles=1, limit=None)
     measured = needle.run(subject, needle.prepare(subject, args))
-    write_result(folder, {**header(subject, "needle", "python -m evals run --tasks B", 1.0), **measured})
+    write_result(folder, {**header(subject, "needle", "python -m evals run --tasks B", 1.0, None), **measured})
     return folder
 
 
-def report(output: Path, runs: list[Path], evals: list[Path]) -> tuple[str, Checker, list[str]]:
+def report(
+    output: Path, runs: list[Path], evals: list[Path], ablations: Sequence[Path] = ()
+) -> tuple[str, Checker, list[str]]:
     """The report's HTML, its tags, and its figures as SVG."""
-    assert write_report(argparse.Namespace(run=runs, eval=evals, output=output)) == 0
+    assert write_report(argparse.Namespace(run=runs, eval=evals, ablation=ablations, output=output)) == 0
     html = output.read_text(encoding="utf-8")
     checker = Checker()
     checker.feed(html)
@@ -121,14 +128,20 @@ def test_report_numbers(tmp_path: Path, phases: list[Path], corpus: Corpus) -> N
 
 
 def test_parameters_are_those_of_the_model(phases: list[Path], subjects: dict[str, Subject]) -> None:
-    model = subjects["mlm"].model
-    assert read_run(phases[0]).parameters == sum(math.prod(p.shard.shape) for p in model.parameters())
+    model = subjects["mlm"].model.stage
+    assert read_run(phases[0]).parameters == sum(math.prod(s.shape) for p in model.parameters() for s, _ in views_of(p))
 
 
 def test_results_of_several_checkpoints_are_told_apart(tmp_path: Path, phases: list[Path], results: Path) -> None:
     html, _, figures = report(tmp_path / "report.html", phases, [results, results])
     assert len(figures) == 10
     assert html.count("Loss by position: phase1, step 20") == 2
+    html, _, figures = report(tmp_path / "alone.html", [], [results])
+    assert "<h1>Evaluation report</h1>" in html
+    assert len(figures) == 2
+    assert "PARTIAL" not in html
+    with pytest.raises(EvalError, match="nothing to show"):
+        write_report(argparse.Namespace(run=[], eval=[], ablation=[], output=tmp_path / "none.html"))
 
 
 def test_series_and_switch(phases: list[Path]) -> None:
@@ -159,7 +172,13 @@ def test_figures_show_the_numbers(results: Path) -> None:
     axes = position_loss_figure(found["position_loss"]).axes[0]
     assert axes.lines[0].get_ydata().tolist() == [bucket["loss"] for bucket in curve["buckets"]]
     assert axes.lines[0].get_xdata().tolist() == [16.0, 48.0, 80.0, 112.0]
-    panels = needle_figure(found["needle"]).axes[:2]
+    _, below = position_loss_figure(found["position_loss"]).axes[1].lines
+    assert below.get_ydata().tolist() == [bucket["loss"] for bucket in found["position_loss"]["difference"]]
+    keys, *panels = needle_figure(found["needle"]).axes[:3]
+    *lines, chance = keys.lines
+    for line, curve in zip(lines, found["needle"]["curves"].values(), strict=True):
+        assert line.get_ydata().tolist() == [100 * entry["exact"] for entry in curve["by_length"]]
+    assert chance.get_ydata() == [pytest.approx(0.001)] * 2, "five digits"
     for panel, name in zip(panels, ("moba", "full"), strict=True):
         shown = [text.get_text() for text in panel.texts]
         assert shown == [f"{100 * cell['accuracy']:.0f}" for cell in found["needle"]["curves"][name]["cells"]]
@@ -184,6 +203,26 @@ def test_damaged_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "needle.json").write_text('{"format"')
     with pytest.raises(EvalError, match="run the task again"):
         read_results(tmp_path)
+
+
+def test_report_on_an_ablation(tmp_path: Path) -> None:
+    arms = {"full <b>": [{"loss": 2.0, "hit": 0.5}, {"loss": 4.0, "hit": 0.7}], "MoBA": [{"loss": 3.0}, {"loss": 3.0}]}
+    curve = {"tokens": [10.0, 20.0], "validation_loss": [[5.0, 4.0], [5.5, 4.5]]}
+    metrics = [{"label": "loss, nats", "key": "loss", "form": ".2f", "chance": None}]
+    metrics.append({"label": "keys found", "key": "hit", "form": ".0%", "chance": 0.1})
+    result = {"format": FORMAT, "grid": "small", "size": "tiny", "question": "Which?", "seeds": [1, 2]}
+    result |= {"command": ["ablation", "small"], "arms": arms, "metrics": metrics, "curves": dict.fromkeys(arms, curve)}
+    (tmp_path / "small.json").write_text(json.dumps(result))
+    html, checker, figures = report(tmp_path / "report.html", [], [], [tmp_path])
+    assert "<h2>Ablation: small, tiny</h2>" in html
+    assert "full &lt;b&gt;</th><td>3.00 ± 1.41</td><td>60% ± 14%</td>" in html
+    assert "a dot for each of 2 seeds" in html
+    assert "python -m evals ablation small" in html
+    assert checker.seen.count("table") == 1
+    assert len(figures) == 1
+    assert "keys found" in figures[0]
+    with pytest.raises(EvalError, match="no result of an ablation here"):
+        report(tmp_path / "none.html", [], [], [tmp_path / "nowhere"])
 
 
 def test_report_on_experts_and_layers(tmp_path: Path, corpus: Corpus, phases: list[Path]) -> None:

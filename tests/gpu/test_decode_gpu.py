@@ -26,7 +26,7 @@ def test_full_decoding(chunk: int) -> None:
         tokens = [ids[start : start + chunk] for ids in documents]
         hidden = decoder.step(tokens)
         assert hidden is not None
-        for part, rows in zip(found, decoder.logits(hidden).split([len(ids) for ids in tokens]), strict=True):
+        for part, rows in zip(found, decoder.stage.logits(hidden).split([len(ids) for ids in tokens]), strict=True):
             part.append(rows.cpu()[:, :151])
     for parts, expected in zip(found, whole_pass(models[0], documents, "full"), strict=True):
         torch.testing.assert_close(torch.cat(parts), expected, atol=1e-3, rtol=1e-3)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from neomoba_dist.config import parse_config
-from neomoba_dist.data.errors import DataError
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.assemble import build_stream, open_corpora
-from neomoba_dist.train.guard import require_equal_batches, update_crc32
+from neomoba_dist.train.guard import DisagreementError, require_agreement, update_crc32
 from tests.ranks import run_ranks
 from tests.runs import run_config, shared_corpus
 
@@ -37,8 +36,8 @@ def _digests(layout: dict[str, int], damaged_rank: int | None) -> tuple[int, lis
             batches[-1] = replace(batches[-1], labels=batches[-1].labels.roll(1))
         digests.append(update_crc32(batches))
         try:
-            require_equal_batches(batches, mesh)
-        except DataError as error:
+            require_agreement(batches, torch.nn.Module(), 1, mesh)
+        except DisagreementError as error:
             said = str(error)
     return mesh["dp"].index, digests, said
 
@@ -57,7 +56,9 @@ def test_a_batch_depends_on_the_data_parallel_rank_only(layout: str) -> None:
 
 def test_a_different_batch_stops_all_ranks() -> None:
     results = run_ranks(4, _digests, {"tensor_model_parallel_size": 2}, 3)
-    assert all(said.startswith("the ranks of data-parallel group 1 hold different batches") for _, _, said in results)
+    assert all(
+        said.startswith("rank 3 (") and ": not the batch of this step of rank 2 (" in said for _, _, said in results
+    )
 
 
 def _skipping(layout: dict[str, int], folders: list[str]) -> tuple[int, list[int], int]:
@@ -70,7 +71,7 @@ def _skipping(layout: dict[str, int], folders: list[str]) -> tuple[int, list[int
     stream = build_stream(config, config.plan(world), open_corpora(config).train, mesh["dp"].index, mesh)
     digests, skipped = [], 0
     for batches, _ in islice(stream, 60):
-        require_equal_batches(batches, mesh)
+        require_agreement(batches, torch.nn.Module(), 1, mesh)
         digests.append(update_crc32(batches))
         skipped += stream.skipped_rows
     return mesh["dp"].index, digests, skipped

@@ -12,10 +12,11 @@ from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible
 from neomoba_dist.model.attention.context.allgather import select_local_blocks
 from neomoba_dist.model.attention.context.dispatch import chosen_pieces, gather_means, plan_dispatch
-from neomoba_dist.model.attention.context.merge import Exchange
+from neomoba_dist.model.attention.context.merge import Exchanges
 from neomoba_dist.model.attention.context.strategy import context_attention
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.attention.moba import MobaOptions, block_means, select_blocks
+from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.ledger import Ledger
@@ -63,7 +64,7 @@ def one_process(config: ModelConfig, kind: str, borders: tuple[int, ...], hot: b
     """Output and gradients of q, k, v."""
     *inputs, grad = tensors(borders[-1], (config.num_attention_heads, config.num_key_value_heads), hot)
     leaves = [x.requires_grad_() for x in inputs]
-    out = core_of(config, kind)(*leaves, torch.tensor(borders, dtype=torch.int32))
+    out = core_of(config, kind)(*leaves, PackedTokens(torch.tensor(borders, dtype=torch.int32)))
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -108,7 +109,8 @@ def rank_result(case: Case, mesh: Mesh) -> RankResult:
     leaves = [x.requires_grad_() for x in inputs]
     cu = torch.tensor([*case.borders, split.num_tokens], dtype=torch.int32)
     core = core_of(config, case.kind)
-    out = context_attention(*leaves, cu, kind=case.kind, config=config, mesh=mesh, core=core)
+    packed = PackedTokens.of(torch.arange(split.local_tokens), cu, config, mesh, torch.float64)
+    out = context_attention(*leaves, packed, kind=case.kind, config=config, mesh=mesh, core=core)
     forward = received(mesh)
     grads = torch.autograd.grad(out, leaves, grad * (index < tokens)[:, None, None])
     total = received(mesh)
@@ -206,8 +208,9 @@ def hot_rank() -> tuple[int, int]:
     mesh = Mesh.build(ParallelConfig(context_parallel_size=4))
     split = ContextSplit.of_tokens(ALIGNED[-1], 4, "block_cyclic", BLOCK)
     q, k, *_ = (x[split.global_index(mesh["cp"].index)] for x in tensors(ALIGNED[-1], (4, 2), hot=True))
-    exchange = Exchange.of(torch.tensor(ALIGNED, dtype=torch.int32), split, mesh, "cp", True, MobaOptions(BLOCK, 3))
-    everything = exchange.pieces()
+    exchanges = Exchanges(torch.tensor(ALIGNED, dtype=torch.int32), mesh, causal=True)
+    exchange = exchanges.of(split, "cp", MobaOptions(BLOCK, 3))
+    everything = exchange.pieces
     block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
     rounds = plan_dispatch(chosen_pieces(block_indices, everything, exchange), everything, 2, exchange)
     return len(rounds), max(len(dispatch.block_indices) for dispatch in rounds)
@@ -230,8 +233,8 @@ def routes_of_rank(causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     index, padding = split.global_index(mesh["cp"].index), split.num_tokens - PACKED[-1]
     q, k, *_ = (torch.cat((x, x.new_ones(padding, *x.shape[1:])))[index] for x in tensors(PACKED[-1], (4, 2)))
     cu = torch.tensor([*PACKED, split.num_tokens], dtype=torch.int32)
-    exchange = Exchange.of(cu, split, mesh, "cp", causal, MobaOptions(BLOCK, 3))
-    return index, select_local_blocks(q, gather_means(k, exchange.pieces(), exchange), exchange)
+    exchange = Exchanges(cu, mesh, causal).of(split, "cp", MobaOptions(BLOCK, 3))
+    return index, select_local_blocks(q, gather_means(k, exchange.pieces, exchange), exchange)
 
 
 @pytest.mark.parametrize("causal", [True, False])

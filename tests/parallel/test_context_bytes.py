@@ -8,6 +8,7 @@ import torch
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.model.attention.context.strategy import context_attention
+from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_bytes, work_imbalance
 from neomoba_dist.parallel.context_split import SPLITS, ContextSplit
 from neomoba_dist.parallel.ledger import Ledger
@@ -46,7 +47,9 @@ def _received() -> list[tuple[int, int, int]]:
     cu, found = torch.tensor([0, TOKENS, TOKENS], dtype=torch.int32), []
     for kind, name in NAMES:
         here = replace(mesh, ledger=Ledger(), **{f"context_{kind}": name})
-        out = context_attention(q, k, v, cu, kind=kind, config=config, mesh=here, core=core_of(config, kind))
+        out = context_attention(
+            q, k, v, PackedTokens(cu), kind=kind, config=config, mesh=here, core=core_of(config, kind)
+        )
         entries = here.ledger.entries
         forward = sum(entry.bytes for entry in entries.values())
         gathered = sum(entry.bytes for (_, operation), entry in entries.items() if operation == "all_gather")

@@ -4,8 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from neomoba_dist.config import ParallelConfig
+from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.model.neobert import NeoBERT
+from neomoba_dist.parallel.context_split import local_share
+from neomoba_dist.parallel.mesh import Mesh
 from tests.equivalence import assemble, assert_same, parallel_rank, single_process
 from tests.models import tiny_batch, tiny_model
 from tests.ranks import run_ranks
@@ -89,3 +93,30 @@ def test_gates_and_poolings(layout: str, changes: dict[str, Any], objective: str
     standard, other = (single_process(replace(config, **extra), batches)[0] for extra in ({}, changes))
     assert standard != other, "the keys must reach the gate"
     check(layout, objective, **changes)
+
+
+def compiled_rank(config: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """How many functions torch has traced after each of some micro-batches whose documents end elsewhere."""
+    torch._dynamo.reset()  # what tests before this one compiled came along with the fork
+    torch._dynamo.utils.counters.clear()
+    mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
+    plain, compiled = (NeoBERT(config, mesh, seed=5) for _ in range(2))
+    counts = []
+    for block in compiled.blocks:
+        block.compile(dynamic=False, backend="eager")
+    for step in range(4):
+        batch = tiny_batch(step)
+        ends = torch.tensor([0, 49 - 5 * step, 59, 64, 64], dtype=torch.int32)
+        batch = local_share(replace(batch, cu_seqlens=ends), mesh, config)
+        losses = [model(batch)[0] for model in (plain, compiled)]
+        losses[1].backward()
+        torch.testing.assert_close(*(loss.detach() for loss in losses))
+        counts.append(torch._dynamo.utils.counters["frames"]["total"])
+    return counts
+
+
+def test_traced_once_for_all_documents() -> None:
+    parallel = ParallelConfig(context_parallel_size=2, context_parallel_moba="allgather_kv")
+    for counts in run_ranks(2, compiled_rank, tiny_model(), parallel):
+        assert counts == [counts[0]] * 4
+        assert counts[0] > 0

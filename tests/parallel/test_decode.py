@@ -50,7 +50,7 @@ def decode_rank(
     config: ModelConfig, parallel: ParallelConfig, decode: str, documents: list[list[int]]
 ) -> tuple[list[list[int]], list[torch.Tensor], int, int, int]:
     """Generated tokens, logits of all steps with their first column (last stage), bytes received over pp, of caches."""
-    mesh = Mesh.build(parallel)
+    mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
     stage = Stage.build(config, mesh, seed=5, dtype=torch.float64)
     decoder, parts, offset = Decoder(stage, LENGTHS, decode), [], 0
     for start in range(0, max(LENGTHS), CHUNK):
@@ -58,10 +58,11 @@ def decode_rank(
         if hidden is not None:
             weight = stage.output_matrix
             offset = shard_of(weight).start[0]
-            parts.append(decoder.logits(hidden)[:, : shard_of(weight).extent[0]].contiguous())
+            parts.append(decoder.stage.logits(hidden)[:, : shard_of(weight).extent[0]].contiguous())
     received = mesh.ledger.entries.get(("pp", "receive"))
     bytes_received = received.bytes if received else 0
     tokens = generate(stage, documents, 8, decode=decode, prefill_chunk=16)
+    assert generate(stage, documents, 8, decode=decode) == tokens  # each cp rank computes its share of the prompts
     return tokens, parts, offset, bytes_received, decoder.cache.num_bytes()
 
 

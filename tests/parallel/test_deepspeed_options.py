@@ -44,7 +44,7 @@ LOGS = {
     "steps_per_print": 1,
     "log_level": "info",
     "disable_python_gc": True,
-    "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    "timers": {"throughput": {"enabled": True, "synchronized": False}},
     "comms_logger": {"enabled": True, "verbose": True, "prof_all": False, "prof_ops": ["all_reduce"], "debug": True},
 }
 PROFILE = {
@@ -62,7 +62,7 @@ PROFILE = {
 DTYPES = {
     "communication_data_type": "fp32",
     "data_types": {"grad_accum_dtype": "fp32"},
-    "bf16": {"enabled": False, "check_grad_overflow": False},
+    "bf16": {"enabled": False, "check_grad_overflow": True},
     "fp16": {
         "enabled": False,
         "loss_scale": 2,

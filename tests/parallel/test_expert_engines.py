@@ -44,7 +44,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 
 
 def moe_config(objective: str, layout: dict[str, Any], stage: int, **model: Any) -> Config:
-    return make_config(objective, layout, stage, {"num_experts": 4, "moe_intermediate_size": 24, **LOSSES, **model})
+    experts = {"num_experts": 4, "moe_intermediate_size": 24, **LOSSES, **model}
+    return make_config(objective, layout, stage, experts, seed=4)  # see SEED of test_engines.py
 
 
 BALANCED: dict[str, Any] = {
@@ -94,16 +95,24 @@ def test_options(name: str) -> None:
     check(world, parse_config(tree))
 
 
+def in_bfloat16(config: Config) -> Config:
+    return parse_config({**config.to_dict(), "bf16": {"enabled": True}})
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["ep2_zero2", "ep2_zero3", "ep2_tp2_sp_zero2", "ep2_cp2_tp2_sp_pp2"])
 def test_bfloat16_stays_near_float32(layout: str) -> None:
-    """Losses of three steps within 1 %, gradient norm at the same weights within 3 %; biases are float32."""
+    """The first loss within 0.5 % of float32, the first gradient norm within 3 %; all losses within 1 % of one process
+    in bfloat16, which itself is up to 1 % from float32 once AdamW has taken steps by rounded gradients; biases are
+    float32."""
     world, parallel, stage = LAYOUTS[layout]
-    config = moe_config("mlm", parallel, stage, **BALANCED)
+    config, alone = (moe_config("mlm", *cut, **BALANCED) for cut in ((parallel, stage), ({}, 1)))
     losses, norms, _, exact = reference(config, False)
-    results = run_ranks(world, train_rank, parse_config({**config.to_dict(), "bf16": {"enabled": True}}), False)
+    rounded, *_ = run_ranks(1, train_rank, in_bfloat16(alone), False)[0]
+    results = run_ranks(world, train_rank, in_bfloat16(config), False)
     for rank_losses, rank_norms, *_ in results:
-        assert rank_losses == pytest.approx(losses, rel=1e-2)
+        assert rank_losses == pytest.approx(rounded, rel=1e-2)
+        assert rank_losses[0] == pytest.approx(losses[0], rel=5e-3)
         assert rank_norms[0] == pytest.approx(norms[0], rel=3e-2)
         assert rank_losses != losses
     state = assemble([result[4] for result in results])

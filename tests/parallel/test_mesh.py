@@ -1,6 +1,9 @@
 """The launcher's environment, the rank map, the groups of all axes, and what collectives say when they fail."""
 
+import multiprocessing
+import os
 import time
+import tracemalloc
 from dataclasses import replace
 from datetime import timedelta
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evals.bench._fake_world import join_fake_world
 from neomoba_dist.config import ConfigError, ParallelConfig
 from neomoba_dist.parallel.comm import (
     CommunicationError,
@@ -19,6 +23,7 @@ from neomoba_dist.parallel.comm import (
 )
 from neomoba_dist.parallel.launcher import (
     initialize_process_group,
+    launched_size,
     local_device,
     map_launcher_environment,
     refuse_shared_devices,
@@ -33,6 +38,7 @@ SLURM = {
     "SLURM_TASKS_PER_NODE": "4(x4)",
     "SLURM_JOB_NODELIST": "gpu[07-09,12],login1",
     "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -84,9 +90,10 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8"}
     [
         *[({k: v for k, v in whole.items() if k != name}, name)
           for whole in (OPENMPI, MPICH, TORCHRUN) for name in whole],
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, "SLURM_LOCALID, SLURM_JOB_NODELIST"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, "SLURM_LOCALID, SLURM_STEP_ID, SLURM_JOB_NODELIST"),
         ({**SLURM, "SLURM_LOCALID": ""}, "SLURM_LOCALID"),
-        ({"SLURM_PROCID": "3"}, "SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_NODELIST"),
+        ({"SLURM_PROCID": "3"}, "SLURM_NTASKS, SLURM_LOCALID, SLURM_STEP_ID, SLURM_JOB_NODELIST"),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}, "SLURM_STEP_ID"),  # python in a batch script
     ],
 )  # fmt: skip
 def test_half_set_variables_of_a_launcher_are_one_line(given: dict[str, str], missing: str) -> None:
@@ -141,6 +148,9 @@ LEFT = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n1"}
         ({**LEFT, **OPENMPI}, "Open MPI's mpirun started this process as OMPI_COMM_WORLD_RANK 2"),
         ({**LEFT, **MPICH}, "MPICH's mpirun started this process as PMI_RANK 3"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK is 1, but no world size is known"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK is 0, but no world size is known"),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 of torchrun or deepspeed"),
+        ({**TORCHRUN, "CROSS_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}, "but this one knows of 1: each would train"),
     ],
 )
 def test_variables_of_another_launcher_are_named(given: dict[str, str], message: str) -> None:
@@ -148,9 +158,22 @@ def test_variables_of_another_launcher_are_named(given: dict[str, str], message:
         map_launcher_environment(dict(given))
 
 
-@pytest.mark.parametrize("own", ["TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+@pytest.mark.parametrize("own", ["GROUP_WORLD_SIZE", "CROSS_SIZE"])
 def test_torchrun_and_deepspeed_run_under_srun(own: str) -> None:
-    assert map_launcher_environment({**SLURM, **TORCHRUN, own: "1"}) == (3, 8)
+    assert map_launcher_environment({**SLURM, **TORCHRUN, "SLURM_STEP_NUM_TASKS": "2", own: "2"}) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, 1), (OPENMPI, 4), (MPICH, 4), (SLURM, 16), ({**SLURM, **OPENMPI}, 4), ({"SLURM_NTASKS": "8"}, 1)],
+)
+def test_launched_size(given: dict[str, str], size: int) -> None:
+    assert launched_size(given) == size
+
+
+def test_one_process_under_any_mpi_is_a_world_of_one() -> None:
+    for size in ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"):
+        assert map_launcher_environment({"PMIX_RANK": "0", size: "1"}) == (0, 1)
 
 
 def test_mpirun_in_a_batch_script_meets_on_its_first_host() -> None:
@@ -213,6 +236,60 @@ def test_groups_follow_the_rank_map() -> None:
             assert axes[axis] == tuple(along), (rank, axis)
         assert axes["dp_cp"] == axes["dp"]
         assert axes["world"] == tuple(range(8))
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "ep", "pp", "dp"), [(2, 2, 4, 2, 6), (1, 4, 2, 3, 2), (4, 1, 3, 1, 9), (1, 1, 1, 1, 5)]
+)
+def test_axes_are_those_of_megatron(tp: int, cp: int, ep: int, pp: int, dp: int) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        pipeline_model_parallel_size=pp,
+    )
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
+    experts = RankGenerator(tp=tp, ep=ep, dp=dp * cp // ep, pp=pp, cp=1, order=order)
+    expected = {axis: dense.get_ranks(axis) for axis in ("tp", "cp", "pp", "dp")}
+    expected |= {"dp_cp": dense.get_ranks("dp-cp"), "model": dense.get_ranks("tp-pp")}
+    expected |= {"ep": experts.get_ranks("ep"), "expert_dp": experts.get_ranks("dp")}
+    world = tp * cp * pp * dp
+    meshes = [Mesh.place(parallel, world, rank, num_key_value_heads=2 * tp) for rank in range(world)]
+    for axis, groups in expected.items():
+        assert sorted({mesh[axis].ranks for mesh in meshes}) == sorted(map(tuple, groups)), axis
+        assert all(mesh[axis].ranks[mesh[axis].index] == mesh.rank for mesh in meshes)
+    heads = min(2, cp)
+    assert {mesh["cp_heads"].size for mesh in meshes} == {heads}
+    assert {mesh["cp_tokens"].size for mesh in meshes} == {cp // heads}
+
+
+def rank_of_many(rank: int, world_size: int, groups: int) -> None:
+    code = 1
+    try:
+        join_fake_world(rank, world_size)
+        parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
+        Mesh.place(parallel, world_size, rank)  # the first call loads what torch loads late
+        tracemalloc.start()
+        mesh = Mesh.build(parallel)
+        assert mesh["dp_cp"].size == world_size // 32
+        assert mesh.num_groups == groups == len(dist.distributed_c10d._world.pg_map)
+        assert tracemalloc.get_traced_memory()[1] < 200 * world_size
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("world_size", [1024, 4096])
+def test_a_rank_of_many_makes_its_own_groups_only(world_size: int) -> None:
+    """The default one, tp, dp, pp, model, and one for all axes of size 1; lists no longer than the ranks."""
+    arguments = (world_size // 2 + 1, world_size, 6)
+    process = multiprocessing.get_context("fork").Process(target=rank_of_many, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def decide() -> tuple[bool, bool, str]:

@@ -92,6 +92,7 @@ class Cluster:
         files["socket"] = self.folder / "munge.sock"
         self.call("munged", "--force", f"--key-file={key}", f"--socket={files['socket']}", f"--pid-file={files['pid']}",
                   f"--seed-file={files['seed']}", f"--log-file={files['log']}")  # fmt: skip
+        remove_networks()  # of a cluster that was killed
         self.call("ip", "link", "add", BRIDGE, "type", "bridge")
         self.call("ip", "addr", "add", f"{NET}.1/24", "dev", BRIDGE)
         self.call("ip", "link", "set", BRIDGE, "up")
@@ -135,7 +136,7 @@ class Cluster:
         """SLURM's word for the job's state: COMPLETED, FAILED, ..."""
         return self.call("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
-    def finish(self, *jobs: str, timeout: float = 120.0) -> list[str]:
+    def finish(self, *jobs: str, timeout: float = 300.0) -> list[str]:
         """The jobs' last states."""
         self.wait(lambda: not self.call("squeue", "-h", "-o", "%i"), timeout)
         return [self.state(job) for job in jobs]
@@ -155,7 +156,13 @@ class Cluster:
         for name in ("slurmctld.pid", "munge.pid"):
             if (self.folder / name).exists():
                 os.kill(int((self.folder / name).read_text()), signal.SIGTERM)
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "del", f"nm-{host}"], capture_output=True, check=False)
-            shutil.rmtree(f"/etc/netns/nm-{host}", ignore_errors=True)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+        remove_networks()
+
+
+def remove_networks() -> None:
+    """Namespaces and devices of the hosts, whether they are there or not."""
+    for host in HOSTS:
+        for words in (["netns", "del", f"nm-{host}"], ["link", "del", f"nm{host}"]):
+            subprocess.run(["ip", *words], capture_output=True, check=False)
+        shutil.rmtree(f"/etc/netns/nm-{host}", ignore_errors=True)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)

@@ -15,7 +15,8 @@ from data_tools.sources import input_files
 from neomoba_dist.checkpoint.layout import FORMAT, CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config.paths import is_file_name
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import CorpusIndex
 from tests.corpora import make_corpus

@@ -59,7 +59,8 @@ def known_names() -> frozenset[str]:
                 found.update(node.name.split("."))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 found.update(re.findall(r"\w+", node.value))
-    for path in (ROOT / "ds_configs").glob("*.json"):
+    for path in (ROOT / "ds_configs").rglob("*.json"):
+        found.add(path.stem)
         found.update(re.findall(r"\w+", json.dumps(json.loads(path.read_text(encoding="utf-8")))))
     return frozenset(found)
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels.full import attend_documents
+from neomoba_dist.model.attention.kernels.layout import packed_positions
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.key_conv import add_taps
 from neomoba_dist.model.attention.moba import MobaOptions, Packing, attend, block_means, moba_attention, select_blocks
-from neomoba_dist.model.attention.sliding_window import bias_weight, packed_places, with_block_indices
+from neomoba_dist.model.attention.sliding_window import bias_weight, with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 
 
@@ -31,7 +32,7 @@ class Step:
     """Where the new tokens of one step go; the same for all layers.
 
     first: no document has earlier tokens. offset: position of each document's first new token, int64 [documents].
-    counts: new tokens of each document, the same. places: document and position of every new token, int64 [2, T].
+    counts: new tokens of each document, the same. positions: document and position of every new token, int64 [2, T].
     target: row of every new token in the buffers, int64 [T]. near: rows of the keys that a sliding-window layer's new
     queries can see, int64 [K], empty where there is no such layer. numbers, block_keys: blocks that these tokens
     complete, int64 [n], and the rows of their keys [n * block_size]. document_ranges: for each document with new
@@ -41,7 +42,7 @@ class Step:
     first: bool
     offset: Tensor
     counts: Tensor
-    places: Tensor
+    positions: Tensor
     target: Tensor
     near: Tensor
     numbers: Tensor
@@ -92,13 +93,13 @@ class KVCache:
                 raise ValueError(f"document {document}: {added} tokens do not fit a cache of {capacity}")
         offset = torch.tensor(before, device=self.device)
         borders = torch.tensor([0, *accumulate(counts)], device=self.device)
-        places = packed_places(sum(counts), borders, offset)
-        document, position = places
+        positions = packed_positions(sum(counts), borders, offset)
+        document, position = positions
         self.step = Step(
             not any(before),
             offset,
             torch.tensor(counts, device=self.device),
-            places,
+            positions,
             self.borders.long()[document] + position,
             self._near_rows(before, after),
             *self._completed_blocks(before, after),
@@ -133,13 +134,16 @@ class KVCache:
 
 
 class LayerCache:
-    """What one attention layer keeps. k, v [S, N, D]; means [blocks, N, D] of a MoBA layer; tail [documents, W-1, N, D]
-    of a key convolution: the keys before it."""
+    """What one attention layer keeps.
+
+    prefill_kind: attention of the first step, by default as later. k, v [S, N, D]; means [blocks, N, D] of a MoBA
+    layer; tail [documents, W-1, N, D] of a key convolution: the keys before it.
+    """
 
     def __init__(self, cache: KVCache, kind: str, num_kv_heads: int, dtype: torch.dtype) -> None:
         config = cache.config
         assert config.head_dim is not None  # resolved by ModelConfig
-        self.cache, self.kind = cache, kind
+        self.cache, self.kind, self.prefill_kind = cache, kind, kind
         heads = (num_kv_heads, config.head_dim)
         self.k, self.means = self._make_buffers(heads, dtype)
         self.v = torch.zeros_like(self.k)
@@ -171,7 +175,7 @@ class LayerCache:
             old = 1 + document * tail + tail + back
             return torch.where(back >= 0, 1 + len(self.tail) * tail + token, torch.where(position >= 0, old, 0))
 
-        (document, position), token = step.places, torch.arange(len(k_TND), device=k_TND.device)
+        (document, position), token = step.positions, torch.arange(len(k_TND), device=k_TND.device)
         out = add_taps(k_TND, weight_CW, True, lambda o: known[row_of(document, position + o, token + o)])
         document = torch.arange(len(self.tail), device=k_TND.device)[:, None]
         back = torch.arange(-tail, 0, device=k_TND.device)
@@ -197,9 +201,9 @@ class LayerCache:
         config, step, borders = self.cache.config, self.cache.step, self.cache.borders
         size, weight = config.moba_block_size, bias_weight(bias, q.device)
         if self.kind == "sliding_window":
-            keys = packed_places(len(self.k), borders)[:, step.near]
+            keys = packed_positions(len(self.k), borders)[:, step.near]
             window, far = config.sliding_window, config.global_tokens
-            mask = Mask(step.places, keys, True, aligned=False, window=window, global_tokens=far)
+            mask = Mask(step.positions, keys, True, aligned=False, window=window, global_tokens=far)
             return masked_attention(q, self.k[step.near], self.v[step.near], mask, weight)
         packing = Packing(block_size=size, cu_seqlens=cu_seqlens, cu_seqlens_k=borders, q_offset=step.offset)
         blocks = None
@@ -215,7 +219,7 @@ class LayerCache:
                 **packing,
             )
         if bias is not None:
-            mask = Mask(step.places, packed_places(len(self.k), borders), True, aligned=False)
+            mask = Mask(step.positions, packed_positions(len(self.k), borders), True, aligned=False)
             if blocks is not None and self.means is not None:
                 mask = with_block_indices(mask, blocks, q.shape[1], borders, size, len(self.means))
             return masked_attention(q, self.k, self.v, mask, weight)

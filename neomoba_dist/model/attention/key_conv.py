@@ -41,6 +41,20 @@ def add_taps(
     return (k_TND.to(exact) + F.silu(total)).to(k_TND.dtype)
 
 
+def inside_documents(
+    tokens: int, cu_seqlens: torch.Tensor, width: int, causal: bool, mesh: Mesh, split: ContextSplit | None
+) -> torch.Tensor:
+    """For every tap, whether the key that it takes belongs to the same document as the token: bool [width, tokens].
+
+    tokens, cu_seqlens, split: as of `convolve_keys`.
+    """
+    borders, device = cu_seqlens.long(), cu_seqlens.device
+    index = torch.arange(tokens, device=device) if split is None else split.global_index(mesh["cp"].index, device)
+    offsets = tap_offsets(width, causal)
+    source = index + torch.arange(offsets.start, offsets.stop, device=device)[:, None]
+    return (source >= 0) & (document_of(source, borders) == document_of(index, borders))
+
+
 def convolve_keys(
     k_TND: torch.Tensor,
     weight_CW: torch.Tensor,
@@ -48,26 +62,27 @@ def convolve_keys(
     causal: bool,
     mesh: Mesh,
     split: ContextSplit | None = None,
+    inside_WT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolve the keys of packed documents; nothing crosses a border. cu_seqlens: int32 [documents + 1].
 
-    split: how the tokens lie over cp, if they do; k_TND are then this rank's, and cu_seqlens those of all.
+    split: how the tokens lie over cp, if they do; k_TND are then this rank's, and cu_seqlens those of all. inside_WT:
+    `inside_documents`, where it is known.
     """
-    offsets, borders = tap_offsets(weight_CW.shape[1], causal), cu_seqlens.long()
+    taps = weight_CW.shape[1]
+    offsets = tap_offsets(taps, causal)
     before, after = -offsets.start, offsets.stop - 1
     if split is None:
-        index = torch.arange(len(k_TND), device=k_TND.device)
         units = F.pad(k_TND, (0, 0, 0, 0, before, after))[None]
     else:
-        index = split.global_index(mesh["cp"].index, k_TND.device)
         units = with_halo(k_TND, before, after, mesh, "cp", split)
-    width, document = units.shape[1] - before - after, document_of(index, borders)
+    width = units.shape[1] - before - after
+    inside = inside_documents(len(k_TND), cu_seqlens, taps, causal, mesh, split) if inside_WT is None else inside_WT
 
     def shifted(offset: int) -> torch.Tensor:
         if offset == 0:
             return k_TND
-        source = index + offset
-        inside = (source >= 0) & (document_of(source, borders) == document)
-        return units[:, before + offset : before + offset + width].flatten(0, 1) * inside[:, None, None]
+        tap = before + offset
+        return units[:, tap : tap + width].flatten(0, 1) * inside[tap, :, None, None]
 
     return add_taps(k_TND, weight_CW, causal, shifted)

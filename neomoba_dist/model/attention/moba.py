@@ -10,7 +10,7 @@ shapes only), R rows of the selection per query: Hq for gate "per_head", Hkv for
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypedDict, overload
+from typing import Literal, NamedTuple, NotRequired, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,12 +18,20 @@ from torch import Tensor
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.full import full_attention
-from neomoba_dist.model.attention.kernels.layout import Places, make_layout, max_blocks
+from neomoba_dist.model.attention.kernels.layout import Geometry, PlacedBlocks, make_layout, max_blocks
 from neomoba_dist.model.attention.kernels.reference import attend_reference
 from neomoba_dist.model.attention.kernels.select import GATES, POOLINGS, pooled_width
 from neomoba_dist.parallel.documents import check_cu_seqlens
 
-__all__ = ["attend", "block_means", "check_cu_seqlens", "full_attention", "moba_attention", "select_blocks"]
+__all__ = [
+    "attend",
+    "block_means",
+    "check_cu_seqlens",
+    "full_attention",
+    "moba_attention",
+    "place_blocks",
+    "select_blocks",
+]
 
 
 class Packing(TypedDict):
@@ -33,6 +41,7 @@ class Packing(TypedDict):
     cu_seqlens: Tensor | None
     cu_seqlens_k: Tensor | None
     q_offset: Tensor | int
+    placed: NotRequired[PlacedBlocks | None]
 
 
 class MobaOptions(NamedTuple):
@@ -67,6 +76,7 @@ def moba_attention(
     gate: str = ...,
     pooling: str = ...,
     impl: str = ...,
+    placed: PlacedBlocks | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -86,6 +96,7 @@ def moba_attention(
     gate: str = ...,
     pooling: str = ...,
     impl: str = ...,
+    placed: PlacedBlocks | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -104,6 +115,7 @@ def moba_attention(
     gate: str = "per_head",
     pooling: str = "mean",
     impl: str = "auto",
+    placed: PlacedBlocks | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention over packed documents, scaled by 1 / sqrt(D).
@@ -124,6 +136,7 @@ def moba_attention(
         gate: "per_head" (each query head chooses) or "kv_group" (the heads of one KV head choose together).
         pooling: what stands for a block: "mean", "max", "minmax" (Quest bound) or "representative" (last token).
         impl: "reference" (dense mask), "torch" (CPU and any GPU), "triton" (GPU) or "auto".
+        placed: what `place_blocks` found for these borders, which then are not checked again; None: found here.
         return_lse: also return the logsumexp of the scaled logits.
 
     Returns:
@@ -134,13 +147,17 @@ def moba_attention(
         ValueError: an argument is out of range, or shapes do not match; the message names the argument.
     """
     check_arguments(q, k, v, block_size, top_k, cu_seqlens, cu_seqlens_k, gate, pooling, impl)
+    if placed is None:
+        check_borders(q, k, cu_seqlens, cu_seqlens_k)
     plain = cu_seqlens_k is None and q_offset_is_zero(q_offset)
     if plain and q.shape[0] == k.shape[0] <= block_size * top_k and not return_lse and impl != "reference":
-        return full_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
-    packing = Packing(block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset)
+        return full_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens, placed=placed)
+    packing = Packing(
+        block_size=block_size, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset, placed=placed
+    )
     cu_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if top_k > 1:
-        means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling)
+        means = block_means(k, block_size=block_size, cu_seqlens=cu_keys, pooling=pooling, placed=placed)
     else:  # `select_blocks` looks at their shape alone
         documents = 1 if cu_keys is None else cu_keys.shape[0] - 1
         blocks = max_blocks(k.shape[0], block_size, documents)
@@ -152,13 +169,42 @@ def moba_attention(
     return (out, lse) if return_lse else out
 
 
-def block_means(k: Tensor, *, block_size: int, cu_seqlens: Tensor | None = None, pooling: str = "mean") -> Tensor:
+def place_blocks(
+    cu_seqlens: Tensor,
+    tokens: int,
+    *,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    impl: str = "auto",
+) -> PlacedBlocks:
+    """What all MoBA layers derive from the borders of one micro-batch, so that none does it again.
+
+    Args:
+        cu_seqlens: int32 [documents + 1], among both queries and keys; from 0 to `tokens`, checked on the CPU only.
+        block_size, impl: as in `moba_attention`.
+        head_dim, dtype: those of the queries.
+    """
+    if cu_seqlens.device.type == "cpu":
+        check_cu_seqlens(cu_seqlens, tokens)
+    layout = make_layout(tokens, tokens, block_size, cu_seqlens, None, None, cu_seqlens.device)
+    return ops.place_blocks(layout, head_dim, dtype, impl)
+
+
+def block_means(
+    k: Tensor,
+    *,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    pooling: str = "mean",
+    placed: PlacedBlocks | None = None,
+) -> Tensor:
     """What stands for each block at the gate: [N, Hkv, D] in the key dtype, without gradient ("minmax": [N, Hkv, 2 D]).
 
     Blocks of all documents are numbered consecutively; a short last block is pooled over its true length. N is an upper
     bound, `max_blocks(S, block_size, documents)`; rows past the last block are zero.
     """
-    return ops.block_means(k.detach(), block_size, cu_seqlens, pooling)
+    return ops.block_means(k.detach(), block_size, cu_seqlens, pooling, placed.table if placed else None)
 
 
 def select_blocks(
@@ -174,6 +220,7 @@ def select_blocks(
     num_keys: int | None = None,
     gate: str = "per_head",
     pooling: str = "mean",
+    placed: PlacedBlocks | None = None,
 ) -> Tensor:
     """The blocks that each query attends to: int32 [T, R, min(top_k, N)], -1 where there is none, without gradient.
 
@@ -188,8 +235,8 @@ def select_blocks(
     """
     total = q.shape[0] if num_keys is None else num_keys
     offset = offset_tensor(q_offset, q, cu_seqlens)
-    places = Places(block_size, causal, cu_seqlens, cu_seqlens_k, offset)
-    return ops.select_blocks(q.detach(), means.detach(), total, top_k, gate, pooling, *places)
+    geometry = Geometry.of(block_size, causal, cu_seqlens, cu_seqlens_k, offset, placed=placed)
+    return ops.select_blocks(q.detach(), means.detach(), total, top_k, gate, pooling, *geometry)
 
 
 def attend(
@@ -204,6 +251,7 @@ def attend(
     cu_seqlens_k: Tensor | None = None,
     q_offset: Tensor | int = 0,
     impl: str = "auto",
+    placed: PlacedBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys of its selected blocks, differentiable through both results.
 
@@ -220,8 +268,8 @@ def attend(
     if impl == "reference":
         layout = make_layout(q.shape[0], k.shape[0], block_size, cu_seqlens, cu_seqlens_k, offset, q.device)
         return attend_reference(q, k, v, block_indices, layout, causal=causal)
-    places = Places(block_size, causal, cu_seqlens, cu_seqlens_k, offset)
-    return ops.attend(q, k, v, block_indices, *places, impl)
+    geometry = Geometry.of(block_size, causal, cu_seqlens, cu_seqlens_k, offset, placed=placed)
+    return ops.attend(q, k, v, block_indices, *geometry, impl)[:2]
 
 
 def q_offset_is_zero(q_offset: Tensor | int) -> bool:
@@ -257,7 +305,7 @@ def check_arguments(
     pooling: str,
     impl: str,
 ) -> None:
-    """Raise a ValueError that names the argument; values of cu_seqlens are read on the CPU only."""
+    """Raise a ValueError that names the argument."""
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if top_k < 1:
@@ -279,6 +327,10 @@ def check_arguments(
         raise ValueError(f"cu_seqlens_k is needed when k ({k.shape[0]} tokens) and q ({q.shape[0]}) differ in length")
     if cu_seqlens_k is not None and (cu_seqlens is None or cu_seqlens_k.shape != cu_seqlens.shape):
         raise ValueError("cu_seqlens_k needs cu_seqlens of the same shape")
+
+
+def check_borders(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """Raise a ValueError where borders do not fit; their values are read on the CPU only."""
     if torch.compiler.is_compiling():
         return
     for name, borders, total in (("cu_seqlens", cu_seqlens, q.shape[0]), ("cu_seqlens_k", cu_seqlens_k, k.shape[0])):

@@ -5,24 +5,17 @@ Exact, but not the fastest. Legend: T queries, S keys, Hq/Hkv query and KV heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.attention.kernels.layout import find_places
+from neomoba_dist.model.attention.kernels.layout import PlacedBlocks, packed_positions
 from neomoba_dist.model.attention.kernels.masks import Mask, masked_attention
 from neomoba_dist.model.attention.moba import MobaOptions, block_means, select_blocks
 from neomoba_dist.model.positions import ScoreBias
-
-
-def packed_places(total: int, cu_seqlens: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Document and position within it of `total` packed tokens: int64 [2, total].
-
-    cu_seqlens: borders, int32 [documents + 1]. offset: position of each document's first token.
-    """
-    index = torch.arange(total, device=cu_seqlens.device, dtype=torch.int64)
-    return torch.stack(find_places(index, cu_seqlens.long(), offset))
 
 
 def bias_weight(bias: ScoreBias | None, device: torch.device) -> Tensor | None:
@@ -31,17 +24,27 @@ def bias_weight(bias: ScoreBias | None, device: torch.device) -> Tensor | None:
 
 
 def unusual_attention(
-    q: Tensor, k: Tensor, v: Tensor, kind: str, config: ModelConfig, bias: ScoreBias | None, cu_seqlens: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: str,
+    config: ModelConfig,
+    bias: ScoreBias | None,
+    cu_seqlens: Tensor,
+    positions: Tensor | None = None,
+    placed: PlacedBlocks | None = None,
 ) -> Tensor:
-    """The core of a sliding-window layer, or of a layer of any kind with a bias on its scores."""
+    """The core of a sliding-window layer, or of a layer of any kind with a bias on its scores.
+
+    positions, placed: what is known of the tokens, see packed.PackedTokens.
+    """
+    common: dict[str, Any] = {"causal": config.causal, "cu_seqlens": cu_seqlens, "positions": positions}
     if kind == "sliding_window":
         window, far = config.sliding_window, config.global_tokens
-        return sliding_window_attention(
-            q, k, v, window=window, global_tokens=far, causal=config.causal, cu_seqlens=cu_seqlens, bias=bias
-        )
+        return sliding_window_attention(q, k, v, window=window, global_tokens=far, bias=bias, **common)
     assert bias is not None  # full and MoBA attention without one have kernels of their own
     moba = MobaOptions.of(config) if kind == "moba" else None
-    return biased_attention(q, k, v, bias, causal=config.causal, cu_seqlens=cu_seqlens, moba=moba)
+    return biased_attention(q, k, v, bias, moba=moba, placed=placed, **common)
 
 
 def sliding_window_attention(
@@ -54,15 +57,17 @@ def sliding_window_attention(
     causal: bool,
     cu_seqlens: Tensor,
     bias: ScoreBias | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Each query sees the keys of its document at distances below `window` (Longformer, arXiv 2004.05150, section 3.1).
 
     Causal: itself and the window - 1 tokens before it; bidirectional: also the window - 1 tokens after it. The first
     `global_tokens` of each document are seen by all its queries (causally if `causal`), and see all of it.
-    q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
+    q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1]; positions: `packed_positions`, where known.
     """
-    places, weight = packed_places(len(q), cu_seqlens), bias_weight(bias, q.device)
-    mask = Mask(places, places, causal, aligned=True, window=window)
+    positions = packed_positions(len(q), cu_seqlens) if positions is None else positions
+    weight = bias_weight(bias, q.device)
+    mask = Mask(positions, positions, causal, aligned=True, window=window)
     if not global_tokens:
         return masked_attention(q, k, v, mask, weight)
     far = global_indices(cu_seqlens, global_tokens)
@@ -70,7 +75,7 @@ def sliding_window_attention(
     if causal:  # all that a global token may see are the global tokens before it
         return out
     rows = far.clamp(min=0)
-    everything = Mask(places[:, rows], places, causal, aligned=False)
+    everything = Mask(positions[:, rows], positions, causal, aligned=False)
     out_far = masked_attention(q[rows], k, v, everything, weight)
     spare = torch.where(far < 0, len(q), far)  # a row past the end takes what belongs to no token
     return torch.cat((out, out.new_zeros(1, *out.shape[1:]))).index_copy(0, spare, out_far)[:-1]
@@ -85,16 +90,20 @@ def biased_attention(
     causal: bool,
     cu_seqlens: Tensor,
     moba: MobaOptions | None = None,
+    positions: Tensor | None = None,
+    placed: PlacedBlocks | None = None,
 ) -> Tensor:
     """Full or MoBA attention with a bias on the scores of the keys that are seen, not on those of MoBA's gate.
 
-    moba: None: full attention. q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1].
+    moba: None: full attention. q [T, Hq, D]; k, v [T, Hkv, D]; cu_seqlens int32 [documents + 1]; positions, placed:
+    `packed_positions` and `moba.place_blocks`, where known.
     """
-    places = packed_places(len(q), cu_seqlens)
-    mask = Mask(places, places, causal, aligned=True)
+    positions = packed_positions(len(q), cu_seqlens) if positions is None else positions
+    mask = Mask(positions, positions, causal, aligned=True)
     if moba is not None:
-        means = block_means(k, block_size=moba.block_size, cu_seqlens=cu_seqlens, pooling=moba.pooling)
-        blocks = select_blocks(q, means, **moba._asdict(), causal=causal, cu_seqlens=cu_seqlens)
+        known: dict[str, Any] = {"cu_seqlens": cu_seqlens, "placed": placed}
+        means = block_means(k, block_size=moba.block_size, pooling=moba.pooling, **known)
+        blocks = select_blocks(q, means, **moba._asdict(), causal=causal, **known)
         mask = with_block_indices(mask, blocks, q.shape[1], cu_seqlens, moba.block_size, len(means))
     return masked_attention(q, k, v, mask, bias_weight(bias, q.device))
 

@@ -74,12 +74,12 @@ def sort_kernel(
     if part == 0:
         tl.store(borders + bins, end - whole, mask=bins <= EXPERTS)
     base = end - whole + earlier
-    place = tl.arange(0, BT)
+    row_of_tile = tl.arange(0, BT)
     for start in range(part * section, (part + 1) * section, BT):
-        pair = start + place
+        pair = start + row_of_tile
         chosen = tl.load(expert + pair, mask=pair < pairs, other=-1).to(tl.int32)
         bin_of_pair = tl.where(chosen < 0, EXPERTS, chosen)
-        same = (bin_of_pair[:, None] == bin_of_pair[None, :]) & (place[None, :] < place[:, None])
+        same = (bin_of_pair[:, None] == bin_of_pair[None, :]) & (row_of_tile[None, :] < row_of_tile[:, None])
         row = tl.gather(base, bin_of_pair, 0) + tl.sum(same.to(tl.int32), 1)
         tl.store(pair_of_row + row, pair, mask=pair < pairs)
         tl.store(slot + pair, tl.where(chosen < 0, -1, row), mask=pair < pairs)
@@ -112,13 +112,13 @@ def sum_kernel(
     total = tl.zeros([BM, BH], tl.float32)
     for k in tl.static_range(CHOICES):
         row = tl.load(slot + t * CHOICES + k, mask=t < tokens, other=-1)
-        place, there = row.to(tl.int64)[:, None] * HIDDEN + h[None, :], inside & (row >= 0)[:, None]
-        value = tl.load(rows + place, mask=there, other=0).to(tl.float32)
+        offset, there = row.to(tl.int64)[:, None] * HIDDEN + h[None, :], inside & (row >= 0)[:, None]
+        value = tl.load(rows + offset, mask=there, other=0).to(tl.float32)
         if weight is not None:
             value *= tl.load(weight + t * CHOICES + k, mask=t < tokens, other=0).to(tl.float32)[:, None]
         total += value
         if more is not None:
-            total += tl.load(more + place, mask=there, other=0).to(tl.float32)
+            total += tl.load(more + offset, mask=there, other=0).to(tl.float32)
     tl.store(out + t.to(tl.int64)[:, None] * HIDDEN + h[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -132,11 +132,11 @@ def swiglu_kernel(
     there = row < tl.load(borders + EXPERTS)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     inside = there[:, None] & (i < WIDTH)[None, :]
-    place = row.to(tl.int64)[:, None] * WIDTH + i[None, :]
-    g = tl.load(gate + place, mask=inside, other=0).to(tl.float32)
-    u = tl.load(up + place, mask=inside, other=0).to(tl.float32)
+    offset = row.to(tl.int64)[:, None] * WIDTH + i[None, :]
+    g = tl.load(gate + offset, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + offset, mask=inside, other=0).to(tl.float32)
     w = tl.load(weight + tl.load(pair_of_row + row, mask=there, other=0), mask=there, other=0).to(tl.float32)
-    tl.store(out + place, (w[:, None] * (g * tl.sigmoid(g) * u)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offset, (w[:, None] * (g * tl.sigmoid(g) * u)).to(out.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -153,19 +153,19 @@ def swiglu_backward_kernel(
     for start in range(0, WIDTH, BI):
         i = start + tl.arange(0, BI)
         inside = there[:, None] & (i < WIDTH)[None, :]
-        place = row.to(tl.int64)[:, None] * WIDTH + i[None, :]
-        g = tl.load(gate + place, mask=inside, other=0).to(tl.float32)
-        u = tl.load(up + place, mask=inside, other=0).to(tl.float32)
-        grad_h = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * WIDTH + i[None, :]
+        g = tl.load(gate + offset, mask=inside, other=0).to(tl.float32)
+        u = tl.load(up + offset, mask=inside, other=0).to(tl.float32)
+        grad_h = tl.load(grad + offset, mask=inside, other=0).to(tl.float32)
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
         total += tl.sum(grad_h * silu * u, 1)
-        tl.store(grad + place, (w * silu * u).to(grad.dtype.element_ty), mask=inside)
+        tl.store(grad + offset, (w * silu * u).to(grad.dtype.element_ty), mask=inside)
         grad_h *= w
         # the derivative of silu is sigmoid + silu (1 - sigmoid)
         slope = grad_h * u * (sigmoid + silu * (1 - sigmoid))
-        tl.store(grad_gate + place, slope.to(grad_gate.dtype.element_ty), mask=inside)
-        tl.store(grad_up + place, (grad_h * silu).to(grad_up.dtype.element_ty), mask=inside)
+        tl.store(grad_gate + offset, slope.to(grad_gate.dtype.element_ty), mask=inside)
+        tl.store(grad_up + offset, (grad_h * silu).to(grad_up.dtype.element_ty), mask=inside)
     # the choices of no expert have rows, too, after all others: their gradient is zero
     tl.store(grad_weight + pair, total.to(grad_weight.dtype.element_ty), mask=row < pairs)
 

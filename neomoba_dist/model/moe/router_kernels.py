@@ -66,15 +66,15 @@ def route_kernel(
     score_of = tl.zeros([BM, KP], tl.float32)
     demand, choices = tl.zeros([BM, EP], tl.float32), tl.zeros([BM, EP], tl.float32)
     for k in tl.static_range(CHOICES):
-        best, place = tl.max(open_to, 1, return_indices=True)
-        here, found = e[None, :] == place[:, None], (best > -float("inf")) & present
+        best, winner = tl.max(open_to, 1, return_indices=True)
+        here, found = e[None, :] == winner[:, None], (best > -float("inf")) & present
         open_to = tl.where(here, -float("inf"), open_to)
         demand += tl.where(here & found[:, None], 1.0, 0.0)
         value = tl.sum(tl.where(here & found[:, None], scores, 0), 1)
-        chosen = tl.where((k_of == k)[None, :] & found[:, None], place[:, None].to(tl.int64), chosen)
+        chosen = tl.where((k_of == k)[None, :] & found[:, None], winner[:, None].to(tl.int64), chosen)
         score_of = tl.where((k_of == k)[None, :], value[:, None], score_of)
-        best, place = tl.max(by_score, 1, return_indices=True)
-        here = e[None, :] == place[:, None]
+        best, winner = tl.max(by_score, 1, return_indices=True)
+        here = e[None, :] == winner[:, None]
         by_score = tl.where(here, -float("inf"), by_score)
         choices += tl.where(here & ((best > -float("inf")) & present)[:, None], 1.0, 0.0)
     if NORM:
@@ -153,9 +153,9 @@ def route_backward_kernel(
     grad_score = tl.zeros([BM, EP], tl.float32)
     is_chosen = tl.zeros([BM, EP], tl.float32)
     for k in tl.static_range(CHOICES):
-        place = tl.load(expert + t.to(tl.int64) * CHOICES + k, mask=t < tokens, other=-1).to(tl.int32)
-        grad = SCALE * tl.load(grad_weight + t.to(tl.int64) * CHOICES + k, mask=(t < tokens) & (place >= 0), other=0)
-        here = e[None, :] == place[:, None]
+        chosen = tl.load(expert + t.to(tl.int64) * CHOICES + k, mask=t < tokens, other=-1).to(tl.int32)
+        grad = SCALE * tl.load(grad_weight + t.to(tl.int64) * CHOICES + k, mask=(t < tokens) & (chosen >= 0), other=0)
+        here = e[None, :] == chosen[:, None]
         value = tl.sum(tl.where(here, scores, 0), 1)
         total += value
         inner += grad * value
@@ -188,12 +188,12 @@ def balance_kernel(
     e = tl.arange(0, EP)
     total = 0.0
     for row in range(rows):
-        place = sums + row * (2 * EXPERTS + 2)
-        prob = tl.load(place + e, mask=e < EXPERTS, other=0)
-        choices = tl.load(place + EXPERTS + e, mask=e < EXPERTS, other=0)
-        count = tl.maximum(tl.load(place + 2 * EXPERTS + 1), 1.0)
+        row_sums = sums + row * (2 * EXPERTS + 2)
+        prob = tl.load(row_sums + e, mask=e < EXPERTS, other=0)
+        choices = tl.load(row_sums + EXPERTS + e, mask=e < EXPERTS, other=0)
+        count = tl.maximum(tl.load(row_sums + 2 * EXPERTS + 1), 1.0)
         total += balance_scale * tl.sum(choices * prob, 0) / (count * count)
-        total += z_scale * tl.load(place + 2 * EXPERTS) / count
+        total += z_scale * tl.load(row_sums + 2 * EXPERTS) / count
     tl.store(loss, total / rows)
 
 
@@ -203,10 +203,10 @@ def balance_backward_kernel(
 ):  # fmt: skip
     """The gradient of the sums, zero for choices and tokens. One program per row."""
     e, row = tl.arange(0, EP), tl.program_id(0)
-    place, result = sums + row * (2 * EXPERTS + 2), out + row * (2 * EXPERTS + 2)
+    row_sums, result = sums + row * (2 * EXPERTS + 2), out + row * (2 * EXPERTS + 2)
     factor = tl.load(grad) / rows
-    choices = tl.load(place + EXPERTS + e, mask=e < EXPERTS, other=0)
-    count = tl.maximum(tl.load(place + 2 * EXPERTS + 1), 1.0)
+    choices = tl.load(row_sums + EXPERTS + e, mask=e < EXPERTS, other=0)
+    count = tl.maximum(tl.load(row_sums + 2 * EXPERTS + 1), 1.0)
     tl.store(result + e, factor * balance_scale * choices / (count * count), mask=e < EXPERTS)
     tl.store(result + EXPERTS + e, tl.zeros([EP], tl.float32), mask=e < EXPERTS)
     tl.store(result + 2 * EXPERTS, factor * z_scale / count)

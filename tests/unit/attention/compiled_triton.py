@@ -108,9 +108,8 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_layout.document_kernel, "bf16", **given, BT=1024)
     for spans in ({}, {"spans_pointer": None}):
         compile_kernel(triton_layout.current_blocks_kernel, "bf16", **spans, BM=128, BT=128)
-    compile_kernel(triton_index.list_kernel, "bf16", warps=8, BM=128, BN=64, PARTS=64)
     compile_kernel(triton_index.count_kernel, "bf16", warps=8, BT=512)
-    compile_kernel(triton_index.scatter_kernel, "bf16", warps=8, BT=512, BC=32)
+    compile_kernel(triton_index.scatter_kernel, "bf16", warps=8, BM=128, BN=64, PARTS=64, BT=512, BC=32)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, select_blocks_cpu
-from neomoba_dist.model.attention.kernels.layout import BlockLayout, Places, Problem, make_layout
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, Geometry, Problem, make_layout
 from neomoba_dist.model.attention.kernels.select import best_blocks
 from neomoba_dist.model.attention.kernels.triton.common import Tiles
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
-from neomoba_dist.model.attention.kernels.triton.index import build_index
+from neomoba_dist.model.attention.kernels.triton.index import build_index, index_shape
 from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
-from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, select_blocks
+from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, place_blocks, select_blocks
 
 PACKED = [0, 0, 20, 21, 64]
 
@@ -159,7 +160,7 @@ def test_index_holds_each_choice_once() -> None:
     )
     block_indices[torch.rand(block_indices.shape, generator=generator) < 0.3] = -1
     blocks = torch.tensor([(100 * n, 60 + n, 0, 0, 0) for n in range(6)], dtype=torch.int32)
-    index = build_index(block_indices, blocks, list_tile=16, query_tile=16)
+    index = index_shape(block_indices, 6, 16).view(build_index(block_indices, blocks, list_tile=16, query_tile=16))
     for head in range(2):
         tiles = []
         for block in range(6):
@@ -184,12 +185,57 @@ def test_tiles_do_not_matter_and_bits_repeat() -> None:
     q, k, v, _ = (x.detach() for x in draw(64, 64, (2, 1), 16, torch.float32))
     layout = make_layout(64, 64, 16, None, None, None, q.device)
     block_indices = select_blocks(q, block_means(k, block_size=16), block_size=16, top_k=3)
-    out, lse = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
-    again, _ = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
-    other, other_lse = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(32, 32, 4, 1))
+    out, lse, _ = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
+    again, *_ = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(16, 16, 4, 1))
+    other, other_lse, _ = attend_triton(Problem(q, k, v, block_indices, layout, True), Tiles(32, 32, 4, 1))
     assert torch.equal(out, again)
     assert (out - other).abs().max() <= 1e-6
     assert (lse - other_lse).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("top_k", "gate"), [(1, "per_head"), (3, "kv_group")])
+def test_known_places_and_a_kept_index_change_no_bit(top_k: int, gate: str, causal: bool) -> None:
+    q, k, v, grad = draw(64, 64, (4, 2), 16, torch.float32)
+    borders = cu(PACKED)
+    options: dict[str, Any] = {"block_size": 8, "top_k": top_k, "causal": causal, "gate": gate, "cu_seqlens": borders}
+    placed = place_blocks(cu(PACKED), 64, block_size=8, head_dim=16, dtype=torch.float32, impl="triton")
+    runs = []
+    for known in (None, placed):
+        out = moba_attention(q, k, v, impl="triton", placed=known, **options)
+        runs.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
+    selected = select_blocks(q, block_means(k, block_size=8, cu_seqlens=borders), **options)
+    operands = (q, k, v, selected, *Geometry(8, causal, borders), "triton")
+    out, lse, index = ops.attend(*operands)
+    for kept in (None, index):
+        runs.append([out, *ops.attend_backward(grad, None, out, lse, kept, *operands)])
+    for run in runs[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True))
+
+
+def test_places_for_other_tiles_are_refused() -> None:
+    q, k, v, _ = draw(256, 256, (1, 1), 16, torch.float16)
+    borders = cu([0, 256])
+    assert borders is not None
+    placed = place_blocks(borders, 256, block_size=128, head_dim=16, dtype=torch.float32, impl="triton")
+    with pytest.raises(AssertionError, match="placed for tiles of another size"):
+        moba_attention(q, k, v, block_size=128, top_k=1, cu_seqlens=borders, impl="triton", placed=placed)
+
+
+def test_shapes_are_those_that_compiled_graphs_expect() -> None:
+    """Also of the index, with counted blocks, with given spans, and without queries."""
+    q, k, v, _ = (x.detach() for x in draw(64, 64, (4, 2), 16, torch.float32))
+    selected = select_blocks(q, block_means(k, block_size=8), block_size=8, top_k=3)
+    spans = Geometry(20, False, spans=torch.tensor([(0, 7), (7, 20)]))
+    nothing = Geometry(8, True, cu([0, 0]), cu([0, 64]))
+    for operands in (
+        (q, k, v, selected, *Geometry(8, True), "triton"),
+        (q, k, v, selected.clamp(max=1), *spans, "triton"),
+        (q[:0], k, v, selected[:0], *nothing, "triton"),
+    ):
+        with FakeTensorMode() as fake:
+            promised = ops.attend(*(fake.from_tensor(x) if isinstance(x, Tensor) else x for x in operands))
+        assert [x.shape for x in ops.attend(*operands)] == [x.shape for x in promised]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -203,7 +249,7 @@ def test_spans_of_keys(rows: int) -> None:
     block_indices[5] = -1
     results = []
     for impl in ("triton", "torch"):
-        out, lse = ops.attend(q, k, v, block_indices, *Places(33, False, spans=spans), impl)
+        out, lse, _ = ops.attend(q, k, v, block_indices, *Geometry(33, False, spans=spans), impl)
         seen = lse.masked_fill(lse == -torch.inf, 0.0)
         results.append((out, lse.exp(), *torch.autograd.grad((out * grad).sum() + seen.sin().sum(), (q, k, v))))
     for got, want in zip(*results, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from neomoba_dist.model.attention.kernels.cpu import attend as gathered
 from neomoba_dist.model.attention.moba import attend, block_means, moba_attention, select_blocks
 from tests.moba_cases import DOCUMENTS, HEADS, cu, force_method, tensors
-from tests.reference import moba_loops
+from tests.reference import attention_loops, keys_of_moba
 
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-12)}
 
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.float64: (1e-12, 1e-12)}
 def assert_equals_loops(borders: list[int], heads: tuple[int, int], dtype: torch.dtype, **options: Any) -> None:
     q, k, v, grad = tensors(borders[-1], heads, 8, dtype)
     impl = options.pop("impl", "auto")
-    want, want_lse = moba_loops(q, k, v, borders=borders, **options)
+    want, want_lse = attention_loops(q, k, v, keys_of_moba(q, k, borders=borders, **options))
     out, lse = moba_attention(q, k, v, cu_seqlens=cu(borders), impl=impl, return_lse=True, **options)
     grads = torch.autograd.grad(out, (q, k, v), grad)
     want_grads = torch.autograd.grad(want, (q, k, v), grad.double())
@@ -100,8 +100,8 @@ def test_gradcheck_through_output_and_logsumexp() -> None:
 
         def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = causal) -> Any:
             means = block_means(k, block_size=3, cu_seqlens=cu([0, 9, 11]))
-            places = {"block_size": 3, "cu_seqlens": cu([0, 9, 11]), "causal": causal}
-            return attend(q, k, v, select_blocks(q, means, top_k=2, **places), **places)
+            geometry = {"block_size": 3, "cu_seqlens": cu([0, 9, 11]), "causal": causal}
+            return attend(q, k, v, select_blocks(q, means, top_k=2, **geometry), **geometry)
 
         assert torch.autograd.gradcheck(attention, (q, k, v))
 
@@ -209,14 +209,14 @@ def test_few_queries_read_their_chosen_blocks_only() -> None:
     """As in decoding: keys of other blocks may hold anything, and nothing changes by a bit."""
     q, k, v, _ = (x.detach() for x in tensors(1024, HEADS["GQA"], 8, torch.float32))
     q = q[-1:]
-    places = {"block_size": 16, "cu_seqlens": cu([0, 1]), "cu_seqlens_k": cu([0, 1024]), "q_offset": 1023}
-    block_indices = select_blocks(q, block_means(k, block_size=16), top_k=3, num_keys=1024, **places)
-    out, lse = attend(q, k, v, block_indices, **places)
-    expected, expected_lse = attend(q, k, v, block_indices, impl="reference", **places)
+    geometry = {"block_size": 16, "cu_seqlens": cu([0, 1]), "cu_seqlens_k": cu([0, 1024]), "q_offset": 1023}
+    block_indices = select_blocks(q, block_means(k, block_size=16), top_k=3, num_keys=1024, **geometry)
+    out, lse = attend(q, k, v, block_indices, **geometry)
+    expected, expected_lse = attend(q, k, v, block_indices, impl="reference", **geometry)
     assert (out - expected).abs().max() <= 2e-6
     assert (lse - expected_lse).abs().max() <= 2e-6
     unread = torch.ones(64, dtype=torch.bool)
     unread[block_indices.flatten().long()] = False
     assert unread.any()
     k, v = (x.masked_fill(unread.repeat_interleave(16)[:, None, None], torch.nan) for x in (k, v))
-    assert torch.equal(attend(q, k, v, block_indices, **places)[0], out)
+    assert torch.equal(attend(q, k, v, block_indices, **geometry)[0], out)

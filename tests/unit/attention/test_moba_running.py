@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from neomoba_dist.model.attention import moba
 from neomoba_dist.model.attention.kernels import ops, reference
-from neomoba_dist.model.attention.kernels.layout import Places
+from neomoba_dist.model.attention.kernels.layout import Geometry
 from neomoba_dist.model.attention.moba import moba_attention
 from tests.moba_cases import cu, tensors
 
@@ -98,7 +98,7 @@ def test_results_lie_in_memory_as_compiled_graphs_expect(chunked: bool, monkeypa
         for heads in (2, 1, 1, 2)
     )
     block_indices = moba.select_blocks(q, moba.block_means(k, block_size=4), block_size=4, top_k=2)
-    rest = (*Places(4, True), "torch")
+    rest = (*Geometry(4, True), "torch")
     inputs = (q, k, v, block_indices, *rest)
     found = torch.ops.neomoba.attend(*inputs)
     for operator, arguments in (

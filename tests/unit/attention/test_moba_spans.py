@@ -1,12 +1,11 @@
 """Attention of queries to given spans of keys (kernels/ops.attend with spans), which context parallelism is made of."""
 
-import math
-
 import pytest
 import torch
 
 from neomoba_dist.model.attention.kernels import ops
-from neomoba_dist.model.attention.kernels.layout import Places
+from neomoba_dist.model.attention.kernels.layout import Geometry
+from tests.reference import Seen, attention_loops
 
 SPANS = [(0, 7), (7, 1), (8, 0), (8, 9), (20, 13), (33, 7)]  # of one key, empty, long, with a gap before 20
 
@@ -14,26 +13,17 @@ SPANS = [(0, 7), (7, 1), (8, 0), (8, 9), (20, 13), (33, 7)]  # of one key, empty
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, spans: torch.Tensor
 ) -> tuple:
-    return ops.attend(q, k, v, block_indices, *Places(16, False, spans=spans), "auto")
+    return ops.attend(q, k, v, block_indices, *Geometry(16, False, spans=spans), "auto")[:2]
 
 
-def loop_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, spans: list[tuple[int, int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype)
-    outs = []
-    for t in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            chosen = block_indices[t, h * block_indices.shape[1] // q.shape[1]].tolist()
-            keys = sorted({i for c in chosen if c >= 0 for i in range(spans[c][0], sum(spans[c]))})
-            kv = h // (q.shape[1] // k.shape[1])
-            if not keys:
-                outs.append(out[t, h])
-                continue
-            logits = k[keys, kv] @ q[t, h] / math.sqrt(q.shape[2])
-            lse[t, h] = logits.logsumexp(0)
-            outs.append(logits.softmax(0) @ v[keys, kv])
-    return torch.stack(outs).view(q.shape), lse
+def keys_of_spans(block_indices: torch.Tensor, spans: list[tuple[int, int]], num_heads: int) -> Seen:
+    """The keys of the spans (first key, number) that a query's head chose."""
+
+    def seen(token: int, head: int) -> list[int]:
+        chosen = block_indices[token, head * block_indices.shape[1] // num_heads].tolist()
+        return sorted({key for c in chosen if c >= 0 for key in range(spans[c][0], sum(spans[c]))})
+
+    return seen
 
 
 def problem(rows: int, dtype: torch.dtype, spans: list[tuple[int, int]]) -> tuple:
@@ -50,7 +40,7 @@ def test_forward_and_backward_against_loops(rows: int) -> None:
     q, k, v, block_indices, spans = problem(rows, torch.float64, SPANS)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attend(*leaves, block_indices, spans)
-    expected, expected_lse = loop_reference(*leaves, block_indices, SPANS)
+    expected, expected_lse = attention_loops(*leaves, keys_of_spans(block_indices, SPANS, q.shape[1]))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-13)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
@@ -71,7 +61,17 @@ def test_parts_of_the_keys_add_up_under_the_common_lse() -> None:
     with torch.no_grad():
         parts = [
             ops.attend_backward(
-                grad, None, out, lse, q, k, v, everything, *Places(40, False, spans=torch.tensor([half])), "auto"
+                grad,
+                None,
+                out,
+                lse,
+                None,
+                q,
+                k,
+                v,
+                everything,
+                *Geometry(40, False, spans=torch.tensor([half])),
+                "auto",
             )
             for half in halves
         ]

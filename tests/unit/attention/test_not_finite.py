@@ -58,12 +58,12 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_keys_and_values_reach_those_that_attend_to_them(impl: str, name: str, causal: bool, value: float) -> None:
     q, k, v, _ = (x.detach() for x in tensors(96, (4, 2), 8, torch.float32))
-    places = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
-    block_indices = select_blocks(q, block_means(k, block_size=16, cu_seqlens=cu(BORDERS)), top_k=2, **places)
+    geometry = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
+    block_indices = select_blocks(q, block_means(k, block_size=16, cu_seqlens=cu(BORDERS)), top_k=2, **geometry)
     expected = seen_by(block_indices, causal) & torch.tensor([True, True, False, False])  # KV head 0 has the first two
-    clean, _ = attend(q, k, v, block_indices, impl=impl, **places)
+    clean, _ = attend(q, k, v, block_indices, impl=impl, **geometry)
     damaged = {"k": k, "v": v, name: spoil(k if name == "k" else v, value)}
-    out, _ = attend(q, damaged["k"], damaged["v"], block_indices, impl=impl, **places)
+    out, _ = attend(q, damaged["k"], damaged["v"], block_indices, impl=impl, **geometry)
     if name == "v" or value != torch.inf:  # an infinite key may also weigh nothing
         assert torch.equal(spoilt_rows(out), expected)
     assert not spoilt_rows(out)[~expected].any()
@@ -75,11 +75,11 @@ def test_keys_and_values_reach_those_that_attend_to_them(impl: str, name: str, c
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_query_spoils_its_own_row(impl: str, causal: bool) -> None:
     q, k, v, _ = (x.detach() for x in tensors(96, (4, 2), 8, torch.float32))
-    places = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
+    geometry = {"block_size": 16, "causal": causal, "cu_seqlens": cu(BORDERS)}
     means = block_means(k, block_size=16, cu_seqlens=cu(BORDERS))
     q = spoil(q)
-    block_indices = select_blocks(q, means, top_k=2, **places)
-    out, _ = attend(q, k, v, block_indices, impl=impl, **places)
+    block_indices = select_blocks(q, means, top_k=2, **geometry)
+    out, _ = attend(q, k, v, block_indices, impl=impl, **geometry)
     assert spoilt_rows(out).nonzero().tolist() == [[BAD_TOKEN, 0]]
     assert block_indices[BAD_TOKEN].min() >= 0  # it chooses blocks all the same, none that is masked
     assert block_indices[BAD_TOKEN].max() <= (2 if causal else 4)

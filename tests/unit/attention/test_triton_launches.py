@@ -15,7 +15,9 @@ from triton.runtime.jit import JITFunction
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout, Problem, make_layout
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
-from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
+from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
+from neomoba_dist.model.attention.kernels.triton.forward import attend_triton, index_length
+from neomoba_dist.model.attention.kernels.triton.layout import place_blocks_triton
 from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
 from tests.triton_runs import Operators
 
@@ -42,13 +44,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     return made
 
 
-def steps(tokens: int, cu_seqlens: Tensor | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The Triton path of one call of moba_attention: forward and backward."""
+def steps(tokens: int, cu_seqlens: Tensor | None, known: bool = False) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The Triton path of one call of moba_attention: forward and backward. known: with what the first layer found."""
     q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
     k = q[:, :2]
+    whole = make_layout(tokens, tokens, 512, cu_seqlens, None, None, q.device)
+    placed = place_blocks_triton(whole, choose_tiles(64, q.dtype, 512).rows) if known else None
 
     def layout(queries: int) -> BlockLayout:
-        return make_layout(queries, tokens, 512, cu_seqlens, None, None, q.device)
+        return make_layout(queries, tokens, 512, cu_seqlens, None, None, q.device, placed)
 
     def forward() -> tuple[Tensor, ...]:
         means = block_means_triton(k, layout(0), "mean")
@@ -58,21 +62,24 @@ def steps(tokens: int, cu_seqlens: Tensor | None) -> tuple[Callable[[], Any], Ca
 
     def backward() -> None:
         block_indices = torch.empty(tokens, 4, 3, dtype=torch.int32)
-        lse = torch.empty(tokens, 4)
-        attend_triton_backward(Problem(q, k, k, block_indices, layout(tokens), True), q, lse, q, None)
+        lse, problem = torch.empty(tokens, 4), Problem(q, k, k, block_indices, layout(tokens), True)
+        index = torch.empty(index_length(problem), dtype=torch.int32) if known else None
+        attend_triton_backward(problem, q, lse, q, None, index)
 
     return forward, backward
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("borders", [None, [0, 700, 2048]])
-def test_a_call_takes_few_operators(launches: list[Variant], borders: list[int] | None) -> None:
+def test_a_call_takes_few_operators(launches: list[Variant], borders: list[int] | None, known: bool) -> None:
+    """known: in all layers of a model, which are told what was found for the micro-batch; else a call by itself."""
     cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
-    for step, most in zip(steps(2048, cu_seqlens), (13, 10), strict=True):
+    for step, expected in zip(steps(2048, cu_seqlens, known), (6, 4) if known else (10, 8), strict=True):
         launches.clear()
         with Operators() as operators:
             step()
         assert launches
-        assert operators.count + len(launches) <= most
+        assert operators.count + len(launches) == expected
 
 
 def test_lengths_do_not_make_variants(launches: list[Variant]) -> None:

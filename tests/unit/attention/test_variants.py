@@ -21,7 +21,7 @@ from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.flops import step_flops, window_pairs
 from tests.models import tiny_batch, tiny_model
-from tests.variants import attention_loops, key_conv_loops, t5_bucket
+from tests.reference import Bias, attention_loops, key_conv_loops, keys_in_document, keys_of_moba, t5_bucket
 
 BORDERS = [0, 23, 23, 24, 60]
 CU_SEQLENS = torch.tensor([*BORDERS, 60, 60], dtype=torch.int32)
@@ -59,12 +59,14 @@ def make_bias(kind: str, causal: bool) -> ScoreBias:
     return ScoreBias("bias", config, Initializer(Mesh.single(), 0, 1.0, torch.float64))
 
 
-def bias_loops(bias: ScoreBias, kind: str, causal: bool) -> Any:
+def bias_loops(bias: ScoreBias, kind: str, causal: bool) -> Bias:
     if kind == "alibi":
-        return lambda head, distance: torch.tensor(-(2.0 ** (-2 * (head + 1))) * abs(distance), dtype=torch.float64)
+        return lambda head, query, key: torch.tensor(
+            -(2.0 ** (-2 * (head + 1))) * abs(query - key), dtype=torch.float64
+        )
     table = bias.table
     assert table is not None
-    return lambda head, distance: table[head, t5_bucket(distance, causal)]
+    return lambda head, query, key: table[head, t5_bucket(query - key, causal)]
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
@@ -75,7 +77,7 @@ def test_sliding_window(causal: bool, window: int, far: int, chunk: int, monkeyp
     monkeypatch.setattr(mask_chunks, "CHUNK_QUERIES", chunk)
     q, k, v, upstream = inputs()
     out = sliding_window_attention(q, k, v, window=window, global_tokens=far, causal=causal, cu_seqlens=CU_SEQLENS)
-    expected = attention_loops(q, k, v, BORDERS, sees=window_rule(window, far, causal))
+    expected = attention_loops(q, k, v, keys_in_document(BORDERS, window_rule(window, far, causal)))[0]
     assert_equal(out, expected, [q, k, v], upstream, 1e-12)
 
 
@@ -85,12 +87,12 @@ def test_short_floats(kind: str, dtype: torch.dtype, atol: float) -> None:
     q, k, v, upstream = inputs(dtype)
     if kind == "window":
         out = sliding_window_attention(q, k, v, window=5, global_tokens=2, causal=False, cu_seqlens=CU_SEQLENS)
-        expected = attention_loops(q, k, v, BORDERS, sees=window_rule(5, 2, False))
+        expected = attention_loops(q, k, v, keys_in_document(BORDERS, window_rule(5, 2, False)))[0]
     else:
         bias = make_bias(kind, True)
         out = biased_attention(q, k, v, bias, causal=True, cu_seqlens=CU_SEQLENS)
-        rule = bias_loops(bias, kind, True)
-        expected = attention_loops(q, k, v, BORDERS, sees=lambda i, j, _: j <= i, bias=rule)
+        seen = keys_in_document(BORDERS, lambda i, j, _: j <= i)
+        expected = attention_loops(q, k, v, seen, bias_loops(bias, kind, True))[0]
     assert out.dtype == dtype
     assert_equal(out, expected, [q, k, v], upstream, atol)
 
@@ -101,30 +103,31 @@ def test_short_floats(kind: str, dtype: torch.dtype, atol: float) -> None:
 def test_score_bias(kind: str, core: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_chunks, "CHUNK_QUERIES", 11)
     q, k, v, upstream = inputs()
-    bias, sees, moba = make_bias(kind, causal), (lambda i, j, _: j <= i or not causal), None
+    bias = make_bias(kind, causal)
+    seen = keys_in_document(BORDERS, lambda i, j, _: j <= i or not causal)
     if core == "sliding_window":
-        sees = window_rule(6, 2, causal)
+        seen = keys_in_document(BORDERS, window_rule(6, 2, causal))
         out = sliding_window_attention(
             q, k, v, window=6, global_tokens=2, causal=causal, cu_seqlens=CU_SEQLENS, bias=bias
         )
     else:
-        moba = (4, 3) if core == "moba" else None
-        out = biased_attention(q, k, v, bias, causal=causal, cu_seqlens=CU_SEQLENS, moba=moba and MobaOptions(*moba))
-    expected = attention_loops(
-        q, k, v, BORDERS, sees=sees, bias=bias_loops(bias, kind, causal), moba=moba, causal=causal
-    )
+        moba = MobaOptions(4, 3) if core == "moba" else None
+        out = biased_attention(q, k, v, bias, causal=causal, cu_seqlens=CU_SEQLENS, moba=moba)
+        if moba is not None:
+            seen = keys_of_moba(q, k, block_size=4, top_k=3, causal=causal, borders=BORDERS)
+    expected = attention_loops(q, k, v, seen, bias_loops(bias, kind, causal))[0]
     assert_equal(out, expected, [q, k, v, *bias.parameters()], upstream, 1e-12)
 
 
 def test_chunks_stay_small() -> None:
     """Never [T, T]: a window's work grows with the window, a biased layer's chunks have a fixed size."""
     tokens = 32768
-    places = torch.zeros(2, tokens, dtype=torch.int64)
-    chunks = list(mask_chunks.Mask(places, places, False, aligned=True, window=512).chunks(12, biased=False))
+    positions = torch.zeros(2, tokens, dtype=torch.int64)
+    chunks = list(mask_chunks.Mask(positions, positions, False, aligned=True, window=512).chunks(12, biased=False))
     areas = [(rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in chunks]
     assert max(areas) <= 512 * 3 * 512
     assert sum(areas) <= tokens * 3 * 512
-    biased = mask_chunks.Mask(places, places, True, aligned=True).chunks(12, biased=True)
+    biased = mask_chunks.Mask(positions, positions, True, aligned=True).chunks(12, biased=True)
     assert all((r.stop - r.start) * (c.stop - c.start) * 12 <= mask_chunks.CHUNK_ELEMENTS for r, c in biased)
 
 

@@ -42,17 +42,17 @@ def test_any_place_is_found_alone() -> None:
     """The millionth row of a corpus of a billion costs no more than the first."""
     ends = np.cumsum([400_000_000, 600_000_000])
     places = np.array([0, 1_000_000, 999_999_999, 10**9, 5 * 10**9 + 3])
-    together = RowOrder(ends, 7).take(places)
-    assert together.tolist() == [int(RowOrder(ends, 7).take(places[i : i + 1])[0]) for i in range(5)]
+    together = RowOrder(ends, 7).rows_at(places)
+    assert together.tolist() == [int(RowOrder(ends, 7).rows_at(places[i : i + 1])[0]) for i in range(5)]
     assert ((together >= 0) & (together < 10**9)).all()
 
 
 def test_epochs_and_seeds_differ() -> None:
     order, other = RowOrder(np.array([500]), 1), RowOrder(np.array([500]), 2)
-    first, second = order.take(np.arange(500)), order.take(np.arange(500, 1000))
+    first, second = order.rows_at(np.arange(500)), order.rows_at(np.arange(500, 1000))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(500))
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, other.take(np.arange(500)))
+    assert not np.array_equal(first, other.rows_at(np.arange(500)))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
@@ -62,7 +62,7 @@ def test_windows_touch_few_shards_at_a_time(window: int) -> None:
     order = RowOrder(ends, 3, window)
     starts_of_epochs = []
     for epoch in range(3):
-        rows = order.take(np.arange(epoch * ends[-1], (epoch + 1) * ends[-1]))
+        rows = order.rows_at(np.arange(epoch * ends[-1], (epoch + 1) * ends[-1]))
         assert sorted(rows.tolist()) == list(range(ends[-1]))
         shards = np.searchsorted(ends, rows, side="right")
         spans = [np.flatnonzero(shards == shard) for shard in range(7)]
@@ -78,7 +78,7 @@ def test_every_source_has_its_share_at_every_row(weights: list[int]) -> None:
     schedule = Schedule([Fraction(weight, 100) for weight in weights])
     total = sum(weights)
     rows = np.arange(2 * schedule.period + 3)
-    source, earlier = schedule.take(rows)
+    source, earlier = schedule.sources_at(rows)
     for i, weight in enumerate(weights):
         given_before = np.cumsum(source == i) - (source == i)
         assert np.array_equal(earlier[source == i], given_before[source == i])
@@ -88,9 +88,9 @@ def test_every_source_has_its_share_at_every_row(weights: list[int]) -> None:
 def test_any_position_of_a_mixture_is_found_alone() -> None:
     schedule = Schedule([Fraction("0.2"), Fraction("0.4"), Fraction("0.4")])
     assert schedule.period == 5
-    source, earlier = schedule.take(np.array([10**12, 10**12 + 1]))
+    source, earlier = schedule.sources_at(np.array([10**12, 10**12 + 1]))
     assert (earlier // 10**10).tolist() == [20 if s == 0 else 40 for s in source.tolist()]
-    assert source.tolist() == schedule.take(np.array([0, 1]))[0].tolist()
+    assert source.tolist() == schedule.sources_at(np.array([0, 1]))[0].tolist()
 
 
 def test_weights_that_hardly_repeat_are_refused() -> None:

@@ -1,9 +1,9 @@
-"""Packing: every token in exactly one row, bounded rows, little padding; plans from a cache equal fresh ones."""
+"""Packing: every token in exactly one row, bounded rows, little padding, quickly."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neomoba_dist.data.pack import Packing, RowPlan, plan_rows
-from neomoba_dist.data.plan import CorpusPlan, cached_plan, make_plan
 
 
 def _plan(lengths: list[int] | np.ndarray, length: int, max_documents: int, **options: object) -> RowPlan:
@@ -46,6 +45,17 @@ def test_every_token_is_in_exactly_one_row(
             # a piece stays inside one document
             assert np.searchsorted(ends, start, side="right") == np.searchsorted(ends, start + size - 1, side="right")
     assert (seen == 1).all()
+
+
+def test_whole_documents_are_not_cut_however_empty_rows_stay() -> None:
+    lengths = np.array([5, 6, 9, 7, 2, 8, 3], np.int64)
+    packing = Packing(length=8, max_documents=16, method="whole")
+    kept = packing.takes(lengths)
+    assert kept.tolist() == [True, True, False, True, True, True, True]
+    plan = plan_rows((np.cumsum(lengths) - lengths)[kept], lengths[kept], packing)
+    assert sorted(plan.piece_length.tolist()) == [2, 3, 5, 6, 7, 8]
+    assert plan.row_starts.tolist() == [0, 1, 2, 4, 6]
+    assert Packing(length=8, max_documents=16).takes(lengths).all()
 
 
 def test_concat_fills_rows_in_document_order() -> None:
@@ -94,8 +104,9 @@ def test_documents_that_fit_into_a_row_are_hardly_ever_cut(length: int) -> None:
 def test_subsets_of_long_documents_pack_without_padding_too(length: int, least: int) -> None:
     """Best fit alone would leave 5 %, 22 % and 9 % of the positions empty: nothing is short enough to fill them."""
     lengths = _web_like(100_000)
-    plan = make_plan(lengths, [len(lengths)], Packing(length=length, max_documents=512), least)
-    assert 1 - plan.totals[0] / (plan.rows * length) < 0.005
+    kept = lengths[lengths >= least]
+    plan = _plan(kept, length, max_documents=512)
+    assert 1 - kept.sum() / (plan.rows * length) < 0.005
 
 
 def test_no_documents() -> None:
@@ -103,48 +114,28 @@ def test_no_documents() -> None:
     assert _plan([], 16, 4, method="concat").rows == 0
 
 
-def _equal(first: CorpusPlan, second: CorpusPlan) -> bool:
-    return all(np.array_equal(value, getattr(second, name)) for name, value in vars(first).items())
-
-
-def test_a_cached_plan_is_mapped_and_equal(tmp_path: Path) -> None:
-    lengths = _web_like(3000)
-    packing = Packing(length=1024, max_documents=64)
-    fresh = make_plan(lengths, [1000, 0, 2000], packing, 0)
-    assert fresh.rows == fresh.shard_ends[-1]
-    assert fresh.shard_ends[0] == fresh.shard_ends[1]
-    assert fresh.totals.tolist() == [lengths.sum(), 3000]
-    assert _equal(cached_plan("f", lengths, [1000, 0, 2000], packing, 0, tmp_path), fresh)
-    # the second time nothing is planned: the lengths are not even looked at
-    again = cached_plan("f", np.zeros(0, np.int64), [], packing, 0, tmp_path)
-    assert _equal(again, fresh)
-    others = [("g", packing, 0), ("f", Packing(length=512, max_documents=64), 0), ("f", packing, 500)]
-    for fingerprint, other, least in others:
-        plan = cached_plan(fingerprint, lengths, [1000, 0, 2000], other, least, tmp_path)
-        assert _equal(plan, fresh) == (fingerprint == "g")
-    folders = sorted((tmp_path / "plans").iterdir())
-    assert len(folders) == 4
-    assert not [folder for folder in folders if folder.name.startswith(".")]
-
-
-def test_subsets_hold_the_long_documents_only() -> None:
-    lengths = _web_like(2000)
-    plan = make_plan(lengths, [1500, 500], Packing(length=256, max_documents=64), 600)
-    starts = np.cumsum(lengths) - lengths
-    kept = np.flatnonzero(lengths >= 600)
-    tokens = np.zeros(lengths.sum(), np.int64)
-    for start, size in zip(plan.piece_start.tolist(), plan.piece_length.tolist(), strict=True):
-        tokens[start : start + size] += 1
-    expected = np.zeros_like(tokens)
-    for document in kept:
-        expected[starts[document] : starts[document] + lengths[document]] = 1
-    assert np.array_equal(tokens, expected)
-    assert plan.totals.tolist() == [lengths[kept].sum(), len(kept)]
+def test_plan_of_known_documents_is_what_it_was() -> None:
+    """Rows are named by their number: another plan gives a resumed run other rows. Digests of the loops in Python."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(6.1, 1.0, 20_000), 8, 100_000).astype(np.int64)
+    found = {}
+    for length, method, align in ((1024, "best_fit", 1), (4096, "best_fit", 512), (4096, "concat", 1)):
+        plan = _plan(lengths, length, 64, method=method, align=align)
+        columns = (column.astype("<i8").tobytes() for column in vars(plan).values())
+        found[f"{method} {length} {align}"] = hashlib.sha256(b"".join(columns)).hexdigest()[:16]
+    assert found == {
+        "best_fit 1024 1": "f73662f19fda93bf",
+        "best_fit 4096 512": "76199b5d7fb52e10",
+        "concat 4096 1": "69d01f8049ad7836",
+    }
 
 
 def test_planning_keeps_pace() -> None:
-    """100,000 documents in a few seconds: a corpus of a hundred million is planned in under an hour, once."""
+    """100,000 documents in a tenth of a second, where the loops in Python took 0.1 to 0.3 s: 0.2 us each, and less."""
     lengths = _web_like(100_000)
-    began = time.process_time()
-    _plan(lengths, 4096, max_documents=128)
-    assert time.process_time() - began < 10
+    _plan(lengths[:10], 4096, max_documents=128)  # compiles, or loads what was compiled
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        _plan(lengths, 4096, max_documents=128)
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.02

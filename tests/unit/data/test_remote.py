@@ -18,7 +18,8 @@ import torch
 
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data import remote
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.remote import RemoteFolder
 from neomoba_dist.data.rows import Source

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
+import os
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,7 +18,8 @@ import webdataset
 
 from data_tools import verify_shards
 from data_tools.corpus_index import CorpusCounts, write_index
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import (
     DOCUMENTS_FILE,
@@ -32,6 +35,7 @@ from neomoba_dist.data.index import (
 )
 from neomoba_dist.data.reader import TokenReader
 from neomoba_dist.data.shards import MEMBER_TOKENS, ShardWriter, id_dtype, stored_lengths
+from neomoba_dist.data.stored import Columns, fetch, map_file
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import make_tokenizer
 
@@ -58,8 +62,13 @@ def test_documents_come_back(tmp_path: Path, dtype: str, shard_bytes: int) -> No
         stored_lengths(tmp_path, e, dtype, members, a, b) for e, (a, b) in zip(entries, pairwise(borders), strict=True)
     ]
     assert np.array_equal(np.concatenate(stored), lengths)
-    reader = TokenReader(_index(dtype, entries), members, lambda shard: tmp_path / entries[shard].file)
-    reader.check_first_members()
+    columns = Columns(tmp_path / MEMBERS_FILE)
+    reader = TokenReader(
+        _index(dtype, entries),
+        lambda shard: MemberTable.of_shard(columns, shard),
+        lambda shard: tmp_path / entries[shard].file,
+        maps=2,
+    )
     # all documents at once, in another order, and a stretch that crosses members
     order = np.random.default_rng(0).permutation(len(documents))
     starts, places = (np.cumsum(lengths) - lengths)[order], np.cumsum(lengths[order]) - lengths[order]
@@ -125,6 +134,25 @@ def test_document_table_lists_the_long_documents(corpus: Corpus) -> None:
         assert table.subsets[least].tolist() == [i for i, n in enumerate(stored.tolist()) if n >= least]
         assert (len(table.subsets[least]), stored[stored >= least].sum()) == (documents, tokens)
     assert corpus.index.subsets[0][1] > corpus.index.subsets[1][1] > 0
+
+
+def test_a_stretch_is_read_without_what_lies_around_it(tmp_path: Path) -> None:
+    """From the disk, as the system counts it; where files lie in memory there is nothing to count."""
+
+    def from_disk() -> int:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+    path = tmp_path / "shard"
+    path.write_bytes(np.random.default_rng(0).bytes(1 << 24))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    whole, before = map_file(path), from_disk()
+    fetch(whole, 5_000_000, 5_131_072)
+    fetch(whole, len(whole) + mmap.PAGESIZE, len(whole) + 2 * mmap.PAGESIZE)  # of a file that was cut
+    assert len(whole[5_000_000:5_131_072]) == 131_072
+    assert from_disk() - before <= 131_072 + 2 * mmap.PAGESIZE
 
 
 def test_id_dtype_and_ranges() -> None:

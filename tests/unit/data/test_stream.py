@@ -13,7 +13,8 @@ import torch
 
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.batch import LEAST_DOCUMENTS, PADDING_POSITION, Batch
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import CorpusIndex
 from neomoba_dist.data.rows import Source

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data_tools.text_folder as text_folder
-from data_tools import clean
+from data_tools import clean, fetch, passkeys
 from data_tools.cleaning import CleaningReport, Document, clean_text, decode_utf8
 from data_tools.overlap import Contamination, NearDuplicates, bands_for, evaluation_texts
 from data_tools.sources import input_files, read_documents
@@ -84,12 +84,15 @@ def test_command_drops_what_it_should_and_counts_it(tmp_path: Path, capsys: pyte
         clean.main([*common, str(tmp_path / "all")])
 
 
-def test_strict_stops_at_the_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"good\nbad \xff\n")
-    clean.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "lax")])
-    assert kept(tmp_path / "lax") == ["good\nbad \ufffd\n"]
-    with pytest.raises(DataError, match=r"a.txt:2: invalid UTF-8"):
-        clean.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "strict"), "--strict"])
+def test_strict_stops_at_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_folder, "PART_BYTES", 1)
+    (tmp_path / "a.txt").write_bytes(b"first\n")
+    (tmp_path / "b.txt").write_bytes(b"good\nbad \xff\n")
+    arguments = ["--input", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--output"]
+    clean.main([*arguments, str(tmp_path / "lax")])
+    assert kept(tmp_path / "lax") == ["first\n", "good\nbad \ufffd\n"]
+    with pytest.raises(DataError, match=r"b.txt:2: invalid UTF-8"):
+        clean.main([*arguments, str(tmp_path / "strict"), "--strict"])
     with pytest.raises(DataError, match="unfinished"):
         input_files([tmp_path / "strict"])
 
@@ -145,6 +148,44 @@ def test_changed_input_does_not_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
         clean.main(arguments)
     clean.main([*arguments, "--overwrite"])
     assert kept(tmp_path / "out")[0] == "other text 0"
+    before = folder_digests(tmp_path / "out")
+    write_jsonl(source, ["", " "])
+    with pytest.raises(DataError, match="no document left to write"):
+        clean.main([*arguments, "--overwrite"])
+    assert folder_digests(tmp_path / "out") == before, "a refused run replaces nothing"
+
+
+def test_overwrite_goes_on_with_its_own_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command does, and it may say --overwrite; damaged parts and finished text are made anew."""
+    source = write_jsonl(tmp_path / "in.jsonl", [f"text {i}" for i in range(50)])
+    arguments = ["--input", str(source), "--output", str(tmp_path / "out"), "--overwrite"]
+    monkeypatch.setattr(text_folder, "PART_BYTES", 200)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_folder.TextFolder, "close", lambda self, facts: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            clean.main(arguments)
+    recipe = json.loads((tmp_path / "out" / text_folder.UNFINISHED_FILE).read_text(encoding="utf-8"))["recipe"]
+    folder = text_folder.TextFolder(tmp_path / "out", recipe, overwrite=True)
+    assert folder.parts
+    assert not folder.finished
+    assert text_folder.TextFolder(tmp_path / "out", {**recipe, "ngram": 1}, overwrite=True).parts == []
+    folder.files()[0].write_bytes(b"")
+    assert text_folder.TextFolder(tmp_path / "out", recipe, overwrite=True).parts == []
+    clean.main(arguments)
+    assert kept(tmp_path / "out") == [f"text {i}" for i in range(50)]
+    assert text_folder.TextFolder(tmp_path / "out", recipe, overwrite=True).parts == []
+
+
+def test_text_does_not_replace_what_it_is_made_of(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a text"])
+    clean.main(["--input", str(source), "--output", str(tmp_path / "out")])
+    before = folder_digests(tmp_path / "out")
+    again = [str(tmp_path / "out"), "--output", str(tmp_path / "in" / ".." / "out"), "--overwrite"]
+    (tmp_path / "in").mkdir()
+    for command, words in ((clean, ["--input"]), (fetch, ["--source"]), (passkeys, ["--documents", "1", "--input"])):
+        with pytest.raises(DataError, match=r"holds documents-00000.jsonl.zst, which is to be read"):
+            command.main([*words, *again])
+    assert folder_digests(tmp_path / "out") == before
 
 
 # -- overlap

@@ -7,17 +7,18 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import data_tools.blocks as blocks
 import data_tools.tokenize_corpus as tokenize_command
-from data_tools import inspect_shards, sample_corpus, train_tokenizer, verify_shards
+from data_tools import cli, inspect_shards, sample_corpus, train_tokenizer, verify_shards
 from data_tools.cleaning import clean_text
 from data_tools.sources import standard_library_files
 from evals.__main__ import main as evaluate
-from neomoba_dist.data.corpus import open_corpus
+from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
@@ -29,9 +30,11 @@ COMMANDS = (
     "sample_corpus",
     "train_tokenizer",
     "tokenize_corpus",
+    "tokenize_chat",
     "index",
     "verify_shards",
     "inspect_shards",
+    "plan_rows",
 )
 
 
@@ -126,6 +129,17 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: tuple[str, ...], messa
     assert result.stdout == ""
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interruption_says_what_the_next_run_does(resumes: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(interrupted, resumes=resumes)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(" goes on where it stopped\n" if resumes else " begins again\n")
 
 
 def test_another_corpus_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path) -> None:

@@ -13,7 +13,7 @@ import webdataset
 from data_tools import index, tokenize_corpus, verify_shards
 from data_tools.cleaning import CleaningReport
 from data_tools.sources import input_files, read_documents
-from neomoba_dist.data.corpus import open_corpus
+from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import INDEX_FILE, MEMBERS_FILE, MemberTable
 from tests.corpora import folder_digests, make_corpus, make_tokenizer
@@ -179,8 +179,26 @@ def test_an_index_that_does_not_fit_is_not_kept_silently(tmp_path: Path, tokeniz
     write_tar(tmp_path / "b.tar", {"b.u16": b"\2\0"})
     with pytest.raises(DataError, match=r"b.tar: extra shard.*add --overwrite"):
         index.main([str(tmp_path), "--tokenizer", str(tokenizer)])
+    write_tar(tmp_path / "c.tar", {"c.u16": b"\xff\xff"})
+    before = folder_digests(tmp_path)
+    with pytest.raises(DataError, match="ids from 65535 to 65535"):
+        index.main([str(tmp_path), "--tokenizer", str(tokenizer), "--overwrite"])
+    assert folder_digests(tmp_path) == before, "a refused run replaces nothing"
+    (tmp_path / "c.tar").unlink()
     index.main([str(tmp_path), "--tokenizer", str(tokenizer), "--overwrite"])
     assert open_corpus(tmp_path).tokens == 2
+
+
+def test_foreign_shards_of_ids_are_not_replaced(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "a.tar", {"a.u16": b"\x09\0"})
+    index.main([str(tmp_path / "shards"), "--tokenizer", str(tokenizer)])
+    (tmp_path / "text.txt").write_text("import os", encoding="utf-8")
+    common = ["--input", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer), "--workers", "1", "--output"]
+    before = folder_digests(tmp_path / "shards")
+    with pytest.raises(DataError, match="holds tar files of another origin; change --output"):
+        tokenize_corpus.main([*common, str(tmp_path / "shards"), "--overwrite"])
+    assert folder_digests(tmp_path / "shards") == before
 
 
 def test_ids_need_their_tokenizer(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import data_tools.tokenize_corpus as tokenize_command
 from data_tools import verify_shards
 from data_tools.blocks import Piece, pieces_of
 from data_tools.cleaning import clean_text
-from neomoba_dist.data.corpus import open_corpus
+from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, standard_library_texts, write_texts

@@ -13,7 +13,8 @@ import sentencepiece
 from data_tools import index as index_command
 from data_tools import tokenize_corpus
 from data_tools.corpus_index import unigram_entropy
-from neomoba_dist.data.corpus import Corpus, open_corpus
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.data.rows import Source
@@ -45,7 +46,7 @@ def test_known_text_says_zero(tmp_path: Path, wordpiece: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "0 unknown tokens (0.00%, for 0.00% of the text)" in said
     assert "warning" not in said
-    assert Corpora([Source(corpus)], None).lines() == [
+    assert Corpora([Source(corpus)], None, None).lines() == [
         f"neomoba.data.train: {corpus.name}, 1 documents, {corpus.tokens} tokens, "
         "0 unknown tokens (0.00%, for 0.00% of the text)"
     ]
@@ -73,7 +74,7 @@ def test_some_unknown_text_is_counted_exactly_and_warned_of(
     assert corpus.index.unknown_text_share == 4 * len(THAI) / visible
     assert f"such as {THAI!r}; train one on this text" in said
     assert "warning: 4 of " in said
-    (line,) = Corpora([Source(corpus)], corpus).lines()[:1]
+    (line,) = Corpora([Source(corpus)], corpus, None).lines()[:1]
     assert line.startswith("warning: neomoba.data.train: ")
     assert "3 unknown tokens" in line
 

@@ -45,7 +45,7 @@ def in_chunks(decoder: Decoder, documents: list[list[int]], chunk: int) -> list[
         tokens = [ids[start : start + chunk] for ids in documents]
         hidden = decoder.step(tokens)
         assert hidden is not None
-        for part, logits in zip(parts, decoder.logits(hidden).split([len(ids) for ids in tokens]), strict=True):
+        for part, logits in zip(parts, decoder.stage.logits(hidden).split([len(ids) for ids in tokens]), strict=True):
             part.append(logits[:, :151])
     return [torch.cat(part) for part in parts]
 
@@ -100,8 +100,8 @@ def test_the_whole_grid(name: str, chunk: int, decode: str) -> None:
 def test_document_by_document_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = []
 
-    def compare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **places: Any) -> torch.Tensor:
-        expected = moba.moba_attention(q, k, v, **places)
+    def compare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **geometry: Any) -> torch.Tensor:
+        expected = moba.moba_attention(q, k, v, **geometry)
         found = attend_documents(q, k, v, decoder.cache.step.document_ranges)
         largest.append(float((found - expected).abs().max()))
         return expected
@@ -142,12 +142,12 @@ def test_routes_equal_those_of_a_whole_pass(monkeypatch: pytest.MonkeyPatch) -> 
     """Block by block, numbered from the start of each document."""
     seen: list[tuple[int, torch.Tensor]] = []
 
-    def record(q: torch.Tensor, means: torch.Tensor, **places: Any) -> torch.Tensor:
-        block_indices, keys = original(q, means, **places), places["cu_seqlens_k"]
-        keys = places["cu_seqlens"] if keys is None else keys
-        if places["top_k"] > 1:  # 1: a full layer
+    def record(q: torch.Tensor, means: torch.Tensor, **geometry: Any) -> torch.Tensor:
+        block_indices, keys = original(q, means, **geometry), geometry["cu_seqlens_k"]
+        keys = geometry["cu_seqlens"] if keys is None else keys
+        if geometry["top_k"] > 1:  # 1: a full layer
             firsts = [0, *(-(-keys.diff() // 8)).cumsum(0).tolist()][:-1]
-            parts = zip(firsts, block_indices.split(places["cu_seqlens"].diff().tolist()), strict=True)
+            parts = zip(firsts, block_indices.split(geometry["cu_seqlens"].diff().tolist()), strict=True)
             seen.extend((d, torch.where(part >= 0, part - first, -1)) for d, (first, part) in enumerate(parts))
         return block_indices
 

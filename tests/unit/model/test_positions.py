@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import NeoBERT, layer_list
 from neomoba_dist.model.positions import (
     PositionEmbedding,
@@ -20,7 +21,7 @@ from neomoba_dist.model.positions import (
 )
 from neomoba_dist.parallel.mesh import Mesh
 from tests.models import tiny_batch, tiny_model
-from tests.variants import t5_bucket
+from tests.reference import t5_bucket
 
 DIM, THETA = 64, 10000.0
 
@@ -116,13 +117,13 @@ def test_added_positions(kind: str) -> None:
     model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
     batch = tiny_batch(0)
     positions = batch.position_ids.index_fill(0, torch.arange(59, 64), -1)  # padding
-    state = model.embedding((batch.input_ids, positions, batch.cu_seqlens))
+    state = model.embedding((batch.input_ids, positions, batch.cu_seqlens, PackedTokens(batch.cu_seqlens)))
     assert model.positions is not None
     added = model.positions(state)[0] - state[0]
     if kind == "sinusoidal":
         expected = sinusoids(positions.clamp(min=0), 32)
     else:
-        assert model.positions.weight.shard.name == "embedding.positions"
+        assert shard_of(model.positions.weight).name == "embedding.positions"
         expected = model.positions.weight[positions.clamp(min=0)]
     torch.testing.assert_close(added, expected, atol=1e-14, rtol=0)
     layers = layer_list(config, Initializer(Mesh.single(), 0, 0.02))

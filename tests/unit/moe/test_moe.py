@@ -205,7 +205,7 @@ def test_update_bias() -> None:
 def test_biases_balance_what_the_router_asks_for(changes: dict[str, Any]) -> None:
     """A capacity would hide the imbalance from them: every expert is full, though all tokens ask for two."""
     layer, _ = make_layer(router_scoring="sigmoid", router_bias_update_rate=0.02, **changes)
-    layer.router.bias += torch.tensor([0.6, 0.5, 0, 0, 0, 0, 0, -0.2])
+    layer.router.bias += torch.tensor([0.7, 0.6, 0, 0, 0, 0, 0, -0.2])
     x_TH = torch.randn(TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(ROW).repeat(2)
     violations = []

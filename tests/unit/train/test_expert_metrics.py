@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,6 +54,8 @@ def test_run_log(tmp_path: Path) -> None:
         "tokens_per_second": 1.0,
         "step_seconds": 1.0,
         "full_attention": True,
+        "skipped": False,
+        "skipped_steps": 0,
         "activation_rms": [1.0] * 27 + [2.0],
         **routing_entry(routing, config.model),
     }
@@ -66,6 +69,25 @@ def test_run_log(tmp_path: Path) -> None:
     assert events.Scalars("activation_rms/layer_27")[0].value == 2.0
     bars = events.Histograms("tokens_per_expert/layer_26")[0].histogram_value
     assert list(bars.bucket) == [5, 5, 5, 5]
+
+
+def test_of_a_hundred_layers_some_are_shown(tmp_path: Path) -> None:
+    """In an even choice, in the order of their names; metrics.jsonl has them all."""
+    config = build({"neomoba.model.num_hidden_layers": 100})
+    entry = {"phase": "p", "loss": 1.0, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1.0, "step_seconds": 1.0}
+    log = RunLog(tmp_path, config, 0, 1)
+    skipped = {"skipped": False, "skipped_steps": 0}
+    log.step({"step": 1, **entry, **skipped, "full_attention": True, "activation_rms": list(range(100))})
+    log.close()
+    assert json.loads((tmp_path / METRICS_FILE).read_text())["activation_rms"] == list(range(100))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = sorted(name for name in events.Tags()["scalars"] if name.startswith("activation_rms/"))
+    assert len(names) == 16
+    shown = [int(events.Scalars(name)[0].value) for name in names]
+    assert names == [f"activation_rms/layer_{layer:02d}" for layer in shown]
+    assert (shown[0], shown[-1]) == (0, 99)
+    assert set(np.diff(shown)) <= {6, 7}
 
 
 def test_active_weights() -> None:

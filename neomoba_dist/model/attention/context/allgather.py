@@ -21,9 +21,9 @@ from neomoba_dist.model.attention.context.merge import (
     add_rectangles,
     zeros_like_all,
 )
-from neomoba_dist.model.attention.kernels.layout import make_layout
+from neomoba_dist.model.attention.kernels.layout import PlacedBlocks, make_layout
 from neomoba_dist.model.attention.kernels.select import score_dtype
-from neomoba_dist.model.attention.moba import block_means, select_blocks
+from neomoba_dist.model.attention.moba import Packing, block_means, select_blocks
 from neomoba_dist.parallel.comm import pass_on
 from neomoba_dist.parallel.context import gather_tokens, scatter_gradients
 
@@ -50,7 +50,7 @@ def query_ranges(exchange: Exchange) -> list[QueryRange]:
     and for a bidirectional model what stands after it.
     """
     found = []
-    for segment in exchange.segments():
+    for segment in exchange.segments:
         if exchange.moba is None:
             found.append(QueryRange(segment.start, segment.stop, segment.document_start, segment.start))
             if not exchange.causal:
@@ -65,12 +65,12 @@ def query_ranges(exchange: Exchange) -> list[QueryRange]:
     return found
 
 
-def local_attention(exchange: Exchange, device: torch.device) -> LocalAttention:
+def local_attention(exchange: Exchange) -> LocalAttention:
     """Of this rank's segments; for MoBA of their parts within one block."""
-    starts = sorted({found.start for found in query_ranges(exchange)})
-    places = [local_rows(exchange, start, start).start for start in starts]
-    lengths = [b - a for a, b in zip(places, [*places[1:], exchange.split.local_tokens], strict=True)]
-    return LocalAttention(lengths, exchange.causal, device)
+    starts = sorted({found.start for found in exchange.once(query_ranges)})
+    firsts = [local_rows(exchange, start, start).start for start in starts]
+    lengths = [b - a for a, b in zip(firsts, [*firsts[1:], exchange.split.local_tokens], strict=True)]
+    return LocalAttention(lengths, exchange.causal, exchange.device)
 
 
 class GatheredAttention(torch.autograd.Function):
@@ -84,7 +84,7 @@ class GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         outs, statistics, selections = [], [], []
-        own, rectangles = _own_parts(exchange, q.device)
+        own, rectangles = exchange.once(_own_parts)
         for heads, keys in _chunks(q, k, exchange):
             queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
             merged = Merged(queries)
@@ -109,7 +109,7 @@ class GatheredAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse, *saved), exchange = ctx.saved_tensors, ctx.exchange
         parts, tensors = [], iter(saved)
-        own, rectangles = _own_parts(exchange, q.device)
+        own, rectangles = exchange.once(_own_parts)
         for (heads, keys), longest in zip(_chunks(q, k, exchange), ctx.longest, strict=True):
             selected = None if longest is None else SelectedSpans(next(tensors), next(tensors), longest)
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
@@ -146,17 +146,17 @@ def _scatter(grad: Tensor, exchange: Exchange) -> Tensor:
     return scatter_gradients(grad, exchange.mesh, exchange.axis, exchange.split)
 
 
-def _own_parts(exchange: Exchange, device: torch.device) -> tuple[LocalAttention | None, list[Rectangle]]:
+def _own_parts(exchange: Exchange) -> tuple[LocalAttention | None, list[Rectangle]]:
     """LocalAttention, and rectangles against the gathered keys. A bidirectional MoBA query attends to its current block
     like to any other, and has neither."""
     if exchange.moba is not None and not exchange.causal:
         return None, []
     rectangles = [
         (local_rows(exchange, start, stop), slice(first, last))
-        for start, stop, first, last in query_ranges(exchange)
+        for start, stop, first, last in exchange.once(query_ranges)
         if last > first
     ]
-    return local_attention(exchange, device), rectangles
+    return exchange.once(local_attention), rectangles
 
 
 def _selected_blocks(q: Tensor, all_k: Tensor, exchange: Exchange) -> SelectedSpans | None:
@@ -164,34 +164,43 @@ def _selected_blocks(q: Tensor, all_k: Tensor, exchange: Exchange) -> SelectedSp
     if exchange.moba is None:
         return None
     size, cu = exchange.moba.block_size, exchange.cu_seqlens
-    means = block_means(all_k, block_size=size, cu_seqlens=cu, pooling=exchange.moba.pooling)
+    means = block_means(all_k, block_size=size, cu_seqlens=cu, pooling=exchange.moba.pooling, placed=exchange.placed)
     block_indices = select_local_blocks(q, means, exchange)
     block_indices = block_indices[:, :, 1:] if exchange.causal else block_indices
     if block_indices.shape[2] == 0:
         return None
-    layout = make_layout(len(q), len(all_k), size, cu, cu, None, q.device)
-    return SelectedSpans(block_indices.contiguous(), torch.stack(layout.block_spans(), dim=1), size)
+    return SelectedSpans(block_indices.contiguous(), exchange.once(_block_spans), size)
+
+
+def _block_spans(exchange: Exchange) -> Tensor:
+    """Start and length of all blocks, int64 [N, 2]."""
+    assert exchange.moba is not None
+    tokens, cu = exchange.split.num_tokens, exchange.cu_seqlens
+    layout = make_layout(tokens, tokens, exchange.moba.block_size, cu, cu, None, cu.device, exchange.placed)
+    return torch.stack(layout.block_spans(), dim=1)
 
 
 def select_local_blocks(q: Tensor, means: Tensor, exchange: Exchange) -> Tensor:
     """moba.select_blocks for this rank's queries, unit by unit: int32 [S, R, columns]. means: of all blocks."""
     assert exchange.moba is not None
-    options, split, cu = exchange.moba._asdict(), exchange.split, exchange.cu_seqlens
-    parts = []
-    for number, start in enumerate(split.unit_starts(exchange.rank)):
-        parts.append(
-            select_blocks(
-                q[number * split.unit : (number + 1) * split.unit],
-                means,
-                **options,
-                causal=exchange.causal,
-                cu_seqlens=(cu - start).clamp(0, split.unit).int(),
-                cu_seqlens_k=cu,
-                q_offset=(start - cu[:-1]).clamp(min=0),
-                num_keys=split.num_tokens,
-            )
-        )
-    return torch.cat(parts)
+    moba, split = exchange.moba, exchange.split
+    options: dict[str, Any] = {"top_k": moba.top_k, "gate": moba.gate, "pooling": moba.pooling}
+    options |= {"causal": exchange.causal, "num_keys": split.num_tokens}
+    units = zip(q.split(split.unit), exchange.once(_unit_packings), strict=True)
+    return torch.cat([select_blocks(queries, means, **options, **packing) for queries, packing in units])
+
+
+def _unit_packings(exchange: Exchange) -> list[Packing]:
+    """Where the queries of each of this rank's units and all keys lie."""
+    assert exchange.moba is not None
+    cu, split, size, device = exchange.cu_seqlens, exchange.split, exchange.moba.block_size, exchange.device
+    found = []
+    for start in split.unit_starts(exchange.rank):
+        borders, offset = (cu - start).clamp(0, split.unit).int(), (start - cu[:-1]).clamp(min=0)
+        table = make_layout(split.unit, split.num_tokens, size, borders, cu, offset, device).table
+        placed = PlacedBlocks(table if device.type == "cpu" else table.int())
+        found.append(Packing(block_size=size, cu_seqlens=borders, cu_seqlens_k=cu, q_offset=offset, placed=placed))
+    return found
 
 
 class RingAttention(torch.autograd.Function):
@@ -204,7 +213,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
         merged = Merged(q)
-        merged.add(slice(None), *local_attention(exchange, q.device).forward(q, k, v))
+        merged.add(slice(None), *exchange.once(local_attention).forward(q, k, v))
         for rectangles, (keys, values) in _around(k, v, exchange):
             add_rectangles(merged, rectangles, q, keys, values)
         out = merged.out.to(q.dtype)
@@ -216,7 +225,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
         grad, dtype, travelling = grads[0].contiguous(), score_dtype(q.dtype), None
-        dq, dk, dv = (x.to(dtype) for x in local_attention(exchange, q.device).backward(q, k, v, out, lse, grad))
+        dq, dk, dv = (x.to(dtype) for x in exchange.once(local_attention).backward(q, k, v, out, lse, grad))
         for rectangles, (keys, values) in _around(k, v, exchange):
             here = keys is k
             totals = (dq, dk, dv) if here else (dq, *zeros_like_all(keys, values))
@@ -234,7 +243,7 @@ class RingAttention(torch.autograd.Function):
 
 def _around(k: Tensor, v: Tensor, exchange: Exchange) -> Iterator[tuple[list[Rectangle], tuple[Tensor, Tensor]]]:
     """(rectangles against its keys, its keys and values) for every rank of the axis, this one's first."""
-    ranks, ranges = exchange.split.ranks, query_ranges(exchange)
+    ranks, ranges = exchange.split.ranks, exchange.once(query_ranges)
     for step in range(ranks):
         transfer = pass_on((k, v), exchange.mesh, exchange.axis) if step < ranks - 1 else None
         yield _ring_rectangles(exchange, ranges, (exchange.rank - step) % ranks), (k, v)

@@ -16,22 +16,27 @@ from torch import Tensor
 
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import KVCache, LayerCache
-from neomoba_dist.model.attention.kernels.layout import find_places, max_blocks
+from neomoba_dist.model.attention.kernels.layout import find_positions, max_blocks, packed_positions
 from neomoba_dist.model.attention.kernels.masks import Mask, attend_with_lse
 from neomoba_dist.model.attention.kernels.select import pooled_width
 from neomoba_dist.model.attention.moba import MobaOptions, select_blocks
-from neomoba_dist.model.attention.sliding_window import packed_places, with_block_indices
+from neomoba_dist.model.attention.sliding_window import with_block_indices
 from neomoba_dist.model.positions import ScoreBias
 from neomoba_dist.parallel.comm import all_gather, all_reduce
+from neomoba_dist.parallel.context import gather_tokens
+from neomoba_dist.parallel.context_split import ContextSplit
 from neomoba_dist.parallel.mesh import Mesh
 
 
 class ShardedKVCache(KVCache):
     """A KVCache whose layers hold this rank's share. Blocks of `moba_block_size` tokens go to the ranks in turn.
 
-    key_places: document and position of every local row, int64 [2, S]. Of the tokens on their way: which of them stay
-    here and where, `kept` and `rows`; which of the blocks that they complete, `local_blocks` and `block_rows`.
+    key_positions: document and position of every local row, int64 [2, S]. Of the tokens on their way: which of them
+    stay here and where, `kept` and `rows`; which of the blocks that they complete, `local_blocks` and `block_rows`.
+    prefilling: how the tokens of a first step lie that each rank computes a share of; None: every rank has them all.
     """
+
+    prefilling: ContextSplit | None = None
 
     kept: Tensor
     rows: Tensor
@@ -50,9 +55,9 @@ class ShardedKVCache(KVCache):
         self.mesh, self.turn = mesh, config.moba_block_size * mesh["cp"].size
         room = [-(-capacity // self.turn) * config.moba_block_size for capacity in capacities]
         self.local_borders = torch.tensor([0, *accumulate(room)], dtype=torch.int32, device=mesh.device)
-        document, place = packed_places(sum(room), self.local_borders)
+        document, place = packed_positions(sum(room), self.local_borders)
         size, rank = config.moba_block_size, mesh["cp"].index
-        self.key_places = torch.stack((document, place // size * self.turn + rank * size + place % size))
+        self.key_positions = torch.stack((document, place // size * self.turn + rank * size + place % size))
         super().__init__(config, kinds, num_kv_heads, capacities, dtype, mesh.device)
 
     def make_layer(self, kind: str, num_kv_heads: int, dtype: torch.dtype) -> LayerCache:
@@ -62,10 +67,10 @@ class ShardedKVCache(KVCache):
     def begin(self, counts: Sequence[int]) -> Tensor:
         """See KVCache.begin; the same counts on all ranks."""
         position_ids = super().begin(counts)
-        self.kept, self.rows = self._local(*self.step.places)
+        self.kept, self.rows = self._local(*self.step.positions)
         size, borders = self.config.moba_block_size, self.borders.long()
         first = self.step.block_keys[::size]
-        self.local_blocks, starts = self._local(*find_places(first, borders))
+        self.local_blocks, starts = self._local(*find_positions(first, borders))
         self.block_rows = (starts[:, None] + torch.arange(size, device=self.device)).flatten()
         return position_ids
 
@@ -100,10 +105,23 @@ class ShardedLayerCache(LayerCache):
             self.means[step.numbers] = all_reduce(known, cache.mesh, "cp")  # one rank's and zeros: the same bits
         return not step.first
 
+    def gather(self, x_SND: Tensor) -> Tensor:
+        """All tokens of the step from the ranks' shares, without padding: [S, ...] -> [T, ...]."""
+        assert self.cache.prefilling is not None
+        return gather_tokens(x_SND, self.cache.mesh, "cp", self.cache.prefilling)[: len(self.cache.step.target)]
+
+    def convolve_share(self, k_SND: Tensor, weight_CW: Tensor) -> Tensor:
+        """`convolve` where each rank has a share of the tokens."""
+        split = self.cache.prefilling
+        assert split is not None
+        whole = self.convolve(self.gather(k_SND), weight_CW)
+        padded = torch.nn.functional.pad(whole, (0, 0, 0, 0, 0, split.num_tokens - len(whole)))
+        return padded[split.global_index(self.cache.mesh["cp"].index, whole.device)]
+
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """See LayerCache.attend. bias: None, score biases and context parallelism exclude each other."""
         cache, config, step = self.cache, self.cache.config, self.cache.step
-        mask = Mask(step.places, cache.key_places, True, aligned=False)
+        mask = Mask(step.positions, cache.key_positions, True, aligned=False)
         if self.kind == "sliding_window":
             mask = mask._replace(window=config.sliding_window, global_tokens=config.global_tokens)
         if self.means is not None:

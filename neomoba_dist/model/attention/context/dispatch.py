@@ -35,14 +35,14 @@ class DispatchedQueries(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
-        everything = exchange.pieces()
+        everything = exchange.pieces
         block_indices = select_local_blocks(q, gather_means(k, everything, exchange), exchange)
         block_indices = block_indices.repeat_interleave(q.shape[1] // block_indices.shape[1], dim=1)
-        chosen, spans = chosen_pieces(block_indices, everything, exchange), local_spans(everything, k, exchange)
+        chosen, spans = chosen_pieces(block_indices, everything, exchange), exchange.once(local_spans, k.shape[1])
         longest = int(everything.length.max())
         rounds = plan_dispatch(chosen, everything, k.shape[1], exchange)
         merged = Merged(q)
-        merged.add(slice(None), *local_attention(exchange, q.device).forward(q, k, v))
+        merged.add(slice(None), *exchange.once(local_attention).forward(q, k, v))
         received_queries = q
         for dispatch in rounds:
             received_queries = dispatch.send(q, exchange)
@@ -63,7 +63,7 @@ class DispatchedQueries(torch.autograd.Function):
         (q, k, v, out, lse, kept, spans, *parts), exchange = ctx.saved_tensors, ctx.exchange
         rounds = [Dispatch(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
         grad, dtype = grads[0].contiguous(), score_dtype(q.dtype)
-        dq, dk, dv = (x.to(dtype) for x in local_attention(exchange, q.device).backward(q, k, v, out, lse, grad))
+        dq, dk, dv = (x.to(dtype) for x in exchange.once(local_attention).backward(q, k, v, out, lse, grad))
         delta = (out.to(dtype) * grad.to(dtype)).sum(-1)
         for dispatch in rounds:
             received_queries = kept if len(rounds) == 1 else dispatch.send(q, exchange)
@@ -209,12 +209,13 @@ def plan_dispatch(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchang
     return rounds
 
 
-def local_spans(everything: Pieces, k: Tensor, exchange: Exchange) -> Tensor:
+def local_spans(exchange: Exchange, num_kv_heads: int) -> Tensor:
     """Start and length of this rank's pieces, all KV heads laid end to end: int64 [Hkv * pieces, 2]."""
+    everything = exchange.pieces
     mine = everything.of(exchange.rank)
     spans = torch.stack((everything.local[mine], everything.length[mine]), dim=1)
-    heads = torch.arange(k.shape[1])[:, None, None] * torch.tensor([len(k), 0])
-    return (spans + heads).flatten(0, 1).to(k.device)
+    heads = torch.arange(num_kv_heads)[:, None, None] * torch.tensor([exchange.split.local_tokens, 0])
+    return (spans + heads).flatten(0, 1).to(exchange.device)
 
 
 def _unpack(stream: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.context import possible, ulysses_ranks
 from neomoba_dist.model.attention.context.allgather import GatheredAttention, RingAttention
 from neomoba_dist.model.attention.context.dispatch import DispatchedQueries
-from neomoba_dist.model.attention.context.merge import Exchange
+from neomoba_dist.model.attention.context.merge import Exchange, Exchanges
+from neomoba_dist.model.attention.kernels.layout import packed_positions
 from neomoba_dist.model.attention.moba import MobaOptions
+from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.attention.sliding_window import sliding_window_attention
 from neomoba_dist.model.optional import log_choice
 from neomoba_dist.parallel.context import group_order, heads_for_tokens, tokens_for_heads, with_halo
@@ -34,7 +36,7 @@ from neomoba_dist.parallel.context_cost import AttentionShape, choose, received_
 from neomoba_dist.parallel.context_split import ContextSplit, context_split
 from neomoba_dist.parallel.mesh import Mesh
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, PackedTokens], Tensor]
 FUNCTIONS: dict[str, Any] = {
     "allgather_kv": GatheredAttention,
     "ring": RingAttention,
@@ -42,25 +44,26 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
+@torch.compiler.disable  # sizes of messages and parts are numbers on the host, other ones with every micro-batch
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, kind: str, config: ModelConfig, mesh: Mesh, core: Core
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, *, kind: str, config: ModelConfig, mesh: Mesh, core: Core
 ) -> Tensor:
     """Attention within documents: q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D].
 
     Args:
-        cu_seqlens: int32 [documents + 1], borders among all T tokens.
+        packed: the borders among all T tokens, and what is known of them.
         kind: "full", "moba" or "sliding_window".
-        core: (q, k, v, cu_seqlens) -> output of a process that has all the tokens of its heads.
+        core: (q, k, v, packed) -> output of a process that has all the tokens of its heads.
     """
     split = context_split(len(q), mesh, config)
     strategy = context_strategy(kind, q, k, config, mesh)
+    exchange_of = packed.exchange or Exchanges(packed.cu_seqlens, mesh, config.causal).of
     if strategy == "halo":
-        return _window_with_halo(q, k, v, cu_seqlens, config, mesh, split)
+        return _window_with_halo(q, k, v, exchange_of(split, "cp", None), config)
 
     def exchanged(q: Tensor, k: Tensor, v: Tensor, split: ContextSplit, axis: str) -> Tensor:
         moba = MobaOptions.of(config) if kind == "moba" else None
-        exchange = Exchange.of(cu_seqlens, split, mesh, axis, config.causal, moba)
-        return FUNCTIONS[strategy.removeprefix("ulysses+")].apply(q, k, v, exchange)
+        return FUNCTIONS[strategy.removeprefix("ulysses+")].apply(q, k, v, exchange_of(split, axis, moba))
 
     if not strategy.startswith("ulysses"):
         return exchanged(q, k, v, split, "cp")
@@ -71,7 +74,7 @@ def context_attention(
     order = group_order(split, group, mesh["cp"].index // group, q.device)
     q, k, v = tokens_for_heads([q, k, v], mesh, inner, order)
     whole = strategy == "ulysses"
-    out = core(q, k, v, cu_seqlens) if whole else exchanged(q, k, v, split.merged(group), "cp_tokens")
+    out = core(q, k, v, packed) if whole else exchanged(q, k, v, split.merged(group), "cp_tokens")
     return heads_for_tokens(out, mesh, inner, order)
 
 
@@ -101,20 +104,14 @@ def context_strategy(kind: str, q: Tensor, k: Tensor, config: ModelConfig, mesh:
     return strategy
 
 
-def _window_with_halo(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, config: ModelConfig, mesh: Mesh, split: ContextSplit
-) -> Tensor:
+def _window_with_halo(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, config: ModelConfig) -> Tensor:
     """A sliding window: every unit with its neighbouring keys is a small batch of documents of its own."""
-    reach = config.sliding_window - 1
+    split, reach = exchange.split, config.sliding_window - 1
     before, after = reach, 0 if config.causal else reach
-    keys, values = with_halo(torch.cat((k, v), dim=1), before, after, mesh, "cp", split).chunk(2, dim=2)
+    keys, values = with_halo(torch.cat((k, v), dim=1), before, after, exchange.mesh, "cp", split).chunk(2, dim=2)
     queries = torch.nn.functional.pad(q.unflatten(0, (split.units, split.unit)), (0, 0, 0, 0, before, after))
-    width, borders, cu = before + split.unit + after, sorted(set(cu_seqlens.tolist())), [0]
-    for number, start in enumerate(split.unit_starts(mesh["cp"].index)):
-        first, place = start - before, number * width
-        cut = [border - first for border in borders if 0 < border - first < width]
-        cu.extend(place + position for position in [*cut, width])
-    cu_units = torch.tensor(cu, dtype=torch.int32, device=q.device)
+    width = before + split.unit + after
+    cu_units, positions = exchange.once(_units_with_halo, before, width)
     out = sliding_window_attention(
         queries.flatten(0, 1),
         keys.flatten(0, 1),
@@ -123,5 +120,17 @@ def _window_with_halo(
         global_tokens=0,
         causal=config.causal,
         cu_seqlens=cu_units,
+        positions=positions,
     )
     return out.unflatten(0, (split.units, width))[:, before : before + split.unit].flatten(0, 1)
+
+
+def _units_with_halo(exchange: Exchange, before: int, width: int) -> tuple[Tensor, Tensor]:
+    """Borders int32 and `packed_positions` of this rank's units, each `width` tokens long, from `before` it on."""
+    split, borders, cu = exchange.split, sorted(set(exchange.borders)), [0]
+    for number, start in enumerate(split.unit_starts(exchange.rank)):
+        first, place = start - before, number * width
+        cut = [border - first for border in borders if 0 < border - first < width]
+        cu.extend(place + position for position in [*cut, width])
+    cu_units = torch.tensor(cu, dtype=torch.int32, device=exchange.device)
+    return cu_units, packed_positions(cu[-1], cu_units)

@@ -14,12 +14,19 @@ from torch.nn.attention.bias import causal_lower_right
 
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.cpu.flash import expand_keys, group_queries, ungroup_queries
-from neomoba_dist.model.attention.kernels.layout import Places, document_of, one_document
+from neomoba_dist.model.attention.kernels.layout import Geometry, PlacedBlocks, document_of, one_document
 from neomoba_dist.model.optional import is_available
 
 
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None, longest: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    placed: PlacedBlocks | None = None,
 ) -> Tensor:
     """Softmax attention within each document, scaled by 1 / sqrt(D).
 
@@ -31,6 +38,7 @@ def full_attention(
         causal: whether a query sees only the keys up to its own position.
         cu_seqlens: int32 [documents + 1] borders of the documents; None: one document.
         longest: no document has more tokens; None: T. A GPU starts work for this length for each document.
+        placed: what moba.place_blocks found for these borders, in blocks of any size; None: found here.
 
     Returns:
         [T, Hq, D] in the dtype of q.
@@ -38,7 +46,8 @@ def full_attention(
     packed = cu_seqlens is not None and cu_seqlens.shape[0] > 2
     if q.device.type == "cpu":
         if packed:
-            return ops.attend(q, k, v, None, *Places(max(1, q.shape[0]), causal, cu_seqlens), "torch")[0]
+            geometry = Geometry.of(max(1, q.shape[0]), causal, cu_seqlens, placed=placed)
+            return ops.attend(q, k, v, None, *geometry, "torch")[0]
         return _sdpa(q, k, v, causal, None)
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     if fits and (packed or is_available("flash_attn")):

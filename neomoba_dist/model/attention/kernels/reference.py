@@ -48,10 +48,10 @@ def selected_keys(block_indices: Tensor, layout: BlockLayout, num_keys: int, cau
             start, length = layout.spans[column.clamp(min=0)].unsqueeze(-2).unbind(-1)
             seen |= (column >= 0)[..., None] & (index >= start) & (index < start + length)
         return seen
-    key_block, key_position = layout.key_places(num_keys)
+    key_block, key_position = layout.key_positions(num_keys)
     own_mask = block_indices[:, :, :1] == key_block
     if causal:
-        _, position = layout.query_places(first, first + block_indices.shape[0])
+        _, position = layout.query_positions(first, first + block_indices.shape[0])
         own_mask = own_mask & (key_position <= position[:, None])[:, None]
     others = torch.zeros(*block_indices.shape[:2], layout.num_blocks + 1, dtype=torch.bool, device=block_indices.device)
     others.scatter_(-1, block_indices[:, :, 1:].long() + 1, True)  # column 0 takes the "no block" entries

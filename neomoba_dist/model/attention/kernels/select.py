@@ -89,11 +89,15 @@ def gate_queries(q: Tensor, num_kv_heads: int, gate: str, pooling: str) -> Tenso
     return grouped.sum(2, keepdim=True) if gate == "kv_group" else grouped
 
 
-def empty_block_indices(q: Tensor, means: Tensor, top_k: int, gate: str) -> Tensor:
-    """int32 [T, R, columns] without any block, R = Hq or Hkv, columns = min(top_k, N)."""
+def selection_shape(q: Tensor, means: Tensor, top_k: int, gate: str) -> tuple[int, int, int]:
+    """[T, R, columns] of the selection, R = Hq or Hkv, columns = min(top_k, N)."""
     heads = means.shape[1] if gate == "kv_group" else q.shape[1]
-    columns = max(1, min(top_k, means.shape[0]))
-    return torch.full((q.shape[0], heads, columns), -1, dtype=torch.int32, device=q.device)
+    return q.shape[0], heads, max(1, min(top_k, means.shape[0]))
+
+
+def empty_block_indices(q: Tensor, means: Tensor, top_k: int, gate: str) -> Tensor:
+    """int32 [T, R, columns] without any block."""
+    return torch.full(selection_shape(q, means, top_k, gate), -1, dtype=torch.int32, device=q.device)
 
 
 def select_blocks_any(
@@ -107,7 +111,7 @@ def select_blocks_any(
     tile = max(1, TILE_ELEMENTS // max(1, heads * means.shape[0]))
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
-        document, position = layout.query_places(start, stop)
+        document, position = layout.query_positions(start, stop)
         own = layout.current_blocks(document, position)
         block_indices[start:stop, :, 0] = own[:, None]
         if columns == 1:

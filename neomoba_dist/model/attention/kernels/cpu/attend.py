@@ -13,8 +13,8 @@ N blocks of one document.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -105,15 +105,13 @@ def documents(problem: Problem, *, sparse_only: bool) -> list[Document]:
     """The documents that have both queries and keys. `sparse_only`: the flash kernel knows no gradient of the lse."""
     layout, block_indices = problem.layout, problem.block_indices
     if layout.spans is not None:
-        tokens, keys = problem.q.shape[0], problem.k.shape[0]
-        return [Document(slice(0, tokens), slice(0, keys), 0, 0, "gathered")] if tokens and keys else []
+        tokens, total = problem.q.shape[0], problem.k.shape[0]
+        return [Document(slice(0, tokens), slice(0, total), 0, 0, "gathered")] if tokens and total else []
     found = []
-    borders = zip(pairwise(layout.cu_q.tolist()), pairwise(layout.cu_k.tolist()), strict=True)
-    places = zip(borders, layout.q_offset.tolist(), layout.first_block[:-1].tolist(), strict=True)
-    for (q_span, k_span), position, first_block in places:
-        if q_span[1] == q_span[0] or k_span[1] == k_span[0]:
+    for queries, keys, position, blocks in layout.places():
+        if queries.stop == queries.start or keys.stop == keys.start:
             continue
-        doc = Document(slice(*q_span), slice(*k_span), position, first_block, "full")
+        doc = Document(queries, keys, position, blocks.start, "full")
         if sparse_only and block_indices is not None:
             found.append(doc._replace(method="gathered"))
         else:
@@ -125,8 +123,9 @@ def _spell_out(problem: Problem) -> Problem:
     """Full attention over damaged values as a selection of each document's one block, so that it may be gathered."""
     if problem.block_indices is not None or not problem.causal or is_finite(problem.v):
         return problem
-    own = problem.layout.current_blocks(*problem.layout.query_places(0, problem.q.shape[0]))
-    return problem._replace(block_indices=own.int()[:, None, None].expand(-1, problem.k.shape[1], -1))
+    layout = replace(problem.layout, placed=None)  # what is known are MoBA's blocks
+    own = layout.current_blocks(*layout.query_positions(0, problem.q.shape[0]))
+    return problem._replace(layout=layout, block_indices=own.int()[:, None, None].expand(-1, problem.k.shape[1], -1))
 
 
 def _choose_methods(problem: Problem, doc: Document, block_indices: Tensor) -> list[Document]:

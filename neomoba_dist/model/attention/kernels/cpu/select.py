@@ -8,7 +8,6 @@ Legend: T queries, S keys, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim, 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ def block_means_cpu(k: Tensor, layout: BlockLayout, pooling: str) -> Tensor:
     block_size = layout.block_size
     step = max(1, POOLED_ELEMENTS // max(1, block_size * k.shape[1] * k.shape[2]))
     tasks = []
-    for (start, stop), first in zip(pairwise(layout.cu_k.tolist()), layout.first_block[:-1].tolist(), strict=True):
+    for place in layout.places():
+        start, stop, first = place.keys.start, place.keys.stop, place.blocks.start
         whole = (stop - start) // block_size
         for low in range(0, whole, step):
             high = min(low + step, whole)
@@ -61,15 +61,13 @@ def select_blocks_cpu(
         keys_HDN = means.to(score_dtype(q.dtype)).permute(1, 2, 0).contiguous()
     block_size, heads = layout.block_size, block_indices.shape[1]
     tasks = []
-    places = zip(
-        pairwise(layout.cu_q.tolist()), layout.q_offset.tolist(), pairwise(layout.first_block.tolist()), strict=True
-    )
-    for (start, stop), position, (first, last) in places:
+    for place in layout.places():
+        start, stop, (first, last) = place.queries.start, place.queries.stop, (place.blocks.start, place.blocks.stop)
         rows = max(1, min(TILE_QUERIES, TILE_ELEMENTS // max(1, heads * (last - first))))
         height = max(1, rows // block_size) * block_size if block_size <= rows else rows
         for low in range(start, stop, height):
             tile = slice(low, min(low + height, stop))
-            at = position + low - start
+            at = place.position + low - start
             tasks.append(
                 partial(
                     _select_tile, q, keys_HDN, block_indices, tile, at, first, last, block_size, causal, gate, pooling

@@ -31,7 +31,7 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     with_current_column,
 )
 from neomoba_dist.model.attention.kernels.triton.forward import current_tile, list_tile
-from neomoba_dist.model.attention.kernels.triton.index import build_index
+from neomoba_dist.model.attention.kernels.triton.index import build_index, index_shape
 from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
 
@@ -200,9 +200,15 @@ def current_query_gradient_kernel(
 
 @on_its_device
 def attend_triton_backward(
-    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tiles: Tiles | None = None
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    buffer: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [T, Hq, D], k and v [S, Hkv, D]."""
+    """Gradients of q [T, Hq, D], k and v [S, Hkv, D]. buffer: the index that `attend_triton` returned, where kept."""
     layout, causal = problem.layout, problem.causal
     q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
     block_indices = with_current_column(problem)
@@ -226,7 +232,8 @@ def attend_triton_backward(
         grad_lse is not None, dim, tiles.rows, padded(dim),
     )  # fmt: skip
     own = find_current_blocks(layout, tiles.rows)
-    index = build_index(block_indices, own.blocks, tiles.rows)
+    buffer = build_index(block_indices, own.blocks, tiles.rows) if buffer is None else buffer
+    index = index_shape(block_indices, layout.num_blocks, tiles.rows).view(buffer)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
     parts = triton.cdiv(layout.block_size, key_tiles.keys)
     key_gradient_kernel[(layout.num_blocks * parts, kv_heads)](

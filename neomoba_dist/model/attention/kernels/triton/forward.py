@@ -31,7 +31,7 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     store_rows,
     with_current_column,
 )
-from neomoba_dist.model.attention.kernels.triton.index import build_index
+from neomoba_dist.model.attention.kernels.triton.index import build_index, index_shape
 from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
 
@@ -116,9 +116,15 @@ def current_forward_kernel(
         tl.store(lse_pointer + rows.to(tl.int64) * heads + head, lse / LOG2E, mask=valid)
 
 
+def index_length(problem: Problem) -> int:
+    """Elements of the third result of `attend_triton`."""
+    rows = choose_tiles(problem.q.shape[2], problem.q.dtype, problem.layout.block_size).rows
+    return index_shape(with_current_column(problem), problem.layout.num_blocks, rows).length()
+
+
 @on_its_device
-def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    """Output [T, Hq, D] and logsumexp float32 [T, Hq]; see moba.attend."""
+def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, Hq, D], logsumexp float32 [T, Hq] (see moba.attend), and the index, which backward uses again."""
     layout, causal = problem.layout, problem.causal
     q, k, v = (last_contiguous(x) for x in (problem.q, problem.k, problem.v))
     block_indices = with_current_column(problem)
@@ -126,14 +132,16 @@ def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor,
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    indexed = index_shape(block_indices, layout.num_blocks, tiles.rows)
     if tokens == 0:
-        return out, lse
+        return out, lse, block_indices.new_empty(indexed.length())
     columns, group, heads_per_row = block_indices.shape[2], heads // k.shape[1], heads // block_indices.shape[1]
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     own = find_current_blocks(layout, tiles.rows)
-    index = build_index(block_indices, own.blocks, tiles.rows)
+    buffer = build_index(block_indices, own.blocks, tiles.rows)
+    index = indexed.view(buffer)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
     parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(heads, places, dtype=torch.float32, device=q.device)
@@ -146,4 +154,4 @@ def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor,
         q, k, v, parts, part_lse, index.slots, out, lse, block_indices, own.tiles, heads, group, heads_per_row, columns,
         places, dim**-0.5, *strides, causal, dim, own.rows, *shape[2:], **launch,
     )  # fmt: skip
-    return out, lse
+    return out, lse, buffer

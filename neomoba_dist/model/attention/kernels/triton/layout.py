@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neomoba_dist.model.attention.kernels.layout import BlockLayout
+from neomoba_dist.model.attention.kernels.layout import BlockLayout, PlacedBlocks
 from neomoba_dist.model.attention.kernels.triton.common import kernel
 
 
@@ -76,8 +76,16 @@ def document_kernel(
         tiles += tl.sum(runs, 0)
 
 
-def describe_documents(layout: BlockLayout, parts: int = 1) -> Documents:
-    """Documents of a layout; `parts` is the number of tiles of each current block."""
+def describe_documents(layout: BlockLayout) -> Documents:
+    """Documents of a layout, found now unless they are known."""
+    placed = layout.placed
+    known = placed is not None and placed.table.dtype == torch.int32
+    table = placed.table if placed is not None and known else find_documents(layout, 1)
+    return Documents(table, layout.documents, layout.block_size)
+
+
+def find_documents(layout: BlockLayout, parts: int) -> Tensor:
+    """The table of Documents; `parts` is the number of tiles of each current block."""
     cu_q, documents = layout.cu_seqlens, layout.documents
     cu_k = cu_q if layout.cu_seqlens_k is None else layout.cu_seqlens_k
     table = torch.empty(5, documents + 1, dtype=torch.int32, device=layout.device)
@@ -93,7 +101,7 @@ def describe_documents(layout: BlockLayout, parts: int = 1) -> Documents:
         parts,
         1024,
     )
-    return Documents(table, documents, layout.block_size)
+    return table
 
 
 @triton.jit
@@ -167,19 +175,38 @@ def current_blocks_kernel(
     tl.store(row + 4, k_start + offset - q_start, mask=inside)
 
 
-def find_current_blocks(layout: BlockLayout, rows: int) -> CurrentBlocks:
-    """CurrentBlocks in tiles of at most `rows` queries."""
-    size, tokens, documents = layout.block_size, layout.num_queries, layout.documents
+def own_tiles(layout: BlockLayout, rows: int) -> tuple[int, int, int]:
+    """Of tiles of current blocks: (queries, at most `rows`; tiles of a block; most tiles of all blocks)."""
+    size, tokens = layout.block_size, layout.num_queries
     rows = min(rows, max(16, triton.next_power_of_2(min(size, tokens))))
     parts = triton.cdiv(min(size, tokens), rows)
     # An offset within a block lets each document start one block more.
     spread = size - 1 if layout.offsets is None else 2 * (size - 1)
-    num_tiles = min(tokens, (tokens + documents * spread) // size) * parts
-    described = describe_documents(layout, parts)
-    blocks = torch.empty(layout.num_blocks, 5, dtype=torch.int32, device=layout.device)
+    return rows, parts, min(tokens, (tokens + layout.documents * spread) // size) * parts
+
+
+def place_blocks_triton(layout: BlockLayout, rows: int) -> PlacedBlocks:
+    """Documents, and blocks with their own queries in tiles of at most `rows`, in two launches."""
+    rows, parts, num_tiles = own_tiles(layout, rows)
+    num_blocks = layout.num_blocks
+    blocks = torch.empty(num_blocks, 5, dtype=torch.int32, device=layout.device)
     tiles = torch.empty(num_tiles, 5, dtype=torch.int32, device=layout.device)
-    grid = (triton.cdiv(max(layout.num_blocks, num_tiles), 128),)
-    current_blocks_kernel[grid](
-        described.table, layout.spans, blocks, tiles, documents, size, layout.num_blocks, num_tiles, parts, rows, 128
-    )
+    with torch.cuda.device_of(blocks):
+        table = find_documents(layout, parts)
+        current_blocks_kernel[(triton.cdiv(max(num_blocks, num_tiles), 128),)](
+            table, layout.spans, blocks, tiles, layout.documents, layout.block_size, num_blocks, num_tiles, parts,
+            rows, 128,
+        )  # fmt: skip
+    return PlacedBlocks(table, blocks, tiles)
+
+
+def find_current_blocks(layout: BlockLayout, rows: int) -> CurrentBlocks:
+    """CurrentBlocks in tiles of at most `rows` queries, found now unless they are known."""
+    _, blocks, tiles = layout.placed or (None, None, None)
+    if blocks is None or tiles is None:
+        _, blocks, tiles = place_blocks_triton(layout, rows)
+    rows, _, num_tiles = own_tiles(layout, rows)
+    assert blocks is not None
+    assert tiles is not None
+    assert len(tiles) == num_tiles, "the blocks were placed for tiles of another size: see moba.place_blocks"
     return CurrentBlocks(blocks, tiles, rows)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout
-from neomoba_dist.model.attention.kernels.select import POOLINGS, empty_block_indices, pooled_width
+from neomoba_dist.model.attention.kernels.select import POOLINGS, pooled_width, selection_shape
 from neomoba_dist.model.attention.kernels.triton.common import (
     Tiles,
     choose_gate_tiles,
@@ -217,7 +217,8 @@ def select_blocks_triton(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """See moba.select_blocks."""
-    block_indices = empty_block_indices(q, means, top_k, gate)
+    shape = selection_shape(q, means, top_k, gate)
+    block_indices = torch.empty(shape, dtype=torch.int32, device=q.device)  # the kernel writes every element
     tokens, heads, columns = block_indices.shape
     if tokens == 0:
         return block_indices

@@ -1,0 +1,54 @@
+"""`neomoba`, or `python -m neomoba_dist`: every command of the project under one name.
+
+    neomoba pretrain --ds_config ds_configs/phase1.json
+    neomoba data tokenize_corpus --help
+
+Each is a module of its own and can be started by itself, which launchers of several processes want:
+`deepspeed --num_gpus 8 launch/pretrain.py ...`.
+"""
+
+import runpy
+import sys
+
+COMMANDS = {
+    "pretrain": ("launch.pretrain", "train one phase"),
+    "finetune": ("launch.finetune", "fine-tune a checkpoint on tasks or pairs of texts"),
+    "generate": ("launch.generate", "continue texts with a causal model"),
+    "convert": ("launch.convert", "look into checkpoints, merge, translate and foretell them"),
+    "plan": ("launch.plan", "memory, bytes and time of a phase on many GPUs, and the best layouts"),
+    "quickstart": ("launch.quickstart", "from text to report in minutes, on four CPU ranks"),
+    "evals": ("evals", "evaluate checkpoints, measure speed, compare models"),
+    "data": ("data_tools", "make token shards of text"),
+}
+DATA = (
+    "fetch", "clean", "sample_corpus", "passkeys", "train_tokenizer", "tokenize_corpus", "tokenize_chat", "index",
+    "plan_rows", "verify_shards", "inspect_shards",
+)  # fmt: skip
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    lines = [f"  neomoba {name:11} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(["usage: neomoba COMMAND ...", "", *lines, "", f"neomoba data: {', '.join(DATA)}"])
+
+
+def main() -> None:
+    """Run the command that the first word names, as if its module had been started."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help") or words == ["data"]:
+        print(usage())
+        return
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        sys.exit(f"error: {name}: no such command; choose from: {', '.join(COMMANDS)}")
+    module = COMMANDS[name][0]
+    if name == "data":
+        if rest[0] not in DATA:
+            sys.exit(f"error: data {rest[0]}: no such command; choose from: {', '.join(DATA)}")
+        module, rest = f"{module}.{rest[0]}", rest[1:]
+    sys.argv = [f"neomoba {name}", *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Bytes that a rank of a layout will hold, without the rank: weights, gradients, optimizer, activations and buffers.
+
+Parameters are those that the model's own code makes on the meta device (checkpoint_plan.stage_module), partitions and
+buffers are DeepSpeed's, layers those of layer_memory.py. tests/parallel/test_memory_plan.py holds the sum against the
+most that real ranks allocate.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from neomoba_dist.config import BatchPlan, Config, ConfigError
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.neobert import Embedding, Head, recompute_of
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.layer_memory import Tokens, block_memory, head_memory
+from neomoba_dist.train.optim import parameter_groups
+
+# DeepSpeed's own defaults (deepspeed/runtime/zero/config.py), in elements
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at one moment. buffers: of ZeRO's collectives and of what is computed just then."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class ZeroMemory:
+    """Bytes of what DeepSpeed keeps of a rank's parameters, whatever the batch.
+
+    own: gradients of this rank's partitions. buckets: of collectives, from the first backward pass to the last one.
+    reduced: beside them while one is reduced. step: gradients of the largest partition, as AdamW takes them.
+    """
+
+    weights: int
+    gradients: int
+    own: int
+    optimizer: int
+    buckets: int
+    reduced: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What ranks at one place of tp, pp and ep hold, read once off their module, which may lie on the meta device.
+
+    groups: of the optimizer, whether of experts on other ranks too, and the elements of every parameter. blocks: one
+    of those that are alike, with the indices of all of them. head_rows: of the output matrix, 0 where there is none.
+    """
+
+    groups: list[tuple[bool, list[int]]]
+    blocks: list[tuple[Block, list[int]]]
+    head_rows: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Stage":
+        """Of a rank's part of the model."""
+        groups = [
+            (bool(group.get("moe")), [parameter.numel() for parameter in group["params"]])
+            for group in parameter_groups(module.parameters(), 0.0)
+        ]
+        alike: dict[tuple[str, type], tuple[Block, list[int]]] = {}
+        head_rows = 0
+        for part in module.modules():
+            if isinstance(part, Block):
+                alike.setdefault((part.attention.kind, type(part.mlp)), (part, []))[1].append(part.index)
+            elif isinstance(part, Head) or (isinstance(part, Embedding) and alike):  # a tied one comes again at the end
+                head_rows = len(part.weight)
+        return cls(groups, list(alike.values()), head_rows)
+
+    @property
+    def num_blocks(self) -> int:
+        """All of them."""
+        return sum(len(indices) for _, indices in self.blocks)
+
+
+def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> RankMemory:
+    """The most that the rank at `mesh` holds.
+
+    At the start of an update's last backward pass, at its end, or in AdamW's step. Raises ConfigError for offload.
+    """
+    for key in ("offload_optimizer", "offload_param"):
+        if config.deepspeed["zero_optimization"].get(key, {}).get("device", "none") != "none":
+            raise ConfigError(f"{config.source}: a plan knows no offload; set zero_optimization.{key}.device to none")
+    zero = zero_memory(config, mesh, stage)
+    kept, passing = activation_memory(config, plan, mesh, stage)
+    several = plan.gradient_accumulation_steps > 1
+    states = RankMemory(zero.weights, zero.gradients, zero.optimizer, 0, 0)
+    backward = replace(
+        states,
+        gradients=zero.gradients if several or config.zero_stage == 3 else 0,
+        activations=kept,
+        buffers=zero.buckets + passing,
+    )
+    # the sum of earlier micro-batches, where these are not added to it in float32 as they are reduced
+    doubled = zero.own if several and config.zero_stage == 2 and not _adds_in_place(config) else 0
+    # at stage 1 what is added to in place is made then, while gradients move into the buckets
+    reduced = max(zero.reduced, zero.own) if config.zero_stage == 1 and _adds_in_place(config) else zero.reduced
+    again = zero.buckets if mesh["pp"].size > 1 else 0  # DeepSpeed's pipeline makes another bucket, and leaves it empty
+    end = replace(states, buffers=zero.buckets + again + reduced + doubled)
+    step = replace(states, gradients=zero.own, buffers=zero.step)
+    return max((backward, end, step), key=lambda moment: moment.total)
+
+
+def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
+    """See `ZeroMemory`."""
+    zero, number = config.deepspeed["zero_optimization"], config.zero_stage
+    element = 4 if config.dtype_name == "float32" else 2
+    summed = 4 if config.gradient_dtype == "fp32" else 2
+    sent = 4 if config.communication_dtype == "fp32" else 2
+    elements = owned = largest = 0
+    for of_experts, sizes in stage.groups:
+        ranks = mesh["expert_dp" if of_experts else "dp_cp"].size
+        part = sum(-(-size // ranks) for size in sizes) if number == 3 else 2 * -(-sum(sizes) // (2 * ranks))
+        elements, owned, largest = elements + sum(sizes), owned + part, max(largest, part)
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+    overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
+    buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
+    # stage 1 fills it with the sums, stage 2 as `engine._average_in` has it
+    buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
+    step = 0 if _adds_in_place(config) else 4 * largest
+    if number == 3:  # gathered weights stay until as many others have been used as may live
+        buckets += element * min(elements, zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+        step += buckets
+    return ZeroMemory(
+        weights=element * (owned if number == 3 else elements),
+        gradients=summed * (elements if number == 1 else owned),
+        own=summed * owned,
+        optimizer=(8 if number == 3 and element == 4 else 12) * owned,  # weights in float32 are their own masters there
+        buckets=buckets,
+        reduced=sent * min(elements, bucket),
+        step=step,
+    )
+
+
+def _adds_in_place(config: Config) -> bool:
+    """Whether reduced gradients are added to one float32 tensor, which AdamW then takes as it is."""
+    return config.dtype_name != "float32" and config.gradient_dtype == "fp32" and config.zero_stage < 3
+
+
+def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> tuple[int, int]:
+    """Bytes that layers keep for backward passes, and the most that one of these holds beside them.
+
+    A pipeline stage keeps as many micro-batches as there are stages from it on.
+    """
+    tokens, phase, pp = Tokens.of(config, mesh), config.phase, mesh["pp"]
+    kept, passing = 0.0, 0.0
+    if config.model.position_embedding == "rope":
+        kept += 4 * tokens.here * (config.model.head_dim or 0)  # cos and sin of half a head's features
+    for block, indices in stage.blocks:
+        ways = Counter(recompute_of(index, phase.recompute, phase.recompute_every) for index in indices)
+        for way, number in ways.items():
+            held = block_memory(block, config, mesh, tokens, way)
+            kept, passing = kept + number * held.kept, max(passing, held.passing)
+    if pp.size > 1:
+        output = tokens.element * tokens.between * config.model.hidden_size
+        kept = (kept + output) * min(pp.size - pp.index, plan.gradient_accumulation_steps)
+    if stage.head_rows:
+        head = head_memory(stage.head_rows, config, mesh, tokens)
+        kept, passing = kept + head.kept, max(passing, head.passing)
+    return round(kept), round(passing)

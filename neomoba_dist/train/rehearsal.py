@@ -1,0 +1,46 @@
+"""An update that is computed and thrown away, before the first one.
+
+What does not fit or has a wrong shape is found at once, and not after hours at the first full-attention step. Weights,
+moments, random numbers, data and the routers' biases are the same after it, to the last bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from neomoba_dist.config import BatchPlan, Config
+from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+from neomoba_dist.data.build import max_documents
+from neomoba_dist.train.engine import Engine
+
+
+def rehearse(engine: Engine) -> None:
+    """Forward, backward and reduction of an update of the largest shapes, with each kind of attention that the phase
+    has; all that a step needs is then in memory. Collective over the world."""
+    batches = largest_batches(engine.config, engine.plan)
+    fraction = engine.config.phase.full_attention_fraction
+    for full in [False] * (fraction < 1.0) + [True] * (fraction > 0.0):
+        engine.set_full_attention(full)
+        engine.set_step(1)
+        engine.rehearse(batches)
+
+
+def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
+    """The micro-batches of a rank: rows without padding, each one document, with about as many labels as training."""
+    rows, length = plan.micro_batch_size, config.phase.sequence_length
+    generator = torch.Generator().manual_seed(0)
+    borders = torch.full((max_documents(config.data, rows) + 1,), rows * length, dtype=torch.int32)
+    borders[:rows] = torch.arange(0, rows * length, length, dtype=torch.int32)
+    input_ids = torch.randint(config.model.vocab_size, (rows * length,), generator=generator)
+    labels = input_ids.clone()
+    if not config.model.causal:
+        labels[torch.arange(rows * length) % round(1 / config.data.mlm_probability) != 0] = IGNORE_LABEL
+    batch = Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=torch.arange(length).repeat(rows),
+        cu_seqlens=borders,
+        row_ids=torch.arange(rows),
+        num_valid=int((labels != IGNORE_LABEL).sum()) * plan.gradient_accumulation_steps * plan.data_parallel_size,
+    )
+    return [batch] * plan.gradient_accumulation_steps

@@ -1,0 +1,140 @@
+"""What a step of a layout moves and how long it takes, from stated rates: nothing here has been measured.
+
+Bytes are those that a rank receives, as the communication ledger counts them (parallel/ledger.py), by ring algorithms:
+an all-gather or a reduce-scatter of n bytes over d ranks brings (d - 1) / d n, an all-reduce twice that. Compute and
+communication are taken not to overlap.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from neomoba_dist.config import BatchPlan, Config
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.moe.layer import MoE
+from neomoba_dist.parallel.context_cost import AttentionShape, received_bytes
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.flops import step_flops
+from neomoba_dist.train.layer_memory import Tokens, attention_strategy
+from neomoba_dist.train.memory_plan import Stage
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Stated rates. peak: FLOP/s of a GPU in the compute dtype; share: of it that kernels reach; nvlink, network: bytes
+    per second that a GPU receives from its own machine and from others. Defaults: H100 SXM, 400 Gbit/s per GPU."""
+
+    gpus: int = 8
+    peak: float = 989e12
+    share: float = 0.5
+    nvlink: float = 450e9
+    network: float = 50e9
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """flops: of the whole update, as MFU counts them. received: bytes of the busiest kind of rank, by axis. compute,
+    communication: seconds without waiting; bubble: share of the step in which a pipeline stage waits; seconds: of the
+    step."""
+
+    flops: float
+    received: Mapping[str, float]
+    compute: float
+    communication: Mapping[str, float]
+    bubble: float
+    seconds: float
+    mfu: float
+
+
+def update_flops(config: Config, plan: BatchPlan) -> float:
+    """Operations of an update whose rows are one document each, the mean over the phase's full and sparse steps."""
+    length, fraction = config.phase.sequence_length, config.phase.full_attention_fraction
+    counted = length if config.model.causal else round(length * config.data.mlm_probability)
+    row, rows = torch.tensor([length]), plan.rows_per_update
+    return rows * sum(
+        part * step_flops(config.model, row, counted, full)
+        for part, full in ((1 - fraction, False), (fraction, True))
+        if part
+    )
+
+
+def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine: Machine, flops: float) -> StepPlan:
+    """A step of the rank at `mesh`; that of a stage with most blocks is the slowest. flops: see `update_flops`."""
+    micro_batches, pp = plan.gradient_accumulation_steps, mesh["pp"].size
+    again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
+    share = stage.num_blocks * pp / config.model.num_hidden_layers  # 1, but for stages with more blocks than others
+    compute = flops * (1 + again) * share / plan.world_size / (machine.peak * machine.share)
+    received = {**layer_bytes(config, mesh, stage, micro_batches), **zero_bytes(config, mesh, stage, micro_batches)}
+    seconds = {axis: moved / rate(mesh, axis, machine) for axis, moved in received.items()}
+    reduction = sum(seconds[axis] for axis in ("dp_cp", "expert_dp"))
+    slots = micro_batches + pp - 1
+    step = (compute + sum(seconds.values()) - reduction) * slots / micro_batches + reduction
+    return StepPlan(
+        flops=flops,
+        received=received,
+        compute=compute,
+        communication=seconds,
+        bubble=(pp - 1) / slots,
+        seconds=step,
+        mfu=flops / (step * plan.world_size * machine.peak),
+    )
+
+
+def rate(mesh: Mesh, axis: str, machine: Machine) -> float:
+    """Bytes per second that a rank receives along an axis: all ranks of a machine share its network."""
+    machines = Counter(rank // machine.gpus for rank in mesh[axis].ranks)
+    return machine.nvlink if len(machines) == 1 else min(machine.nvlink, machine.network * min(machines.values()))
+
+
+def layer_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) -> dict[str, float]:
+    """What the layers' own communication brings to a rank in a step, by axis."""
+    tokens, model, phase = Tokens.of(config, mesh), config.model, config.phase
+    tp, ep, pp = (mesh[axis].size for axis in ("tp", "ep", "pp"))
+    hidden = tokens.element * model.hidden_size
+    forward = 1 + 1 / phase.recompute_every if phase.recompute == "full" else 1
+    # without sequence parallelism two all-reduces each way; with it gathers and scatters, the gathers once more
+    passes = (4 * forward + (6 if mesh.sequence_parallel else 4)) * stage.num_blocks
+    ends = 2 * (1 + (pp == 1))  # the embedding's sum, and the head's where it is here too
+    rows = tokens.between * model.num_experts_per_tok * 2 * (forward + 1)
+    mixtures = sum(len(indices) for block, indices in stage.blocks if isinstance(block.mlp, MoE))
+    exchanged = sum(len(indices) * exchange_bytes(block, config, mesh, tokens) for block, indices in stage.blocks)
+    received = {
+        "tp": hidden * tokens.here * (tp - 1) / tp * (passes + ends),
+        "cp": exchanged,
+        "ep": hidden * rows * (ep - 1) / ep * mixtures,
+        "pp": hidden * tokens.between * min(pp - 1, 2),
+    }
+    return {axis: moved * micro_batches for axis, moved in received.items()}
+
+
+def exchange_bytes(block: Block, config: Config, mesh: Mesh, tokens: Tokens) -> float:
+    """What context parallelism brings to a rank in one block and micro-batch, the mean over the phase's steps."""
+    shape, fraction, total = AttentionShape.of(config), config.phase.full_attention_fraction, 0.0
+    if mesh["cp"].size == 1:
+        return total
+    for kind, part in ((block.attention.kind, 1 - fraction), ("full", fraction)):
+        strategy = attention_strategy(kind, config, shape, tokens.here)
+        forward, backward = received_bytes(strategy, shape, tokens.here, mesh["cp"].size)
+        total += part * (forward * (1 if config.phase.recompute == "none" else 2) + backward)
+    return total
+
+
+def zero_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) -> dict[str, float]:
+    """What ZeRO brings to a rank in a step: gradients, and weights.
+
+    Stage 1 reduces once in an update, the others for every micro-batch; stages 1 and 2 by all-reduces.
+    """
+    received = {}
+    for axis in ("dp_cp", "expert_dp"):
+        size = sum(sum(sizes) for of_experts, sizes in stage.groups if of_experts == (axis == "expert_dp"))
+        parts = size * (mesh[axis].size - 1) / mesh[axis].size
+        weights = Tokens.of(config, mesh).element * parts
+        gradients = (4 if config.communication_dtype == "fp32" else 2) * parts
+        received[axis] = {
+            1: weights + 2 * gradients,
+            2: weights + 2 * micro_batches * gradients,
+            3: micro_batches * (2 * weights + gradients),
+        }[config.zero_stage]
+    return received

@@ -1,0 +1,69 @@
+"""The command `neomoba`: it names every program of the project, and starts each as if it were called itself."""
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from neomoba_dist.__main__ import COMMANDS, DATA, usage
+from tests.programs import ROOT, run_program
+
+
+def test_every_program_has_a_name() -> None:
+    programs = {path.stem for path in (ROOT / "launch").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+    known = {module.removeprefix("launch.") for module, _ in COMMANDS.values() if module.startswith("launch.")}
+    assert programs - known == {"check_hosts"}, "started by the SLURM scripts alone"
+    tools = {path.stem for path in (ROOT / "data_tools").glob("*.py") if "\n    run(main" in path.read_text()}
+    assert tools == set(DATA)
+    assert all(importlib.util.find_spec(module) for module, _ in COMMANDS.values())
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("data",)])
+def test_it_lists_them(words: tuple[str, ...]) -> None:
+    result = run_program("-m", "neomoba_dist", *words)
+    assert (result.returncode, result.stdout) == (0, usage() + "\n")
+    assert all(name in result.stdout for name in (*COMMANDS, *DATA))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pretrain", "--help"), "--ds_config"),
+        (("data", "passkeys", "--help"), "--copies"),
+        (("evals", "run", "--help"), "--checkpoint"),
+        (("convert", "--help"), "--verify"),
+    ],
+)
+def test_it_starts_them(words: tuple[str, ...], said: str) -> None:
+    result = run_program("-m", "neomoba_dist", *words)
+    assert result.returncode == 0, result.stderr
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize(("words", "said"), [(("train",), "train: no such"), (("data", "make"), "data make: no such")])
+def test_what_is_not_there(words: tuple[str, ...], said: str) -> None:
+    result = run_program("-m", "neomoba_dist", *words)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_package_needs_no_test_tools() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"neomoba": "neomoba_dist.__main__:main"}
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    needed, tools = (
+        [line.partition("==")[0] for line in (ROOT / name).read_text().splitlines() if "==" in line]
+        for name in ("requirements.txt", "requirements-dev.txt")
+    )
+    assert needed[0] == "torch"
+    assert {"pytest", "ruff", "mypy", "hypothesis"} <= set(tools)
+    assert not set(needed) & set(tools)
+
+
+def test_listing_imports_nothing_heavy() -> None:
+    code = "import sys, runpy; sys.argv = ['neomoba']; runpy.run_module('neomoba_dist', run_name='__main__')"
+    code += "; assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

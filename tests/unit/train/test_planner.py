@@ -1,0 +1,102 @@
+"""The planner: what it proposes loads, fits and says why the rest does not; its numbers add up."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neomoba_dist.config import Config, ConfigError, load_config, parse_config
+from neomoba_dist.train.planner import Planner, parameter_counts, settings
+from neomoba_dist.train.step_plan import Machine
+
+CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
+GIB = 2**30
+AXES = "neomoba.parallel"
+
+
+def phase3(*changes: str) -> Config:
+    return load_config(CONFIGS / "phase3.json", changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"), [("phase1", 23.0), ("phase2", 23.0), ("phase3", 9.1)]
+)  # GiB on one H100: docs/benchmarks.md
+def test_memory_measured_on_a_gpu(name: str, measured: float) -> None:
+    as_then = ["neomoba.model.intermediate_size=3072", 'data_types.grad_accum_dtype="bf16"']
+    config = load_config(CONFIGS / f"{name}.json", as_then)
+    tokens = 8 * config.micro_batch_size * config.phase.sequence_length
+    config = replace(config, phase=replace(config.phase, tokens_per_update=tokens))
+    total = Planner(1, Machine()).layout(config).memory.total
+    if config.phase.recompute != "full":  # then layers kept copies of their weights, q | k | v and gate | up
+        model = config.model
+        rows = 2 * model.intermediate_size + model.hidden_size * 5 // 3  # four KV heads for twelve
+        total += 2 * model.num_hidden_layers * rows * model.hidden_size
+    assert total / GIB == pytest.approx(measured, rel=0.02)
+
+
+def test_proposals_load_fit_and_come_in_order(tmp_path: Path) -> None:
+    planner, budget = Planner(16, Machine()), 20 * GIB
+    search = planner.best(phase3(), budget)
+    assert len(search.layouts) > 10
+    assert search.large == 0
+    for layout in search.layouts:
+        assert layout.memory.total <= budget
+        assert planner.layout(parse_config(settings(layout.config))) == layout
+    seconds = [float(f"{layout.step.seconds:.2g}") for layout in search.layouts]
+    assert seconds == sorted(seconds)
+    assert len({layout.config.parallel for layout in search.layouts}) == len(search.layouts)
+
+
+def test_less_memory_takes_recomputation_and_then_nothing_fits() -> None:
+    planner = Planner(8, Machine())
+    ways = []
+    for size in (70, 6):
+        found = planner.best(phase3(), size * GIB).layouts
+        ways.append(next(layout.config.phase.recompute for layout in found if layout.plan.data_parallel_size == 8))
+    assert ways == ["none", "full"]
+    search = planner.best(phase3(), 0.5 * GIB)
+    assert search.layouts == []
+    assert search.large > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([f"{AXES}.tensor_model_parallel_size=3"], "num_key_value_heads 4 neither divides nor is a multiple of"),
+        ([f"{AXES}.context_parallel_size=5"], "64 ranks are not a multiple of"),
+        (["zero_optimization.offload_optimizer.device=cpu"], "a plan knows no offload"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(changes: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Planner(64, Machine()).layout(phase3(*changes))
+
+
+def test_seconds_follow_from_the_rates() -> None:
+    config = load_config(CONFIGS / "scale_7b.json")
+    step, faster = (Planner(64, Machine(peak=peak)).layout(config).step for peak in (1e15, 2e15))
+    assert faster.compute == pytest.approx(step.compute / 2)
+    assert faster.communication == step.communication
+    plan = config.plan(64)
+    assert step.bubble == pytest.approx(3 / (plan.gradient_accumulation_steps + 3))
+    assert step.mfu == pytest.approx(step.flops / (step.seconds * 64 * 1e15))
+    slow = Planner(64, Machine(peak=1e15, network=1e9)).layout(config).step
+    assert slow.communication["tp"] == step.communication["tp"], "8 tensor-parallel ranks are in one machine"
+    assert slow.communication["dp_cp"] > step.communication["dp_cp"]
+
+
+def test_parameters_of_a_mixture() -> None:
+    config = load_config(CONFIGS / "phase3_moe.json")
+    total, active = parameter_counts(config)
+    model = config.model
+    matrices = 3 * model.hidden_size * model.moe_intermediate_size * len(model.moe_layers)
+    assert total - active == matrices * (model.num_experts - model.num_experts_per_tok)
+
+
+def test_every_kind_of_rank_can_be_built() -> None:
+    config = load_config(
+        CONFIGS / "scale_1b.json", [f"{AXES}.tensor_model_parallel_size=4", "zero_optimization.stage=1"]
+    )
+    config = replace(config, parallel=replace(config.parallel, pipeline_model_parallel_size=2))
+    sizes = Planner(4096, Machine()).build(config)
+    assert set(sizes) == {(tp, pp, 0) for tp in range(4) for pp in range(2)}
