@@ -110,11 +110,11 @@ def kill_one(run: Forked | Launched, output: Path, chance: random.Random, moment
 
     started = time.time()
     wait(run.ranks)
-    ranks = run.ranks()
-    if moment == "starting":
-        time.sleep(chance.uniform(0.0, 4.0))
+    ranks, before = run.ranks(), last_step(output)
+    if moment == "starting":  # or already training, where starting takes less: it must not end first
+        latest = time.monotonic() + chance.uniform(0.0, 4.0)
+        wait(lambda: time.monotonic() >= latest or last_step(output) != before)
     else:
-        before = last_step(output)
         wait(lambda: last_step(output) != before)
         print(f"training {time.monotonic() - run.began:.1f} s after the start")
         goal = last_step(output) + chance.randrange(most)
@@ -150,7 +150,7 @@ def test_killed_at_random_the_run_ends_as_if_nothing_had_been(
     for kill in range(kills):
         run = start(config, output)
         try:
-            kill_one(run, output, chance, MOMENTS[kill % len(MOMENTS)], total // kills)
+            kill_one(run, output, chance, MOMENTS[kill % len(MOMENTS)], total // (kills + 1))
         finally:
             run.end()
     for run, limit in ((start(config, output), 180), (Forked(config, tmp_path / "undisturbed"), 120)):
