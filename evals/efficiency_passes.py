@@ -84,12 +84,14 @@ def layer_core(stage: Stage, share: Batch) -> tuple[Callable[..., Tensor], list[
     block = stage.blocks[timed_layer(stage)]
     inputs = stage_inputs(stage, share)
     packed, state = inputs[-1], inputs
+    attention, given = block.attention, []
+    hook = attention.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     for layer in stage.layers:
+        state = layer(state)
         if layer is block:
             break
-        state = layer(state)
-    attention = block.attention
-    projected = attention.project(block.attention_norm(state[0]), packed)
+    hook.remove()
+    projected = attention.project(given[0], packed)
     core = attention.spread_core if stage.mesh["cp"].size > 1 else attention.core
     tensors = [x.detach().contiguous().requires_grad_() for x in projected]
     return lambda q, k, v: core(q, k, v, packed), tensors

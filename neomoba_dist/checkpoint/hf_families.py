@@ -116,11 +116,11 @@ def _qwen3_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_plain(model: ModelConfig, family: str, **wanted: Any) -> None:
     """Raises CheckpointError where a model is not what a family computes: `wanted`, and the defaults of rare keys."""
-    plain = {"position_embedding": "rope", "key_conv_width": 0, "num_shared_experts": 0, "n_group": 1,
-             "routed_scaling_factor": 1.0, "moe_capacity_factor": None, "router_scoring": "softmax",
-             "router_bias_update_rate": 0.0, "moe_layer_frequency": 1}  # fmt: skip
-    if not model.num_experts:
-        plain = {key: plain[key] for key in ("position_embedding", "key_conv_width")}
+    plain: dict[str, Any] = {"position_embedding": "rope", "key_conv_width": 0, "norm": "rmsnorm",
+                             "norm_placement": "pre"}  # fmt: skip
+    if model.num_experts:
+        plain |= {"num_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "moe_capacity_factor": None,
+                  "router_scoring": "softmax", "router_bias_update_rate": 0.0, "moe_layer_frequency": 1}  # fmt: skip
     for key, value in {**plain, **wanted}.items():
         if (own := getattr(model, key)) != value:
             raise CheckpointError(f"{family} has no counterpart of neomoba.model.{key} {own!r}, only of {value!r}")
@@ -275,11 +275,11 @@ def _neobert_sources(model: ModelConfig) -> dict[str, Source]:
 
 _OWN_KEYS = (
     "objective", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "qk_norm", "tie_word_embeddings",
-    "position_embedding", "rope_theta", "rope_scaling_type", "rope_scaling_factor", "original_max_position_embeddings",
-    "moba_block_size", "moba_top_k", "moba_gate", "moba_pooling", "key_conv_width", "initializer_range", "num_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "router_scoring", "norm_topk_prob", "routed_scaling_factor",
-    "moe_layer_frequency", "first_k_dense_replace",
+    "head_dim", "intermediate_size", "max_position_embeddings", "norm", "norm_placement", "rms_norm_eps", "qk_norm",
+    "tie_word_embeddings", "position_embedding", "rope_theta", "rope_scaling_type", "rope_scaling_factor",
+    "original_max_position_embeddings", "moba_block_size", "moba_top_k", "moba_gate", "moba_pooling",
+    "key_conv_width", "initializer_range", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "router_scoring", "norm_topk_prob", "routed_scaling_factor", "moe_layer_frequency", "first_k_dense_replace",
 )  # fmt: skip
 
 
@@ -321,17 +321,24 @@ def _own_sources(model: ModelConfig) -> dict[str, Source]:
     def here(name: str) -> Source:
         return Source((f"model.{name}",))
 
-    found = {name: here(name) for name in ("embedding.weight", "final_norm.weight")}
+    def norm(name: str) -> dict[str, Source]:
+        return {f"{name}.{part}": here(f"{name}.{part}") for part in norm_parts}
+
+    norm_parts = ("weight",) if model.norm == "rmsnorm" else ("weight", "bias")
+    found = {"embedding.weight": here("embedding.weight")}
+    if model.norm_placement == "pre":
+        found |= norm("final_norm")
     if not model.tie_word_embeddings:
         found["head.weight"] = Source(("head.weight",))
     for i in range(model.num_hidden_layers):
-        names = ["attention_norm.weight", "mlp_norm.weight", *(f"attention.{part}_proj" for part in "qkvo")]
+        names = [f"attention.{part}_proj" for part in "qkvo"]
         names += ["attention.q_norm.weight", "attention.k_norm.weight"] if model.qk_norm else []
         names += ["attention.key_conv"] if model.key_conv_width else []
         mixed = i in model.moe_layers
         names += ["mlp.router.weight", "mlp.router.bias"] if mixed else []
         names += [f"mlp.{'experts.' if mixed else ''}{part}_proj" for part in ("gate", "up", "down")]
         found |= {f"blocks.{i}.{name}": here(f"blocks.{i}.{name}") for name in names}
+        found |= norm(f"blocks.{i}.attention_norm") | norm(f"blocks.{i}.mlp_norm")
     return found
 
 

@@ -42,6 +42,8 @@ class NeoMobaConfig(PretrainedConfig):
         head_dim: int | None = None,
         intermediate_size: int = 2048,
         max_position_embeddings: int = 32768,
+        norm: str = "rmsnorm",
+        norm_placement: str = "pre",
         rms_norm_eps: float = 1e-6,
         qk_norm: bool = False,
         position_embedding: str = "rope",
@@ -86,6 +88,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
 
 def rope_frequencies(config: NeoMobaConfig, device: torch.device) -> tuple[torch.Tensor, float]:
@@ -325,9 +330,9 @@ class Block(nn.Module):
 
     def __init__(self, config: NeoMobaConfig, index: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, index)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if index in config.moe_layers else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: torch.Tensor, *context: object) -> torch.Tensor:
@@ -335,17 +340,28 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class PostNormBlock(Block):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def forward(self, x: torch.Tensor, *context: object) -> torch.Tensor:
+        x = self.attention_norm(x + self.attention(x, *context))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}
+
+
 class NeoMobaPreTrainedModel(PreTrainedModel):
     """What all heads share."""
 
     config_class = NeoMobaConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block", "PostNormBlock"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            if name != "bias" and not isinstance(module, RMSNorm):
+            if name != "bias" and not isinstance(module, tuple(NORMS.values())):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
@@ -355,8 +371,10 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
     def __init__(self, config: NeoMobaConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        block, norm = BLOCKS[config.norm_placement], NORMS[config.norm]
+        self.blocks = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
+        last = config.norm_placement == "pre"
+        self.final_norm = norm(config.hidden_size, config.rms_norm_eps) if last else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

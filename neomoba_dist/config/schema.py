@@ -38,6 +38,8 @@ class ModelConfig:
     head_dim: Size | None = None
     intermediate_size: Size = 3072
     max_position_embeddings: Size = 32768
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_placement: Literal["pre", "post"] = "pre"
     rms_norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False
     tie_word_embeddings: bool = False

@@ -111,7 +111,7 @@ class Stage(nn.Module):
         if pp.size == 1:
             return cls.of(NeoBERT(config, mesh, seed=seed, dtype=dtype, text_head=text_head))
         layers = layer_list(config, Initializer(mesh, seed, config.initializer_range, dtype), text_head=text_head)
-        blocks = [i for i, layer in enumerate(layers) if layer.cls is Block]
+        blocks = [i for i, layer in enumerate(layers) if issubclass(layer.cls, Block)]
         first, stop = (len(blocks) * index // pp.size for index in (pp.index, pp.index + 1))
         start = 0 if pp.index == 0 else blocks[first]
         end = len(layers) if pp.index == pp.size - 1 else blocks[stop]

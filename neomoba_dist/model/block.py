@@ -1,4 +1,4 @@
-"""One pre-norm transformer block. Between layers travels a `State`, the same for one process and for a pipeline."""
+"""One transformer block. Between layers travels a `State`, the same for one process and for a pipeline."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import SwiGLU
 from neomoba_dist.model.moe.layer import MoE
-from neomoba_dist.model.norm import RMSNorm
+from neomoba_dist.model.norm import residual_norm
 
 # hidden [S, H], aux_loss [] (at least float32), position_ids int64 [T], cu_seqlens int32 [max_documents + 1], and what
 # follows from the last two. Fixed shapes, because pipeline stages allocate their receive buffers once; only the four
@@ -22,7 +22,7 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PackedToke
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)): norms before what they norm for (arXiv 2002.04745).
 
     attention: its kind (ModelConfig.layer_attentions). recompute: "full" keeps only the block's input for the backward
     pass, "selective" recomputes the attention core. row_length: tokens of a training row, which bounds the
@@ -40,11 +40,9 @@ class Block(nn.Module):
         row_length: int | None = None,
     ) -> None:
         super().__init__()
-        name, partial = f"blocks.{index}", init.mesh.sequence_parallel
+        name = f"blocks.{index}"
         self.index, self.recompute = index, recompute
-        self.attention_norm = RMSNorm(
-            f"{name}.attention_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial
-        )
+        self.attention_norm = residual_norm(f"{name}.attention_norm", config, init)
         self.attention = Attention(
             f"{name}.attention",
             config,
@@ -53,7 +51,7 @@ class Block(nn.Module):
             recompute_core=recompute == "selective",
             row_length=row_length,
         )
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
+        self.mlp_norm = residual_norm(f"{name}.mlp_norm", config, init)
         self.mlp: SwiGLU | MoE
         if index in config.moe_layers:
             self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
@@ -85,8 +83,31 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The block proper: [S, H] -> [S, H], and a mixture's auxiliary loss and record. cache: for decoding."""
         x_SH = x_SH + self.attention(self.attention_norm(x_SH), packed, cache)
-        normed_SH = self.mlp_norm(x_SH)
-        if isinstance(self.mlp, SwiGLU):
-            return x_SH + self.mlp(normed_SH), None, None
-        output_SH, aux_loss, record = self.mlp(normed_SH, position_ids)
+        output_SH, aux_loss, record = self.feed_forward(self.mlp_norm(x_SH), position_ids)
         return x_SH + output_SH, aux_loss, record
+
+    def feed_forward(
+        self, x_SH: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The second layer of the block, dense or a mixture, with a mixture's auxiliary loss and record."""
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x_SH, position_ids)
+        return self.mlp(x_SH), None, None
+
+
+class PostNormBlock(Block):
+    """norm(x + attention(x)), then norm(x + mlp(x)), as in the first transformer (arXiv 1706.03762) and BERT."""
+
+    def transform(
+        self,
+        x_SH: torch.Tensor,
+        position_ids: torch.Tensor,
+        packed: PackedTokens,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        x_SH = self.attention_norm(x_SH + self.attention(x_SH, packed, cache))
+        output_SH, aux_loss, record = self.feed_forward(x_SH, position_ids)
+        return self.mlp_norm(x_SH + output_SH), aux_loss, record
+
+
+BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock}  # by norm_placement

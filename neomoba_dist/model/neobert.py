@@ -1,8 +1,9 @@
 """NeoBERT-MoBA: the layer list, and the whole model for one pipeline stage.
 
-NeoBERT (arXiv 2502.19587): pre-norm RMSNorm, SwiGLU, RoPE; here with GQA and, by default, with MoBA in all but the last
-`hybrid_layer_count` layers (arXiv 2502.13189, section 3.2). Objective "mlm" is a bidirectional encoder, "clm" a causal
-decoder. The same layers, in the same order, make the flat model (`NeoBERT`) and the pipeline (parallel/pipeline.py).
+NeoBERT (arXiv 2502.19587): RMSNorm before each layer, SwiGLU, RoPE, unless the config chooses otherwise; here with GQA
+and, by default, with MoBA in all but the last `hybrid_layer_count` layers (arXiv 2502.13189, section 3.2). Objective
+"mlm" is a bidirectional encoder, "clm" a causal decoder. The same layers, in the same order, make the flat model
+(`NeoBERT`) and the pipeline (parallel/pipeline.py).
 
 Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, V vocabulary.
 """
@@ -18,10 +19,10 @@ from torch import nn
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.model.attention.packed import PackedTokens
-from neomoba_dist.model.block import Block, State
+from neomoba_dist.model.block import BLOCKS, State
 from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from neomoba_dist.model.init import Initializer, shard_of
-from neomoba_dist.model.norm import RMSNorm
+from neomoba_dist.model.norm import residual_norm
 from neomoba_dist.model.positions import PositionEmbedding
 from neomoba_dist.model.text_heads import TEXT_HEADS, TextHead
 from neomoba_dist.parallel.mesh import Mesh
@@ -74,12 +75,12 @@ class Embedding(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm after the last block: State -> State."""
+    """The norm after the last block, none where blocks end with their own: State -> State."""
 
     def __init__(self, config: ModelConfig, init: Initializer) -> None:
         super().__init__()
-        partial = init.mesh.sequence_parallel
-        self.norm = RMSNorm("final_norm", config.hidden_size, config.rms_norm_eps, init, partial=partial)
+        is_last_norm = config.norm_placement == "pre"
+        self.norm = residual_norm("final_norm", config, init) if is_last_norm else nn.Identity()
 
     def forward(self, state: State) -> State:
         hidden, *rest = state
@@ -162,7 +163,7 @@ def layer_list(
     added = config.position_embedding in ("learned", "sinusoidal")
     blocks = [
         Layer(
-            Block,
+            BLOCKS[config.norm_placement],
             {
                 **common,
                 "index": i,

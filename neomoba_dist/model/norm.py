@@ -1,9 +1,10 @@
-"""RMSNorm (arXiv 1910.07467)."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.optional import apex_rms_norm, is_available
 from neomoba_dist.parallel.comm import sum_gradient
@@ -28,3 +29,29 @@ class RMSNorm(nn.Module):
         if x.is_cuda and is_available("apex_norm"):
             return apex_rms_norm(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension. partial: see `RMSNorm`."""
+
+    def __init__(self, name: str, size: int, eps: float, init: Initializer, partial: bool) -> None:
+        super().__init__()
+        self.weight = init.ones(f"{name}.weight", size)
+        self.bias = init.weight(f"{name}.bias", (size,), scale=0.0)
+        self.eps = eps
+        self.mesh = init.mesh
+        self.partial = partial
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = self.weight, self.bias
+        weight, bias = (sum_gradient(p, self.mesh, "tp") if self.partial else p for p in parameters)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def residual_norm(name: str, config: ModelConfig, init: Initializer) -> RMSNorm | LayerNorm:
+    """The norm that the config asks for, of the residual stream."""
+    partial = init.mesh.sequence_parallel
+    return NORMS[config.norm](name, config.hidden_size, config.rms_norm_eps, init, partial=partial)

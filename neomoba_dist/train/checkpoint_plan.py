@@ -176,7 +176,7 @@ def stage_module(config: Config, tp: Axis, pp: Axis, ep: Axis) -> nn.Module:
 def _stage_layers(config: Config, mesh: Mesh) -> list[Layer]:
     """Of one pipeline stage: an equal share of the blocks, the first ones one more; the ends with the outer stages."""
     layers = layer_list(config.model, Initializer(mesh, 0, config.model.initializer_range))
-    pp, blocks = mesh["pp"], [i for i, layer in enumerate(layers) if layer.cls is Block]
+    pp, blocks = mesh["pp"], [i for i, layer in enumerate(layers) if issubclass(layer.cls, Block)]
     share, more = divmod(len(blocks), pp.size)
     cuts = [blocks[0] + stage * share + min(stage, more) for stage in range(pp.size + 1)]
     cuts[0], cuts[-1] = 0, len(layers)

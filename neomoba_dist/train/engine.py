@@ -29,6 +29,7 @@ from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
@@ -105,7 +106,7 @@ class Engine(ABC):
             # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
             torch.compiler.config.cache_key_tag = code_fingerprint()
             for layer in self.module.modules():
-                if type(layer).__name__ == "Block":
+                if isinstance(layer, Block):
                     layer.compile(dynamic=False)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase)

@@ -58,7 +58,7 @@ def block_memory(block: Block, config: Config, mesh: Mesh, tokens: Tokens, recom
     residual = tokens.element * tokens.between * config.model.hidden_size
     attention = attention_memory(block.attention, config, mesh, tokens)
     mlp = mlp_memory(block.mlp, config.model, tokens)
-    norms = 2 * (norm_memory(tokens.between, config.model.hidden_size, tokens.element, mesh) + residual)
+    norms = 2 * (residual_norm_memory(config.model, mesh, tokens) + residual)
     kept = norms + attention.kept + mlp.kept
     # what the feed-forward part kept is gone when attention's turn comes
     passing = max(attention.passing - mlp.kept, mlp.passing) + 2 * residual
@@ -66,9 +66,22 @@ def block_memory(block: Block, config: Config, mesh: Mesh, tokens: Tokens, recom
     return Held(kept - again, passing + again)
 
 
-def norm_memory(vectors: int, size: int, element: int, mesh: Mesh) -> float:
+def rms_norm_memory(vectors: int, size: int, element: int, mesh: Mesh) -> float:
     """An RMSNorm without its result: input and 1 / rms; on a CPU, where nothing is fused, both factors in float32."""
     return vectors * (4 + size * (8 if mesh.device.type == "cpu" else element))
+
+
+def layer_norm_memory(vectors: int, size: int, element: int, mesh: Mesh) -> float:
+    """A LayerNorm without its result: input, mean and 1 / deviation."""
+    return vectors * (8 + size * element)
+
+
+NORM_MEMORY = {"rmsnorm": rms_norm_memory, "layernorm": layer_norm_memory}
+
+
+def residual_norm_memory(model: ModelConfig, mesh: Mesh, tokens: Tokens) -> float:
+    """A norm of the residual stream without its result."""
+    return NORM_MEMORY[model.norm](tokens.between, model.hidden_size, tokens.element, mesh)
 
 
 def attention_memory(layer: Attention, config: Config, mesh: Mesh, tokens: Tokens) -> Held:
@@ -80,7 +93,7 @@ def attention_memory(layer: Attention, config: Config, mesh: Mesh, tokens: Token
     product: float = element * tokens.here * (queries + keys) * (ranks == 1)  # of which v, counted below, is a part
     if model.qk_norm:
         vectors = tokens.here * (shape.query_heads + shape.kv_heads)
-        product = max(product, norm_memory(vectors, shape.head_dim, element, mesh))
+        product = max(product, rms_norm_memory(vectors, shape.head_dim, element, mesh))
     kept = core = passing = 0.0
     for kind in attention_kinds(layer, config):
         strategy = attention_strategy(kind, config, shape, tokens.here)
@@ -119,7 +132,8 @@ def head_memory(rows: int, config: Config, mesh: Mesh, tokens: Tokens) -> Held:
     """Final norm and loss. rows: of the output matrix on this rank."""
     element, hidden, counted = tokens.element, config.model.hidden_size, tokens.counted
     chunk, matrix = min(CHUNK_TOKENS, counted) * rows, rows * hidden
-    kept = norm_memory(tokens.between, hidden, element, mesh) + element * hidden * counted + 20 * counted
+    last_norm = residual_norm_memory(config.model, mesh, tokens) * (config.model.norm_placement == "pre")
+    kept = last_norm + element * hidden * counted + 20 * counted
     # the matrix's gradient is summed in float32; logits, their gradients, those in the compute dtype
     logits = max(chunk * (8 + element), 4 * chunk + element * (chunk + matrix))
     passing = 4 * matrix + logits + element * hidden * (counted + tokens.here)

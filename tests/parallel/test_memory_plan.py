@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "tp2_sp": (2, {TP: 2, "sequence_parallel": True}, 2, "none", {}, {}),
     "pp2": (2, {PP: 2}, 1, "none", {}, {}),
     "cp2": (2, {CP: 2}, 1, "none", {}, {}),
+    "post_layernorm": (1, {}, 1, "none", {"norm": "layernorm", "norm_placement": "post"}, {}),
     "ep2": (2, {EP: 2}, 1, "none", EXPERTS, {}),
     "tp2_pp2_bf16": (4, {TP: 2, PP: 2}, 1, "full", {}, {"bf16": {"enabled": True}}),
 }
