@@ -39,7 +39,7 @@ bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench moe
 	.venv/bin/python -m evals bench checkpoint
 
-bench-corpora: runs/bench/corpus runs/bench/passkeys  ## what the ablations of the tiny size train on
+bench-corpora: runs/bench/corpus runs/bench/subwords runs/bench/passkeys  ## what the ablations of the tiny size train on
 
 ablations: bench-corpora  ## every comparison of models at its tiny size; hours
 	for name in $(notdir $(basename $(wildcard ds_configs/ablations/*.json))); do \
@@ -47,11 +47,18 @@ ablations: bench-corpora  ## every comparison of models at its tiny size; hours
 
 runs/bench/corpus: .venv/ready  # of the standard library's text
 	.venv/bin/python -m data_tools.sample_corpus --output $@.writing/text
-	.venv/bin/python -m data_tools.train_tokenizer --input $@.writing/text/train --output $@.writing/tokenizer \
-	    --vocab_size 8192
-	for part in train validation; do .venv/bin/python -m data_tools.tokenize_corpus --input $@.writing/text/$$part \
+	$(call tokenized,$@.writing/text,8192)
+
+runs/bench/subwords: runs/bench/corpus  # the same text in shorter pieces: a small model's weights are not in its embedding
+	$(call tokenized,runs/bench/corpus/text,1024)
+
+# $(call tokenized,TEXT,VOCABULARY)
+define tokenized
+	.venv/bin/python -m data_tools.train_tokenizer --input $(1)/train --output $@.writing/tokenizer --vocab_size $(2)
+	for part in train validation; do .venv/bin/python -m data_tools.tokenize_corpus --input $(1)/$$part \
 	    --tokenizer $@.writing/tokenizer --output $@.writing/$$part || exit 1; done
 	mv $@.writing $@
+endef
 
 runs/bench/passkeys: .venv/ready  # made-up words with a passkey, for the needle task
 	$(call passkeys,short,4 40,1,20000,2)

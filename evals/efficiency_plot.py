@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from evals.plots import COLOURS, MUTED, style
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Line = dict[str, Any]
-DASHES = ("-", "--")  # of a part's passes, in order
+DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")  # of a part's passes, in order
 
 
 def efficiency_figure(found: Sequence[Line], titles: Mapping[str, str]) -> Figure:
@@ -26,7 +28,7 @@ def efficiency_figure(found: Sequence[Line], titles: Mapping[str, str]) -> Figur
     parts = [part for part in titles if any(line["part"] == part for line in found)]
     compared = len({line["attention"] for line in found}) > 1
     with style():
-        figure = Figure(figsize=(11.0, 0.5 + 2.45 * len(parts)), layout="constrained")
+        figure = Figure(figsize=(11.0, 0.8 + 2.45 * len(parts)), layout="constrained")
         panels = figure.subplots(len(parts), 2 + compared, squeeze=False)
         for part, (time, *gain, memory) in zip(parts, panels, strict=True):
             here = [line for line in found if line["part"] == part]
@@ -42,13 +44,34 @@ def efficiency_figure(found: Sequence[Line], titles: Mapping[str, str]) -> Figur
             _draw(memory, here, "bytes", 2.0**-20)
             memory.set(ylabel="MiB")
             memory.set_ylim(bottom=0)
-            time.legend(fontsize=7.5)
             for axes, title in zip((time, *gain, memory), names, strict=True):
                 axes.set_title(title)
                 _length_axis(axes, sorted({line["length"] for line in here}))
         for axes in panels[-1]:
             axes.set_xlabel("context length, tokens")
+        figure.legend(handles=_legend(found, compared), loc="outside upper right", ncols=5)
         return figure
+
+
+def _legend(found: Sequence[Line], compared: bool) -> list[Line2D]:
+    """One for all panels: colours are kinds of attention, dashes passes."""
+    kinds = [Line2D([], [], color=COLOURS[kind], label=ATTENTION[kind]) for kind in COLOURS if _has(found, kind)]
+    names = [" or ".join(dict.fromkeys(name for name in column if name)) for column in _passes(found)]
+    passes = [
+        Line2D([], [], color=MUTED, linestyle=dash, label=name) for dash, name in zip(DASHES, names, strict=False)
+    ]
+    return [*kinds, *passes, *[Line2D([], [], color=MUTED, linestyle=":", label="speed-up in theory")] * compared]
+
+
+def _has(found: Sequence[Line], kind: str) -> bool:
+    return any(line["attention"] == kind for line in found)
+
+
+def _passes(found: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The passes of each place of DASHES, over all parts."""
+    parts = dict.fromkeys(line["part"] for line in found)
+    names = [list(dict.fromkeys(line["pass"] for line in found if line["part"] == part)) for part in parts]
+    return list(zip_longest(*names, fillvalue=""))
 
 
 def _draw(axes: Axes, found: Sequence[Line], key: str, factor: float) -> None:
@@ -71,13 +94,12 @@ def _speedup(axes: Axes, found: Sequence[Line]) -> None:
         curve = [line for line in own if line["pass"] == name]
         axes.plot(
             [line["length"] for line in curve], [line["speedup"] for line in curve], dash, marker="o", markersize=3,
-            color=COLOURS[curve[0]["attention"]], label=name,
+            color=COLOURS[curve[0]["attention"]],
         )  # fmt: skip
     limits = {line["length"]: line["theory"] for line in found if line["theory"]}
-    axes.plot(list(limits), list(limits.values()), ":", color=MUTED, label="in theory")
+    axes.plot(list(limits), list(limits.values()), ":", color=MUTED)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} x"))
-    axes.legend(fontsize=7.5)
 
 
 def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:

@@ -35,7 +35,9 @@ def expert_heatmap(run: Run) -> Figure:
     load_LE = expert_loads(run)
     layers, experts = load_LE.shape
     with style():
-        figure = Figure(figsize=(1.6 + max(2.4, min(8.0, 0.34 * experts)), 1.1 + 0.24 * layers), layout="constrained")
+        figure = Figure(
+            figsize=(1.6 + max(2.4, min(8.0, 0.34 * experts)), max(2.5, 1.1 + 0.24 * layers)), layout="constrained"
+        )
         draw_expert_loads(figure, figure.subplots(), load_LE, run.config.model.moe_layers)
         return figure
 

@@ -214,7 +214,7 @@ def bar_figure(bars: Sequence[tuple[str, float, float | None]]) -> Figure:
 def loss_figure(runs: Sequence[Run], entropy: float | None) -> Figure:
     """Training and validation loss over all phases; the unigram entropy as a dotted line."""
     with style():
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         axes: Axes = figure.subplots()
         for i, (run, start) in enumerate(with_starts(runs)):
             tokens, loss = thinned(*run.series("loss", start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evals import page
@@ -48,7 +49,7 @@ def write_report(args: argparse.Namespace) -> int:
     if runs:
         body += [
             page.paragraph(lead(runs), "lead"),
-            *summary_section(runs),
+            page.pair(summary_section(runs), loss_section(runs)),
             *curves_section(runs),
             *layers_section(runs),
             *experts_section(runs),
@@ -67,14 +68,24 @@ def write_report(args: argparse.Namespace) -> int:
 
 def by_task(read: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Result]]:
     """Task -> name of the checkpoint -> result, in the order of the tasks and folders."""
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, list[tuple[str, Result]]] = {}
     for task in TASKS:
         for results in read:
             if task in results:
                 result = results[task]
                 name = f"{result['phase']}, step {result['step']:,}" + (", PARTIAL" if result.get("partial") else "")
-                named = found.setdefault(task, {})
-                named[f"{name} ({len(named) + 1})" if name in named else name] = result
+                found.setdefault(task, []).append((name, result))
+    return {task: distinct(named) for task, named in found.items()}
+
+
+def distinct(named: Sequence[tuple[str, Result]]) -> dict[str, Result]:
+    """Where names are the same, the run folders tell the results apart, and where these are, numbers."""
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        names = [f"{name}, {Path(result['checkpoint']).parent.parent.name}" for name, result in named]
+    found: dict[str, Result] = {}
+    for name, (_, result) in zip(names, named, strict=True):
+        found[f"{name} ({len(found) + 1})" if name in found else name] = result
     return found
 
 
@@ -129,8 +140,8 @@ def summary_section(runs: Sequence[Run]) -> list[str]:
     return [page.heading("Summary"), page.table(lines), page.paragraph(note, "note")]
 
 
-def curves_section(runs: Sequence[Run]) -> list[str]:
-    """Loss, and what else metrics.jsonl tells of every step."""
+def loss_section(runs: Sequence[Run]) -> list[str]:
+    """Training and validation loss."""
     entropy = runs[-1].unigram_entropy
     caption = (
         "Training loss of every step and validation loss on fixed rows and masks, over the tokens seen. Vertical "
@@ -140,11 +151,16 @@ def curves_section(runs: Sequence[Run]) -> list[str]:
         caption += " Dotted: unigram entropy of the validation corpus."
     if any(run.switch for run in runs):
         caption += " Dashed: the MoBA layers change to full attention."
-    rest = [page.picture(data_uri(curve_figure(runs, key, label)), label, text) for key, label, text in CURVES]
     return [
         page.heading("Training"),
         page.picture(data_uri(loss_figure(runs, entropy)), "training and validation loss", caption),
-        page.row(rest),
+    ]
+
+
+def curves_section(runs: Sequence[Run]) -> list[str]:
+    """What else metrics.jsonl tells of every step."""
+    return [
+        page.row([page.picture(data_uri(curve_figure(runs, key, label)), label, text) for key, label, text in CURVES])
     ]
 
 
@@ -187,9 +203,9 @@ def experts_section(runs: Sequence[Run]) -> list[str]:
     return [
         page.heading("Experts"),
         page.paragraph(text),
-        page.picture(data_uri(expert_heatmap(mixed[-1])), "load of every expert of every layer", heat),
         page.row(
             [
+                page.picture(data_uri(expert_heatmap(mixed[-1])), "load of every expert of every layer", heat),
                 page.picture(data_uri(layer_figure(runs, "kl_to_uniform", "KL to uniform, nats")), "KL", kl_text),
                 page.picture(
                     data_uri(layer_figure(runs, "max_violation", "max violation")), "max violation", violation_text
@@ -200,7 +216,8 @@ def experts_section(runs: Sequence[Run]) -> list[str]:
 
 
 def task_sections(task: str, results: Mapping[str, Result]) -> list[str]:
-    """All results of one task; where there are several, first what compares them, then each side by side."""
+    """All results of one task; where there are several, first what compares them, then each, side by side where
+    figures allow it."""
     module = load_task(task)
     if len(results) == 1:
         (result,) = results.values()
@@ -211,11 +228,12 @@ def task_sections(task: str, results: Mapping[str, Result]) -> list[str]:
     if compare:
         drawn, lines = compare(results)
         parts.append(page.pair([page.picture(data_uri(drawn), TASKS[task].about, "")], [page.table(lines)]))
-    columns = []
+    columns, stacked = [], False
     for name, result in results.items():
-        figure, table, _ = task_parts(module, result)
+        figure, table, wide = task_parts(module, result)
         columns.append([page.heading(f"{module.TITLE}: {name}", 3), *figure, *table])
-    return [*parts, page.pair(*columns)]
+        stacked |= wide
+    return [*parts, *(["\n".join(column) for column in columns] if stacked else [page.pair(*columns)])]
 
 
 def task_parts(module: Task, result: Result) -> tuple[list[str], list[str], bool]:

@@ -75,7 +75,11 @@ def test_files(folders: dict[str, Path], kind: str) -> None:
     assert entry["seconds,none"] == min(times["moba"])
     assert entry["speedup,none"] == min(times["full"]) / min(times["moba"])
 
-    panels = efficiency.figure(result).axes
+    figure = efficiency.figure(result)
+    panels = figure.axes
+    words = {"MoBA", "full attention", "forward + backward", "speed-up in theory"}
+    words.add("forward or one token" if kind == "clm" else "forward")
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == words
     assert len(panels) == 3 * (3 if kind == "clm" else 2)
     first = [row for row in result["rows"] if (row["part"], row["pass"]) == ("attention", "forward")]
     drawn = next(line for line in panels[0].lines if line.get_label() == "MoBA, forward")

@@ -18,7 +18,7 @@ from evals.ablation import FORMAT
 from evals.cli import EvalError
 from evals.load import Subject
 from evals.plots import MOST_POINTS, needle_figure, position_loss_figure, thinned
-from evals.report import duration, layout, write_report
+from evals.report import distinct, duration, layout, write_report
 from evals.results import header, read_results, write_result
 from evals.runs import read_run
 from neomoba_dist.data.corpus import Corpus
@@ -136,6 +136,9 @@ def test_results_of_several_checkpoints_are_told_apart(tmp_path: Path, phases: l
     html, _, figures = report(tmp_path / "report.html", phases, [results, results])
     assert len(figures) == 10
     assert html.count("Loss by position: phase1, step 20") == 2
+    named = [("base, step 5", {"checkpoint": f"runs/{run}/checkpoints/step_5"}) for run in ("a", "b", "b")]
+    assert list(distinct(named)) == ["base, step 5, a", "base, step 5, b", "base, step 5, b (3)"]
+    assert list(distinct(named[:1])) == ["base, step 5"]
     html, _, figures = report(tmp_path / "alone.html", [], [results])
     assert "<h1>Evaluation report</h1>" in html
     assert len(figures) == 2
