@@ -130,7 +130,7 @@ def _fits(config: Config, world_size: int) -> bool:
     model = config.model
     assert model.head_dim is not None
     heads = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
-    layer = model.hidden_size * (heads + 3 * model.intermediate_size)
+    layer = model.hidden_size * (heads + model.mlp_matrices * model.intermediate_size)
     parameters = model.num_hidden_layers * layer + 2 * model.vocab_size * model.hidden_size
     if config.zero_stage == 3:
         share = world_size

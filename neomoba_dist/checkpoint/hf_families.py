@@ -117,7 +117,7 @@ def _qwen3_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _require_plain(model: ModelConfig, family: str, **wanted: Any) -> None:
     """Raises CheckpointError where a model is not what a family computes: `wanted`, and the defaults of rare keys."""
     plain: dict[str, Any] = {"position_embedding": "rope", "key_conv_width": 0, "norm": "rmsnorm",
-                             "norm_placement": "pre"}  # fmt: skip
+                             "norm_placement": "pre", "mlp_activation": "swiglu"}  # fmt: skip
     if model.num_experts:
         plain |= {"num_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "moe_capacity_factor": None,
                   "router_scoring": "softmax", "router_bias_update_rate": 0.0, "moe_layer_frequency": 1}  # fmt: skip
@@ -275,11 +275,12 @@ def _neobert_sources(model: ModelConfig) -> dict[str, Source]:
 
 _OWN_KEYS = (
     "objective", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "max_position_embeddings", "norm", "norm_placement", "rms_norm_eps", "qk_norm",
-    "tie_word_embeddings", "position_embedding", "rope_theta", "rope_scaling_type", "rope_scaling_factor",
-    "original_max_position_embeddings", "moba_block_size", "moba_top_k", "moba_gate", "moba_pooling",
-    "key_conv_width", "initializer_range", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "router_scoring", "norm_topk_prob", "routed_scaling_factor", "moe_layer_frequency", "first_k_dense_replace",
+    "head_dim", "intermediate_size", "mlp_activation", "max_position_embeddings", "norm", "norm_placement",
+    "rms_norm_eps", "qk_norm", "tie_word_embeddings", "position_embedding", "rope_theta", "rope_scaling_type",
+    "rope_scaling_factor", "original_max_position_embeddings", "moba_block_size", "moba_top_k", "moba_gate",
+    "moba_pooling", "key_conv_width", "initializer_range", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "router_scoring", "norm_topk_prob", "routed_scaling_factor", "moe_layer_frequency",
+    "first_k_dense_replace",
 )  # fmt: skip
 
 
@@ -336,7 +337,8 @@ def _own_sources(model: ModelConfig) -> dict[str, Source]:
         names += ["attention.key_conv"] if model.key_conv_width else []
         mixed = i in model.moe_layers
         names += ["mlp.router.weight", "mlp.router.bias"] if mixed else []
-        names += [f"mlp.{'experts.' if mixed else ''}{part}_proj" for part in ("gate", "up", "down")]
+        parts = ("gate", "up", "down")[-model.mlp_matrices :]
+        names += [f"mlp.{'experts.' if mixed else ''}{part}_proj" for part in parts]
         found |= {f"blocks.{i}.{name}": here(f"blocks.{i}.{name}") for name in names}
         found |= norm(f"blocks.{i}.attention_norm") | norm(f"blocks.{i}.mlp_norm")
     return found

@@ -11,6 +11,7 @@ size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -41,6 +42,7 @@ class NeoMobaConfig(PretrainedConfig):
         num_key_value_heads: int = 4,
         head_dim: int | None = None,
         intermediate_size: int = 2048,
+        mlp_activation: str = "swiglu",
         max_position_embeddings: int = 32768,
         norm: str = "rmsnorm",
         norm_placement: str = "pre",
@@ -263,16 +265,39 @@ class Attention(nn.Module):
         return (k.to(exact) + F.silu(total)).to(k.dtype)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x)."""
+class GatedMLP(nn.Module):
+    """down(f(gate x) * up x)."""
 
-    def __init__(self, hidden: int, width: int) -> None:
+    def __init__(self, hidden: int, width: int, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Parameter(torch.empty(width, hidden)) for _ in range(2))
         self.down_proj = nn.Parameter(torch.empty(hidden, width))
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.silu(x @ self.gate_proj.T) * (x @ self.up_proj.T)) @ self.down_proj.T
+        return (self.activation(x @ self.gate_proj.T) * (x @ self.up_proj.T)) @ self.down_proj.T
+
+
+class PlainMLP(nn.Module):
+    """down(f(up x))."""
+
+    def __init__(self, hidden: int, width: int, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(hidden, width))
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(x @ self.up_proj.T) @ self.down_proj.T
+
+
+MLPS = {
+    "swiglu": (GatedMLP, F.silu),
+    "geglu": (GatedMLP, F.gelu),
+    "relu": (PlainMLP, F.relu),
+    "gelu": (PlainMLP, F.gelu),
+    "silu": (PlainMLP, F.silu),
+}
 
 
 class Router(nn.Module):
@@ -333,7 +358,11 @@ class Block(nn.Module):
         self.attention_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, index)
         self.mlp_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if index in config.moe_layers else SwiGLU(config.hidden_size, config.intermediate_size)
+        if index in config.moe_layers:
+            self.mlp = MoE(config)
+        else:
+            mlp, activation = MLPS[config.mlp_activation]
+            self.mlp = mlp(config.hidden_size, config.intermediate_size, activation)
 
     def forward(self, x: torch.Tensor, *context: object) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), *context)

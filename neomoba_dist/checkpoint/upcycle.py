@@ -32,6 +32,8 @@ class UpcycledReader(CheckpointReader):
             problem = "--upcycle makes experts, but neomoba.model.num_experts is 0; set it, or leave --upcycle out"
         elif dense.num_experts:
             problem = "holds a mixture of experts already; leave --upcycle out"
+        elif dense.mlp_activation != "swiglu":
+            problem = f"its layers are {dense.mlp_activation} ones, and experts are SwiGLU layers; leave --upcycle out"
         elif model.moe_intermediate_size != dense.intermediate_size:
             problem = (
                 f"neomoba.model.moe_intermediate_size {model.moe_intermediate_size} is not the checkpoint's "

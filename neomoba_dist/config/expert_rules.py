@@ -19,6 +19,11 @@ def experts(config: Config) -> Iterator[str]:
         if ep > 1:
             yield f"{_EP} {ep} shares experts, but {_EXPERTS} is 0; set {_EP} to 1, or {_EXPERTS} to {ep} or more"
         return
+    if model.mlp_activation != "swiglu":
+        yield (
+            f"neomoba.model.mlp_activation {model.mlp_activation} is of dense layers, and experts are SwiGLU layers; "
+            "set mlp_activation to swiglu, or num_experts to 0"
+        )
     if model.num_experts_per_tok > model.num_experts:
         yield (
             f"neomoba.model.num_experts_per_tok {model.num_experts_per_tok} is larger than num_experts "

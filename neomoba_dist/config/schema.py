@@ -37,6 +37,7 @@ class ModelConfig:
     num_key_value_heads: Parts = 4
     head_dim: Size | None = None
     intermediate_size: Size = 3072
+    mlp_activation: Literal["swiglu", "geglu", "relu", "gelu", "silu"] = "swiglu"
     max_position_embeddings: Size = 32768
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_placement: Literal["pre", "post"] = "pre"
@@ -96,6 +97,11 @@ class ModelConfig:
     def layer_attentions(self) -> tuple[str, ...]:
         """Kind of attention of every layer, first to last: "moba", "full" or "sliding_window"."""
         return expand_attention(self.attention, self.num_hidden_layers, self.hybrid_layer_count)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of a dense feed-forward layer: the gated ones have one more."""
+        return 3 if self.mlp_activation in ("swiglu", "geglu") else 2
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

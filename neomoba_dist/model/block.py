@@ -11,7 +11,7 @@ from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.init import Initializer
-from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.mlp import MLP, MLPS
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.model.norm import residual_norm
 
@@ -52,11 +52,11 @@ class Block(nn.Module):
             row_length=row_length,
         )
         self.mlp_norm = residual_norm(f"{name}.mlp_norm", config, init)
-        self.mlp: SwiGLU | MoE
+        self.mlp: MLP | MoE
         if index in config.moe_layers:
             self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
         else:
-            self.mlp = SwiGLU(f"{name}.mlp", config, init)
+            self.mlp = MLPS[config.mlp_activation](f"{name}.mlp", config, init)
         # in training called once per pass, recomputed or not, with the output [S, H] and a mixture's record
         self.observe: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
 

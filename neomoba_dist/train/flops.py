@@ -106,7 +106,7 @@ def window_pairs(lengths: torch.Tensor, config: ModelConfig) -> int:
 def feed_forward_weights(config: ModelConfig) -> int:
     """Weights of all feed-forward parts that one token passes: of a mixture its router, its experts and shared ones."""
     sparse = len(config.moe_layers)
-    weights = (config.num_hidden_layers - sparse) * 3 * config.hidden_size * config.intermediate_size
+    weights = (config.num_hidden_layers - sparse) * config.mlp_matrices * config.hidden_size * config.intermediate_size
     if sparse:
         assert config.moe_intermediate_size is not None  # resolved by ModelConfig
         active = (config.num_experts_per_tok + config.num_shared_experts) * config.moe_intermediate_size

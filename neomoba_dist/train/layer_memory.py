@@ -11,7 +11,7 @@ from neomoba_dist.data.batch import COUNTED_STEPS
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.cross_entropy import CHUNK_TOKENS
-from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.mlp import MLP
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.parallel.context_cost import AttentionShape, choose, kept_bytes, passing_bytes
 from neomoba_dist.parallel.context_split import padded_split
@@ -109,13 +109,14 @@ def attention_memory(layer: Attention, config: Config, mesh: Mesh, tokens: Token
     return Held(put_together + product + kept, passing + gradients + weights, core)
 
 
-def mlp_memory(layer: SwiGLU | MoE, model: ModelConfig, tokens: Tokens) -> Held:
+def mlp_memory(layer: MLP | MoE, model: ModelConfig, tokens: Tokens) -> Held:
     """A dense feed-forward layer or a mixture, whose tokens are taken to choose all experts alike."""
     element = tokens.element
-    if isinstance(layer, SwiGLU):
-        width, matrix = layer.down_proj.shape[1], element * layer.gate_up_proj.numel()
-        # gate | up, silu(gate), the product; then the matrix's gradient and two beyond what has a kept tensor's place
-        return Held(4 * element * tokens.here * width, matrix + 2 * element * tokens.here * width)
+    if not isinstance(layer, MoE):
+        width, matrix = layer.down_proj.shape[1], element * next(layer.parameters()).numel()
+        # the first product, f of it (or of half of it), the input of the second one; then the first matrix's gradient
+        # and two beyond what has a kept tensor's place
+        return Held(layer.kept * element * tokens.here * width, matrix + 2 * element * tokens.here * width)
     experts, width, hidden = layer.experts, layer.experts.down_proj.shape[2], model.hidden_size
     rows = tokens.here * model.num_experts_per_tok
     scores = 12 * tokens.between * model.num_experts

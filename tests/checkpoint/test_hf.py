@@ -267,8 +267,9 @@ OWN: list[dict[str, Any]] = [
      "position_embedding": "none"},
     {"objective": "clm", "moba_block_size": 8, "moba_top_k": 2, "moba_pooling": "max", "num_experts": 4,
      "moe_intermediate_size": 48, "router_scoring": "sigmoid", "first_k_dense_replace": 1, "tie_word_embeddings": True},
-    {"norm": "layernorm", "norm_placement": "post", "objective": "clm", "moba_block_size": 8, "moba_top_k": 2},
-    {"norm": "layernorm", "objective": "mlm", "moba_block_size": 8, "moba_top_k": 2},
+    {"norm": "layernorm", "norm_placement": "post", "objective": "clm", "moba_block_size": 8, "moba_top_k": 2,
+     "mlp_activation": "gelu"},
+    {"norm": "layernorm", "objective": "mlm", "moba_block_size": 8, "moba_top_k": 2, "mlp_activation": "geglu"},
 ]  # fmt: skip
 ALONE = """
 import json, sys

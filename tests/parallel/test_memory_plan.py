@@ -36,6 +36,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "pp2": (2, {PP: 2}, 1, "none", {}, {}),
     "cp2": (2, {CP: 2}, 1, "none", {}, {}),
     "post_layernorm": (1, {}, 1, "none", {"norm": "layernorm", "norm_placement": "post"}, {}),
+    "gelu": (1, {}, 1, "none", {"mlp_activation": "gelu"}, {}),
+    "relu": (1, {}, 1, "none", {"mlp_activation": "relu", "intermediate_size": 512}, {}),
     "ep2": (2, {EP: 2}, 1, "none", EXPERTS, {}),
     "tp2_pp2_bf16": (4, {TP: 2, PP: 2}, 1, "full", {}, {"bf16": {"enabled": True}}),
 }

@@ -15,7 +15,8 @@ SP = {"sequence_parallel": True}
 PARTS: dict[str, dict[str, Any]] = {
     "layernorm": {"norm": "layernorm"},
     "post": {"norm_placement": "post"},
-    "bert": {"norm": "layernorm", "norm_placement": "post"},
+    "bert": {"norm": "layernorm", "norm_placement": "post", "mlp_activation": "gelu"},
+    **{kind: {"mlp_activation": kind} for kind in ("geglu", "relu", "silu")},
 }
 LAYERS: dict[str, dict[str, Any]] = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, **SP}, "cp2_tp2_sp": {CP: 2, TP: 2, **SP}}
 

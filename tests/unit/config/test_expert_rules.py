@@ -20,6 +20,11 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # set beside MOE, 
         {EP: 1},
     ),
     (
+        {f"{MODEL}.mlp_activation": "gelu"},
+        "neomoba.model.mlp_activation gelu is of dense layers",
+        {f"{MODEL}.mlp_activation": "swiglu"},
+    ),
+    (
         {f"{MODEL}.num_experts_per_tok": 9},
         "neomoba.model.num_experts_per_tok 9 is larger than num_experts 8; set it to 8 or less",
         {f"{MODEL}.num_experts_per_tok": 8},

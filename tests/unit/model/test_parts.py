@@ -1,15 +1,19 @@
 """The parts of a block that `neomoba.model` chooses, in float64 against their formulas."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import Block
-from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.init import Initializer, views_of
+from neomoba_dist.model.mlp import MLPS
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.model.norm import NORMS
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.flops import feed_forward_weights
 from tests.models import tiny_batch, tiny_model
 
 SINGLE = Initializer(Mesh.single(), 0, 0.2, torch.float64)
@@ -63,3 +67,30 @@ def test_where_norms_stand(placement: str, kind: str) -> None:
     else:
         assert not list(model.final_norm.parameters())
     torch.testing.assert_close(model.hidden_states(batch), x, rtol=0, atol=1e-10)
+
+
+def activation_formula(kind: str, x: Tensor) -> Tensor:
+    if kind == "relu":
+        return torch.where(x > 0, x, 0)
+    if kind.startswith("ge"):
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return x / (1 + torch.exp(-x))
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_feed_forward_layers(kind: str) -> None:
+    config = tiny_model(mlp_activation=kind)
+    mlp = MLPS[kind]("blocks.0.mlp", config, SINGLE)
+    weights = {shard.name.split(".")[-1]: view for p in mlp.parameters() for shard, view in views_of(p, p)}
+    gated = kind in ("swiglu", "geglu")
+    assert weights.keys() == {"up_proj", "down_proj"} | ({"gate_proj"} if gated else set())
+    assert feed_forward_weights(config) == 3 * sum(weight.numel() for weight in weights.values()), "of three layers"
+    x = draw(7, 32).requires_grad_()
+    inner = activation_formula(kind, x @ weights["gate_proj" if gated else "up_proj"].T)
+    wanted = (inner * (x @ weights["up_proj"].T) if gated else inner) @ weights["down_proj"].T
+    found = mlp(x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    leaves, upstream = [x, *mlp.parameters()], draw(7, 32)
+    one, other = (torch.autograd.grad(result, leaves, upstream) for result in (found, wanted))
+    for gradient, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-11)
