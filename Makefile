@@ -37,6 +37,7 @@ bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench prepare
 	.venv/bin/python -m evals bench loader
 	.venv/bin/python -m evals bench moe
+	.venv/bin/python -m evals bench decoding
 	.venv/bin/python -m evals bench checkpoint
 
 bench-corpora: runs/bench/corpus runs/bench/subwords runs/bench/passkeys  ## what the ablations of the tiny size train on

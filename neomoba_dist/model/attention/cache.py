@@ -152,8 +152,9 @@ class LayerCache:
 
     def _make_buffers(self, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Zeros for the keys and, in a MoBA layer, for the means of all blocks."""
-        cache = self.cache
-        keys = torch.zeros(sum(cache.capacities), *heads, dtype=dtype, device=cache.device)
+        cache, (number, dim) = self.cache, heads
+        # the keys of one head lie together: what decoding reads, token after token
+        keys = torch.zeros(number, sum(cache.capacities), dim, dtype=dtype, device=cache.device).transpose(0, 1)
         size = cache.config.moba_block_size
         if self.kind != "moba":
             return keys, None
@@ -194,7 +195,8 @@ class LayerCache:
     def _means_of(self, rows: Tensor, size: int) -> Tensor:
         """The means of whole blocks, from the rows of their keys."""
         pooling = self.cache.config.moba_pooling
-        return block_means(self.k[rows], block_size=size, pooling=pooling)[: len(rows) // size]
+        keys = self.k[rows].contiguous()  # as a whole pass has them: the same bits
+        return block_means(keys, block_size=size, pooling=pooling)[: len(rows) // size]
 
     def attend(self, q: Tensor, cu_seqlens: Tensor, bias: ScoreBias | None) -> Tensor:
         """Attention of the new queries [T, heads, D] to all tokens so far, as a whole pass computes it."""
@@ -225,7 +227,7 @@ class LayerCache:
             return masked_attention(q, self.k, self.v, mask, weight)
         if blocks is not None:
             return attend(q, self.k, self.v, blocks, **packing)[0]
-        if q.device.type != "cpu":
+        if q.device.type != "cpu" or len(q) == len(step.document_ranges):  # one new token each
             return attend_documents(q, self.k, self.v, step.document_ranges)
         # one block as long as the longest document is full attention
         packing["block_size"] = max(self.cache.capacities)

@@ -34,7 +34,7 @@ def assert_equals_loops(borders: list[int], heads: tuple[int, int], dtype: torch
         assert (got - expected).abs().max() <= grad_tolerance
 
 
-@pytest.fixture(params=["gathered", "cached", "masked"])
+@pytest.fixture(params=["gathered", "few", "masked"])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way of computing a sparse document."""
     force_method(monkeypatch, request.param)
@@ -174,7 +174,7 @@ def test_the_first_queries_may_run_full(block_size: int, top_k: int, monkeypatch
     gate=st.sampled_from(["per_head", "kv_group"]),
     pooling=st.sampled_from(["mean", "max", "minmax", "representative"]),
     scale=st.sampled_from([1.0, 30.0]),
-    forced=st.sampled_from(["gathered", "cached", "masked", None]),
+    forced=st.sampled_from(["gathered", "few", "masked", None]),
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_equals_the_dense_mask(

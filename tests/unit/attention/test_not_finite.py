@@ -41,10 +41,10 @@ def seen_by(block_indices: Tensor, causal: bool) -> Tensor:
     return own | (block_indices[..., 1:] == 2).any(-1)
 
 
-@pytest.fixture(params=["gathered", "cached", "masked", "chosen", "chunked", "reference"])
+@pytest.fixture(params=["gathered", "few", "masked", "chosen", "chunked", "reference"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way of computing; returns the `impl` of `attend`. Masks are left for gathering where keys are damaged."""
-    if request.param in ("gathered", "cached"):
+    if request.param in ("gathered", "few"):
         force_method(monkeypatch, request.param)
     elif request.param == "masked":
         monkeypatch.setattr(gathered, "NS_PER_MASKED_PAIR", 0.0)

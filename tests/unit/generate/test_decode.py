@@ -107,10 +107,10 @@ def test_document_by_document_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         return expected
 
     monkeypatch.setattr(cache_module, "moba_attention", compare)
-    for chunk in (1, 8):
+    for chunk in (2, 8):
         decoder = Decoder(Stage.of(make()), [n + 3 for n in LENGTHS], "full")
         in_chunks(decoder, random_documents(LENGTHS), chunk)
-    assert len(largest) > 3 * 60
+    assert len(largest) > 100
     assert max(largest) <= 1e-12
 
 
@@ -127,7 +127,7 @@ def test_means_of_complete_blocks_have_the_bits_of_a_whole_pass(dtype: torch.dty
     decoder = Decoder(Stage.of(model), LENGTHS, "moba")
     in_chunks(decoder, documents, chunk)
     for layer in decoder.cache.layers[:2]:
-        whole = moba.block_means(layer.k, block_size=8, cu_seqlens=decoder.cache.borders)
+        whole = moba.block_means(layer.k.contiguous(), block_size=8, cu_seqlens=decoder.cache.borders)
         assert layer.means is not None
         filled, first = layer.means.abs().amax((1, 2)) > 0, 0
         for length in LENGTHS:

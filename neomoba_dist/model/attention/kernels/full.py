@@ -58,7 +58,8 @@ def full_attention(
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[slice, slice]]) -> Tensor:
     """Causal attention of a few new queries to all keys of their document so far, by SDPA, document by document.
 
-    For decoding on a GPU: SDPA spreads one query's keys over the device, a kernel with tiles of queries does not.
+    For decoding: SDPA spreads one query's keys over a GPU, a kernel with tiles of queries does not. Where nothing is
+    masked, the heads that share keys pass as several queries of one head, so that each key is read once.
 
     Args:
         q: [T, Hq, D] of all documents; k, v: [S, Hkv, D], Hkv divides Hq.
@@ -71,7 +72,11 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[sli
     for queries, keys in ranges:
         part_q, part_k, part_v = (x[rows].transpose(0, 1)[None] for x, rows in ((q, queries), (k, keys), (v, keys)))
         new, known = part_q.shape[2], part_k.shape[2]
-        mask = causal_lower_right(new, known) if new > 1 else None
+        if new == 1:
+            grouped = part_q.view(1, k.shape[1], -1, q.shape[2])
+            parts.append(F.scaled_dot_product_attention(grouped, part_k, part_v).reshape(1, *q.shape[1:]))
+            continue
+        mask = causal_lower_right(new, known)
         out = F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)

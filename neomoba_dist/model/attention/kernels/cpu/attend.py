@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.cpu.few import few_queries_task
 from neomoba_dist.model.attention.kernels.cpu.flash import flash_backward, flash_forward, group_queries
 from neomoba_dist.model.attention.kernels.cpu.head import is_finite
 from neomoba_dist.model.attention.kernels.cpu.tasks import (
@@ -35,6 +36,7 @@ from neomoba_dist.model.attention.kernels.select import score_dtype
 NS_PER_FLASH_PAIR, NS_PER_MASKED_PAIR, NS_PER_GATHERED_PAIR, NS_PER_BLOCK = 3.7, 7.0, 2.9, 80_000.0
 FLASH_TILE = 512  # keys; the causal flash kernel skips whole tiles only
 FEW = 2  # queries are few if all blocks that they choose hold less than this part of the keys
+FORWARD = {"gathered": forward_task, "few": few_queries_task}  # methods that work head by head
 MASK_ELEMENTS = 1 << 24  # of one additive mask
 
 
@@ -48,8 +50,8 @@ def attend_cpu(problem: Problem) -> tuple[Tensor, Tensor]:
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=score_dtype(q.dtype))
     tasks: list[Callable[[], None]] = []
     for doc in docs:
-        if doc.method in ("gathered", "cached"):
-            tasks.extend(partial(forward_task, task, out, lse) for task in split_document(problem, doc))
+        if run := FORWARD.get(doc.method):
+            tasks.extend(partial(run, task, out, lse) for task in split_document(problem, doc))
             continue
         k, v = problem.k[doc.keys], problem.v[doc.keys]
         for rows, mask_THS in flash_pieces(problem, doc):
@@ -73,7 +75,7 @@ def attend_cpu_backward(
         dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (problem.k, problem.v))
     tasks, targets = [], []
     for doc in docs:
-        if doc.method in ("gathered", "cached"):
+        if doc.method in FORWARD:
             for task in split_document(problem, doc):
                 tasks.append(partial(backward_task, task, out, lse, grad_out, grad_lse, dq))
                 targets.append((doc.keys, task.head))
@@ -97,7 +99,8 @@ def attend_cpu_backward(
 
 def _rows_to_write(q: Tensor, docs: list[Document]) -> Tensor:
     """A result of the shape of q: zeros only where some queries have no keys, as clearing costs as much as writing."""
-    make = torch.empty_like if sum(doc.num_queries for doc in docs) == len(q) else torch.zeros_like
+    written = sum(doc.num_queries for doc in docs if doc.method != "few")
+    make = torch.empty_like if written == len(q) else torch.zeros_like
     return make(q, memory_format=torch.contiguous_format)
 
 
@@ -132,7 +135,7 @@ def _choose_methods(problem: Problem, doc: Document, block_indices: Tensor) -> l
     """The document as one piece or two, each with the cheapest way to compute it."""
     block_size, causal = problem.layout.block_size, problem.causal
     if doc.num_queries * problem.group * block_indices.shape[2] * block_size <= doc.num_keys // FEW:
-        return [doc._replace(method="cached")]
+        return [doc._replace(method="few")]
     values_finite = is_finite(problem.v[doc.keys])
     flash = values_finite or not causal  # the causal flash kernel lets a damaged value reach earlier queries
     square = doc.position == 0 and doc.num_queries == doc.num_keys

@@ -47,24 +47,6 @@ class KeyValueHead(NamedTuple):
         return bool(bound <= SAFE_EXPONENT)  # False for not-a-number
 
 
-class UnpreparedHead(NamedTuple):
-    """The same for few queries, as in decoding: only the chosen blocks are prepared, and no other key is even read."""
-
-    k_SD: Tensor
-    v_SD: Tensor
-    group: int
-    position: int  # of the first query
-
-    def part(self, item: Item) -> tuple[Tensor, Tensor]:
-        """Keys and values of an item."""
-        keys = slice(item.key_start, item.key_stop)
-        return prepare(self.k_SD[keys], self.v_SD[keys])
-
-    def is_bounded(self, q_RD: Tensor) -> bool:
-        """Unknown without reading all keys."""
-        return False
-
-
 def prepare(k_SD: Tensor, v_SD: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous copies [S, D] and [S, E] of keys and values in the dtype of the scores."""
     k_SD, v_SD = (x.to(score_dtype(x.dtype)) for x in (k_SD, v_SD))
@@ -113,7 +95,7 @@ class OnlineSoftmax:
         return values_RD.div_(total_R.masked_fill(total_R == 0, 1.0)[:, None]), lse * math.log(2)
 
 
-def forward_head(head: KeyValueHead | UnpreparedHead, plan: WorkList, q_RD: Tensor) -> tuple[Tensor, Tensor]:
+def forward_head(head: KeyValueHead, plan: WorkList, q_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Output [R, D] and logsumexp [R] of one head; the last row means nothing.
 
     Args:
@@ -121,7 +103,6 @@ def forward_head(head: KeyValueHead | UnpreparedHead, plan: WorkList, q_RD: Tens
     """
     state = OnlineSoftmax(q_RD, head.is_bounded(q_RD))
     for tiles in plan.tiles:
-        assert isinstance(head, KeyValueHead)
         logits = torch.bmm(tiles.rows.view(q_RD), tiles.keys.view(head.k_SD).transpose(1, 2))
         if tiles.masked:
             logits.masked_fill_(later_keys(tiles, head.group), -torch.inf)
@@ -179,7 +160,7 @@ def later_keys(tiles: TileItem, group: int) -> Tensor:
     return torch.ones(edge, edge, dtype=torch.bool).triu_(1).repeat_interleave(group, dim=0)
 
 
-def future(item: Item, head: KeyValueHead | UnpreparedHead) -> Tensor:
+def future(item: Item, head: KeyValueHead) -> Tensor:
     """bool [m, keys]: keys after the row's own position."""
     keys = torch.arange(item.key_start, item.key_stop)
     rows = item.rows if isinstance(item.rows, Tensor) else torch.arange(item.rows.start, item.rows.stop)

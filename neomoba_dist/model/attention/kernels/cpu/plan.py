@@ -86,18 +86,17 @@ class PlannedQueries(NamedTuple):
     key_spans: list[tuple[int, int]] | None = None  # first and last key of every block, where they are not counted
 
 
-def list_work(queries: PlannedQueries, block_indices_TGC: Tensor, first_block: int, *, tiled: bool) -> WorkList:
+def list_work(queries: PlannedQueries, block_indices_TGC: Tensor, first_block: int) -> WorkList:
     """The work list of one KV head.
 
     Args:
         block_indices_TGC: int [tokens, G, columns], global block numbers, -1 for none.
-        tiled: whether current blocks may become tiles.
     """
     if not queries.causal:
         return WorkList([], list(selected_items(queries, block_indices_TGC, first_block)))
     own = block_indices_TGC[:, :, 0] >= 0
     others = selected_items(queries, block_indices_TGC[:, :, 1:], first_block)
-    if not tiled or not bool(own.all()) or queries.position + queries.stop - queries.start > queries.num_keys:
+    if not bool(own.all()) or queries.position + queries.stop - queries.start > queries.num_keys:
         return WorkList([], [*partial_current_items(queries, own), *others])
     tiles, items = current_items(queries, block_indices_TGC.shape[1])
     return WorkList(tiles, [*items, *others])

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.cpu.head import (
     KeyValueHead,
-    UnpreparedHead,
     backward_head,
     forward_head,
     prepare,
@@ -32,7 +31,7 @@ class Document(NamedTuple):
     keys: slice
     position: int  # of the first query
     first_block: int
-    method: str  # "full", "masked", "gathered", or "cached" for few queries
+    method: str  # "full", "masked", "gathered", or "few" for few queries
 
     @property
     def num_queries(self) -> int:
@@ -60,6 +59,15 @@ class Task(NamedTuple):
         """Position of the first query."""
         return self.doc.position + self.rows.start - self.doc.queries.start
 
+    @property
+    def chosen_blocks(self) -> Tensor:
+        """int [tokens, G, columns]: global block numbers, -1 for none."""
+        block_indices = self.problem.block_indices
+        assert block_indices is not None
+        per_head = block_indices.shape[1] == self.problem.q.shape[1]
+        heads = self.query_heads if per_head else slice(self.head, self.head + 1)
+        return block_indices[self.rows, heads].expand(-1, self.problem.group, -1)
+
     def write(self, x: Tensor, rows_R: Tensor) -> None:
         """Put rows [tokens * G + 1, ...] into their places of x [T, Hq, ...]; the last one means nothing."""
         x[self.rows, self.query_heads] = rows_R[:-1].unflatten(0, (-1, self.problem.group)).to(x.dtype)
@@ -80,8 +88,7 @@ def forward_task(task: Task, out: Tensor, lse: Tensor) -> None:
     """Write the task's share of out [T, Hq, D] and lse [T, Hq]."""
     q_RD = _query_rows(task, task.problem.q)
     q_RD *= query_scale(task.problem)
-    head = UnpreparedHead(*_keys(task)) if task.doc.method == "cached" else _load(task)
-    values_RD, lse_R = forward_head(head, _plan(task), q_RD)
+    values_RD, lse_R = forward_head(_load(task), _plan(task), q_RD)
     task.write(out, values_RD)
     task.write(lse, lse_R)
 
@@ -107,15 +114,10 @@ def query_scale(problem: Problem) -> float:
     return math.log2(math.e) * problem.q.shape[2] ** -0.5
 
 
-def _keys(task: Task) -> tuple[Tensor, Tensor, int, int]:
-    """Keys and values [S, D] as they are, queries per KV head, and position of the first query."""
-    problem, keys = task.problem, task.doc.keys
-    return problem.k[keys, task.head], problem.v[keys, task.head], problem.group, task.position
-
-
 def _load(task: Task) -> KeyValueHead:
-    k_SD, v_SD, *place = _keys(task)
-    return KeyValueHead(*prepare(k_SD, v_SD), *place)
+    problem, keys = task.problem, task.doc.keys
+    k_SD, v_SE = prepare(problem.k[keys, task.head], problem.v[keys, task.head])
+    return KeyValueHead(k_SD, v_SE, problem.group, task.position)
 
 
 def _query_rows(task: Task, x: Tensor, column: Tensor | None = None) -> Tensor:
@@ -135,13 +137,9 @@ def _query_rows(task: Task, x: Tensor, column: Tensor | None = None) -> Tensor:
 
 def _plan(task: Task) -> WorkList:
     """The work list of one task."""
-    problem, doc, rows, block_indices = task.problem, task.doc, task.rows, task.problem.block_indices
-    assert block_indices is not None
-    layout, per_head = problem.layout, block_indices.shape[1] == problem.q.shape[1]
-    heads = task.query_heads if per_head else slice(task.head, task.head + 1)
-    chosen_TGC = block_indices[rows, heads].expand(-1, problem.group, -1)
+    problem, doc, rows, layout = task.problem, task.doc, task.rows, task.problem.layout
     spans = None if layout.spans is None else [(start, start + length) for start, length in layout.spans.tolist()]
     queries = PlannedQueries(
         rows.start, rows.stop, task.position, doc.num_keys, layout.block_size, problem.causal, spans
     )
-    return list_work(queries, chosen_TGC, doc.first_block, tiled=doc.method != "cached")
+    return list_work(queries, task.chosen_blocks, doc.first_block)
