@@ -32,6 +32,7 @@ def summary_lines(corpus: Corpus) -> list[str]:
         f"{len(index.shards)} shards, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB",
         f"fingerprint {index.fingerprint}, unigram entropy {index.unigram_entropy:.3f} nats/token",
         index.unknown,
+        *counted_lines(corpus),
         f"tokenizer {index.tokenizer.kind}, {index.tokenizer.vocab_size} ids, "
         + ", ".join(f"{role} {i}" for role, i in index.tokenizer.special.items() if i is not None),
         "documents by length in tokens:",
@@ -44,6 +45,14 @@ def summary_lines(corpus: Corpus) -> list[str]:
     return lines + [
         f"  subset {least}+: {documents} documents, {tokens} tokens" for least, documents, tokens in index.subsets
     ]
+
+
+def counted_lines(corpus: Corpus) -> list[str]:
+    """How many tokens the loss counts, where it does not count all."""
+    if not corpus.has_loss_spans:
+        return []
+    share = corpus.counted_tokens / corpus.index.tokens
+    return [f"{corpus.counted_tokens} tokens count for the loss, {share:.1%}: the responses"]
 
 
 def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int, block_size: int) -> list[str]:

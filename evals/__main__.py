@@ -15,7 +15,7 @@ import importlib
 import pkgutil
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from evals.cli import EvalError, Parser, list_of, natural_int, positive_int
@@ -201,6 +201,12 @@ def main(argv: Sequence[str]) -> int:
         if joined_rank() == 0:  # all ranks find the same
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def names_after(words: Sequence[str]) -> Collection[str] | None:
+    """For completion: what may follow some words; None where they name a command, whose flags follow."""
+    named = {"bench": _bench_names(), "prepare": ["ruler"]}
+    return COMMANDS if not words else named.get(words[0]) if len(words) == 1 else None
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -9,6 +9,9 @@ Each is a module of its own and can be started by itself, which launchers of sev
 
 import runpy
 import sys
+from collections.abc import Collection, Sequence
+
+from neomoba_dist import completion
 
 COMMANDS = {
     "pretrain": ("launch.pretrain", "train one phase"),
@@ -32,8 +35,23 @@ def usage() -> str:
     return "\n".join(["usage: neomoba COMMAND ...", "", *lines, "", f"neomoba data: {', '.join(DATA)}"])
 
 
+def names_after(words: Sequence[str]) -> Collection[str] | None:
+    """What may follow some words; None where they name a command, whose flags follow."""
+    if not words:
+        return COMMANDS
+    if list(words) == ["data"]:
+        return DATA
+    if words[0] == "evals":
+        from evals.__main__ import names_after as evals_names_after
+
+        return evals_names_after(words[1:])
+    return None
+
+
 def main() -> None:
     """Run the command that the first word names, as if its module had been started."""
+    if completion.asked():
+        completion.answer(names_after)
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help") or words == ["data"]:
         print(usage())

@@ -80,6 +80,14 @@ class Corpus:
         columns = self._columns(LOSS_SPANS_FILE, self.index.loss_spans_sha256)
         return columns.mapped("starts"), columns.mapped("stops")
 
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens that the loss may count; of an encoder, which of these are masked is drawn in training."""
+        if not self.has_loss_spans:
+            return self.index.tokens
+        begins, ends = self._loss_spans
+        return int((ends - begins).sum())
+
     def mark_counted(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         """Sets True in `out`, bool, which tokens of some runs the loss counts: `lengths[i]` from number `starts[i]` on,
         which lie at `out[places[i]:]`. All int64 [runs]."""

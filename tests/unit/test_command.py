@@ -1,9 +1,11 @@
 """The command `neomoba`: it names every program of the project, and starts each as if it were called itself."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,29 @@ def test_listing_imports_nothing_heavy() -> None:
     code = "import sys, runpy; sys.argv = ['neomoba']; runpy.run_module('neomoba_dist', run_name='__main__')"
     code += "; assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "others"),
+    [
+        ("neomoba p", {"pretrain", "plan"}, {"evals"}),
+        ("neomoba data tokenize_", {"tokenize_corpus", "tokenize_chat"}, {"fetch"}),
+        ("neomoba evals ", {"run", "bench"}, {"pretrain"}),
+        ("neomoba evals bench de", {"decoding"}, {"attention"}),
+        ("neomoba pretrain --dry", {"--dry_run"}, {"--resume"}),
+        ("neomoba plan --ds_config x.json --gpu", {"--gpus", "--gpu_memory"}, {"--ds_config"}),
+        ("neomoba data inspect_shards --objective ", {"mlm", "clm"}, set()),
+        ("neomoba evals bench decoding --con", {"--context"}, {"--new"}),
+        ("neomoba evals run --task", {"--tasks"}, {"--checkpoint"}),
+        ("neomoba convert --inp", {"--input"}, {"--output"}),
+    ],
+)
+def test_the_shell_completes(line: str, found: set[str], others: set[str], tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    words = [sys.executable, "-m", "neomoba_dist"]
+    subprocess.run(words, cwd=ROOT, env={**os.environ, **asked}, check=True, capture_output=True, timeout=60)
+    offered = {word.strip() for word in answer.read_text().split("\n")}
+    assert found <= offered
+    assert not others & offered

@@ -129,8 +129,8 @@ def test_the_check_of_circles_can_fail() -> None:
     assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
-def test_environment_is_read_in_two_places_only() -> None:
-    allowed = ("launch/", "tests/", "neomoba_dist/parallel/launcher.py")
+def test_environment_is_read_in_three_places_only() -> None:
+    allowed = ("launch/", "tests/", "neomoba_dist/parallel/launcher.py", "neomoba_dist/completion.py")
     for path in source_files():
         file = path.relative_to(ROOT).as_posix()
         if not file.startswith(allowed):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_tools import inspect_shards
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.batch import PADDING_POSITION, Batch
 from neomoba_dist.data.chat import Dialogue, encode_pair
@@ -129,3 +130,15 @@ def test_refused_and_told(chats: Corpus, examples: list[Dialogue]) -> None:
     config = run_config({})
     with pytest.raises(DataError, match=r"neomoba\.model\.objective is mlm; start from a decoder with --init_from"):
         open_corpora(replace(config, data=replace(config.data, train=chats.name)))
+
+
+def test_inspect_shards_counts_what_the_loss_counts(
+    chats: Corpus, examples: list[Dialogue], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = sum(stop - start for example in examples for start, stop in example.spans)
+    assert chats.counted_tokens == counted < chats.index.tokens
+    inspect_shards.main([str(chats.folder), "--objective", "clm", "--rows", "1"])
+    said = f"\n{counted} tokens count for the loss, {counted / chats.index.tokens:.1%}: the responses\n"
+    assert said in capsys.readouterr().out
+    everything = open_corpus(shared_corpus())
+    assert everything.counted_tokens == everything.index.tokens
