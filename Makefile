@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # two workers, each with whole files: many tests wait for ranks, launchers and time limits
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart corpus test test-full check bench bench-gpu bench-corpora ablations clean
+.PHONY: quickstart corpus test test-full check bench bench-gpu bench-corpora ablations cluster-configs clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,11 @@ bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench moe
 	.venv/bin/python -m evals bench decoding
 	.venv/bin/python -m evals bench checkpoint
+
+cluster-configs: .venv/ready  ## the phases for 1, 8, 64 and 256 GPUs of 80 GiB as the planner lays them out, with what it says
+	for phase in phase1 phase2 phase3; do for gpus in 1 8 64 256; do \
+	    .venv/bin/python launch/plan.py --ds_config ds_configs/$$phase.json --gpus $$gpus --list 3 \
+	    --write ds_configs/cluster/$${phase}_$$gpus.json > ds_configs/cluster/$${phase}_$$gpus.txt || exit 1; done; done
 
 bench-corpora: runs/bench/corpus runs/bench/subwords runs/bench/passkeys  ## what the ablations of the tiny size train on
 

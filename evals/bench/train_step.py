@@ -3,7 +3,11 @@
 Takes the model, micro-batch, ZeRO stage and recomputation of a phase's JSON, fills the batches with random tokens (one
 document per row) and runs real updates of the DeepSpeed engine. MFU counts the operations of train/flops.py: sparse
 attention by its own pairs, recomputation not at all. Phases whose steps are partly full are timed both ways. Writes
-NAME.json, NAME being the phase's.
+NAME.json, NAME being the phase's. Started by torchrun, it times the layout of the JSON on so many ranks.
+
+--peer times another way to train the same model, taking turns with ours: `plain`, a plain PyTorch loop; `hf`,
+transformers' Qwen3 with accelerate, for which the model becomes a causal one with full attention and norms on q and k.
+With one CPU thread both are timed by CPU time, which other work on the machine does not change much.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.bench._processor import processor_name
 from evals.cli import EvalError, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
+    from evals.bench._train_peers import Peer
     from neomoba_dist.config import BatchPlan, Config
     from neomoba_dist.data.batch import Batch
     from neomoba_dist.train.engine import Engine
@@ -35,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batches", type=positive_int, default=8, metavar="N",
         help="of one update (default: 8; the JSON's own number of accumulation steps is for many GPUs)",
     )  # fmt: skip
+    parser.add_argument("--peer", choices=("plain", "hf"), help="what else to train, and compare with")
     parser.add_argument("--steps", type=positive_int, default=3, metavar="N", help="timed updates (default: 3)")
     parser.add_argument(
         "--peak-tflops", type=float, metavar="X", help="of the device, for MFU (default: known for H200, H100, A100)"
@@ -43,18 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> tuple[Config, BatchPlan]:
-    """The phase with updates of --micro-batches on a world of one. Raises ConfigError, EvalError."""
+    """The phase with updates of --micro-batches; in one process without its layout. Raises ConfigError, EvalError."""
     from neomoba_dist.config import load_config
+    from neomoba_dist.parallel.launcher import launched_size
 
-    config = load_config(args.ds_config, args.set)
+    changes, world = list(args.set), launched_size()
+    if args.peer == "hf":
+        from evals.bench._train_peers import QWEN3
+
+        changes += [f"neomoba.model.{key}" for key in QWEN3]
+    if args.peer and world > 1:
+        raise EvalError("--peer trains in one process; start it without torchrun")
+    config = load_config(args.ds_config, changes)
     tokens = args.micro_batches * config.micro_batch_size * config.phase.sequence_length
-    axes = [f"neomoba.parallel.{axis}_parallel_size=1" for axis in ("tensor_model", "pipeline_model", "context")]
-    config = load_config(args.ds_config, [*args.set, *axes, f"neomoba.phase.tokens_per_update={tokens}"])
-    return config, config.plan(1)
+    if world == 1:
+        axes = ("tensor_model", "pipeline_model", "context")
+        changes += [f"neomoba.parallel.{axis}_parallel_size=1" for axis in axes]
+    config = load_config(args.ds_config, [*changes, f"neomoba.phase.tokens_per_update={tokens}"])
+    return config, config.plan(world)
 
 
 def random_batches(config: Config, plan: BatchPlan) -> list[Batch]:
-    """The micro-batches of one update: rows of one document, labels as the objective has them."""
+    """The micro-batches of one update, alike on all ranks: rows of one document, labels as the objective has them."""
     import torch
 
     from neomoba_dist.data.batch import IGNORE_LABEL, Batch
@@ -66,11 +83,13 @@ def random_batches(config: Config, plan: BatchPlan) -> list[Batch]:
     for _ in range(plan.gradient_accumulation_steps):
         tokens = torch.randint(0, config.model.vocab_size, (rows * length,), generator=generator)
         labels = tokens.roll(-1)
+        labels.view(rows, length)[:, -1] = IGNORE_LABEL
         if config.model.objective == "mlm":
             kept = torch.rand(tokens.shape, generator=generator) < config.data.mlm_probability
             labels = torch.where(kept, tokens, IGNORE_LABEL)
         batches.append((tokens, labels))
-    counted = sum(int((labels != IGNORE_LABEL).sum()) for _, labels in batches)
+    replicas = plan.rows_per_update // (rows * plan.gradient_accumulation_steps)
+    counted = replicas * sum(int((labels != IGNORE_LABEL).sum()) for _, labels in batches)
     return [
         Batch(
             input_ids=tokens,
@@ -101,9 +120,9 @@ def measure(engine: Engine, batches: list[Batch], config: Config, full: bool, st
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    tokens = sum(batch.input_ids.numel() for batch in batches)
     lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches])
     flops, best = step_flops(config.model, lengths, batches[0].num_valid, full), min(seconds[1:])
+    tokens = config.phase.tokens_per_update
     return {
         "attention": "full" if full else "moba",
         "tokens": tokens,
@@ -115,6 +134,46 @@ def measure(engine: Engine, batches: list[Batch], config: Config, full: bool, st
         "loss": loss,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
+
+
+def compare(
+    engine: Engine, peer: Peer, batches: list[Batch], config: Config, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Updates of both in turns, after one each to warm up: seconds, losses, tokens per second of ours over theirs."""
+    import torch
+
+    from evals.bench._timing import in_turns
+    from evals.bench._train_peers import GOALS
+
+    device, rate = engine.mesh.device.type, config.phase.learning_rate
+    engine.set_full_attention(config.phase.full_attention_fraction == 1)
+    losses: dict[str, list[Any]] = {"ours": [], args.peer: []}
+    works = {
+        "ours": lambda: losses["ours"].append(engine.update(batches, rate).loss),
+        args.peer: lambda: losses[args.peer].append(peer.update(batches)),
+    }
+    for work in works.values():
+        work()
+    seconds = in_turns(works, device=device, threads=torch.get_num_threads(), repetitions=args.steps)
+    return {
+        "peer": args.peer,
+        "seconds": seconds,
+        "losses": {name: [float(loss) for loss in found] for name, found in losses.items()},
+        "tokens_per_second": {name: config.phase.tokens_per_update / min(times) for name, times in seconds.items()},
+        "ratio": min(seconds[args.peer]) / min(seconds["ours"]),
+        "goal": GOALS.get((args.peer, device)),
+    }
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """A line for each side."""
+    goal = "-" if found["goal"] is None else f"{found['goal']:.2f}"
+    lines = [["who", "tokens/s", "s/step", "first loss", "last loss", "ours / theirs", "goal"]]
+    for name, losses in found["losses"].items():
+        rates = [f"{found['tokens_per_second'][name]:,.0f}", f"{min(found['seconds'][name]):.3f}"]
+        ratio = ["-", "-"] if name == "ours" else [f"{found['ratio']:.3f}", goal]
+        lines.append([name, *rates, f"{losses[0]:.5f}", f"{losses[-1]:.5f}", *ratio])
+    print_table(lines)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,19 +188,32 @@ def run(args: argparse.Namespace) -> int:
     from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
     from neomoba_dist.parallel.mesh import Mesh
 
+    peer = None
+    if args.peer:  # first: accelerate would join our process group
+        from evals.bench._train_peers import PEERS
+
+        peer = PEERS[args.peer](config, plan, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     map_launcher_environment()
     mesh = Mesh.build(config.parallel, initialize_process_group())
     engine = build_engine(config, plan, mesh)
-    machine = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    machine = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor_name()
     peak = args.peak_tflops or next((peak for name, peak in PEAKS.items() if name in machine), None)
-    batches, fraction, rows = random_batches(config, plan), config.phase.full_attention_fraction, []
-    for full in [False, True] if 0 < fraction < 1 else [fraction == 1]:
-        row = measure(engine, batches, config, full, args.steps)
-        rows.append({"phase": config.phase.name, **row, "mfu": row["tflops"] / peak if peak else None})
-    print_table([HEADER, *(_cells(row) for row in rows)])
-    if args.output is not None:
-        result = {"machine": machine, "torch": torch.__version__, "peak_tflops": peak, "rows": rows}
-        write_json(args.output, config.phase.name, result)
+    batches, fraction = random_batches(config, plan), config.phase.full_attention_fraction
+    result: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "peak_tflops": peak, "rows": []}
+    if peer is None:
+        for full in [False, True] if 0 < fraction < 1 else [fraction == 1]:
+            row = measure(engine, batches, config, full, args.steps)
+            result["rows"].append({"phase": config.phase.name, **row, "mfu": row["tflops"] / peak if peak else None})
+    else:
+        result["comparison"] = compare(engine, peer, batches, config, args)
+    if mesh.rank == 0:
+        if peer is None:
+            print_table([HEADER, *(_cells(row) for row in result["rows"])])
+        else:
+            print_comparison(result["comparison"])
+        print(f"{machine}, torch {torch.__version__}, {config.dtype_name}")
+        if args.output is not None:
+            write_json(args.output, config.phase.name, result)
     sys.stdout.flush()
     torch.distributed.destroy_process_group()
     return 0

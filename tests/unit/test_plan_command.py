@@ -1,13 +1,15 @@
 """launch/plan.py: a table or JSON within seconds, one line on a mistake, a file that loads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from neomoba_dist.config import load_config
-from tests.programs import run_program
+from tests.programs import ROOT, run_program
 
+CLUSTER = ROOT / "ds_configs" / "cluster"
 PHASE3 = ("launch/plan.py", "--ds_config", "ds_configs/phase3.json")
 
 
@@ -46,3 +48,43 @@ def test_mistakes_are_one_line(words: tuple[str, ...], said: str) -> None:
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def cluster_files(phase: str, gpus: int) -> tuple[Path, Path]:
+    """The JSON that `make cluster-configs` wrote, and what the planner said."""
+    return CLUSTER / f"{phase}_{gpus}.json", CLUSTER / f"{phase}_{gpus}.txt"
+
+
+ALL = [(phase, gpus) for phase in ("phase1", "phase2", "phase3") for gpus in (1, 8, 64, 256)]
+
+
+@pytest.mark.parametrize(("phase", "gpus"), ALL)
+def test_a_cluster_file_is_its_phase_but_for_the_layout(phase: str, gpus: int) -> None:
+    file, said = cluster_files(phase, gpus)
+    config, shipped = load_config(file), load_config(f"ds_configs/{phase}.json")
+    plan = config.plan(gpus)
+    assert plan.tokens_per_update == shipped.phase.tokens_per_update
+    assert replace(config.phase, recompute=shipped.phase.recompute) == shipped.phase
+    for block in ("model", "data", "checkpoint", "log"):
+        assert getattr(config, block) == getattr(shipped, block)
+    first = next(line for line in said.read_text().splitlines() if line.startswith("1. "))
+    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    assert f" ZeRO-{config.zero_stage} {batch} recompute {config.phase.recompute} " in first
+
+
+def test_cluster_files_are_all_there() -> None:
+    assert {path for pair in ALL for path in cluster_files(*pair)} == set(CLUSTER.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("phase", "gpus"), [pytest.param(*pair, marks=[] if pair == ("phase3", 8) else pytest.mark.full) for pair in ALL]
+)
+def test_cluster_files_are_what_the_planner_says_now(phase: str, gpus: int, tmp_path: Path) -> None:
+    """Else: make cluster-configs."""
+    file, said = cluster_files(phase, gpus)
+    written = tmp_path / "now.json"
+    words = ("launch/plan.py", "--ds_config", f"ds_configs/{phase}.json", "--gpus", str(gpus), "--list", "3")
+    result = run_program(*words, "--write", str(written))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(written.read_text()) == json.loads(file.read_text())
+    assert result.stdout == said.read_text()
