@@ -32,12 +32,19 @@ check: .venv/ready  ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# four layers of phase 1 and a seventh of its vocabulary
+cpu_step = --ds-config ds_configs/phase1.json --micro-batches 2 --set bf16.enabled=false \
+    train_micro_batch_size_per_gpu=1 neomoba.model.num_hidden_layers=4 neomoba.model.vocab_size=4352
+
 bench: .venv/ready  ## benchmarks of this machine; run nothing else meanwhile
 	.venv/bin/python -m evals bench attention
 	.venv/bin/python -m evals bench prepare
 	.venv/bin/python -m evals bench loader
 	.venv/bin/python -m evals bench moe
 	.venv/bin/python -m evals bench decoding
+	.venv/bin/python -m evals bench train_step --peer plain $(cpu_step)
+	.venv/bin/python -m evals bench train_step --peer hf $(cpu_step)
+	.venv/bin/python -m evals bench layouts $(cpu_step)
 	.venv/bin/python -m evals bench checkpoint
 
 cluster-configs: .venv/ready  ## the phases for 1, 8, 64 and 256 GPUs of 80 GiB as the planner lays them out, with what it says

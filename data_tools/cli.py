@@ -68,10 +68,11 @@ def run(main: Callable[[Sequence[str]], None], *, resumes: bool = False) -> NoRe
 
 
 def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
-    """A progress bar with rate and remaining time; call `update(n)`, use it as a context manager."""
+    """A progress bar, in a terminal only: call `update(n)`, use it as a context manager."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+    settings: dict[str, Any] = {"unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "disable": None}
+    return tqdm(total=total, desc=description, unit=unit, **settings)
 
 
 def check_output(folder: Path) -> None:

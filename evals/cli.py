@@ -69,10 +69,10 @@ def print_table(lines: Sequence[Sequence[str]]) -> None:
 
 
 def progress(items: Iterable[T], total: int, description: str, unit: str, *, disable: bool = False) -> tqdm[T]:
-    """`items` under a progress bar with rate and remaining time."""
+    """`items` under a progress bar with rate and remaining time; in a terminal only."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True, disable=disable)
+    return tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True, disable=disable or None)
 
 
 def write_json(folder: Path, name: str, result: Mapping[str, Any]) -> None:

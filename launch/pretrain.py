@@ -51,6 +51,8 @@ def shared_parser(about: str | None) -> tuple[argparse.ArgumentParser, Add]:
     add("resume", default="auto", metavar="auto|must|none|DIR", help="go on from a checkpoint (default: auto)")
     add("dry_run", action="store_true", help="print the resolved config, the rank map and the batch, then exit")
     add("world_size", type=int, metavar="N", help="number of ranks of --dry_run; any other launch is refused")
+    add("quiet", action="store_true", help="warnings and errors only; every step is in the run folder's metrics.jsonl")
+    add("verbose", action="store_true", help="what every rank logs, not the first one's alone, with its number")
     add("local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser, add
 
@@ -218,6 +220,8 @@ def run(
         for flag in ("max_steps", "world_size"):
             if (value := getattr(arguments, flag)) is not None and value < 1:
                 raise ConfigError(f"--{flag} is {value}; give at least 1")
+        if arguments.quiet and arguments.verbose:
+            raise ConfigError("--quiet and --verbose: give one of them")
         if arguments.dry_run:
             dry_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
             return 0
@@ -229,8 +233,7 @@ def run(
                 f"--world_size {asked}, but the launcher started {world_size} ranks; start as many as asked"
             )
         speaks = os.environ["LOCAL_RANK"] == "0"  # all ranks find the same: one line per machine is enough
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("neomoba_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        start_talking(rank, arguments.quiet, arguments.verbose)
         faulthandler.register(signal.SIGUSR2)  # `kill -USR2` shows where a rank hangs
         return train(arguments, config, world_size)
     except Exception as error:
@@ -246,6 +249,15 @@ def run(
             with suppress(OSError):  # perhaps there is no such folder, and that is the mistake
                 (Path(arguments.output_dir) / REFUSED).write_text(f"{error}\n")
         return MISTAKE
+
+
+def start_talking(rank: int, quiet: bool, verbose: bool) -> None:
+    """What this rank says from now on: warnings; by default also what the first one logs, and its line per step."""
+    logging.basicConfig(format=f"rank {rank}: %(message)s" if verbose else "%(message)s")
+    speaks = verbose or (rank == 0 and not quiet)
+    logging.getLogger("neomoba_dist").setLevel(logging.INFO if speaks else logging.WARNING)
+    if quiet:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -49,18 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the result")
 
 
-def read_config(args: argparse.Namespace) -> tuple[Config, BatchPlan]:
-    """The phase with updates of --micro-batches; in one process without its layout. Raises ConfigError, EvalError."""
+def read_config(args: argparse.Namespace, world: int) -> tuple[Config, BatchPlan]:
+    """The phase with updates of --micro-batches on `world` ranks; on one without its layout. Raises ConfigError."""
     from neomoba_dist.config import load_config
-    from neomoba_dist.parallel.launcher import launched_size
 
-    changes, world = list(args.set), launched_size()
+    changes = list(args.set)
     if args.peer == "hf":
         from evals.bench._train_peers import QWEN3
 
         changes += [f"neomoba.model.{key}" for key in QWEN3]
-    if args.peer and world > 1:
-        raise EvalError("--peer trains in one process; start it without torchrun")
     config = load_config(args.ds_config, changes)
     tokens = args.micro_batches * config.micro_batch_size * config.phase.sequence_length
     if world == 1:
@@ -178,7 +175,6 @@ def print_comparison(found: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
-    config, plan = read_config(args)
     try:
         from neomoba_dist.train.engine import build_engine
     except ImportError as error:
@@ -189,11 +185,15 @@ def run(args: argparse.Namespace) -> int:
     from neomoba_dist.parallel.mesh import Mesh
 
     peer = None
-    if args.peer:  # first: accelerate would join our process group
+    if args.peer:  # before there is a launcher's environment, which accelerate would join too
         from evals.bench._train_peers import PEERS
 
-        peer = PEERS[args.peer](config, plan, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    map_launcher_environment()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        peer = PEERS[args.peer](*read_config(args, 1), device)
+    _, world = map_launcher_environment()
+    if args.peer and world > 1:
+        raise EvalError("--peer trains in one process; start it without torchrun")
+    config, plan = read_config(args, world)
     mesh = Mesh.build(config.parallel, initialize_process_group())
     engine = build_engine(config, plan, mesh)
     machine = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor_name()

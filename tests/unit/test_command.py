@@ -95,3 +95,43 @@ def test_the_shell_completes(line: str, found: set[str], others: set[str], tmp_p
     offered = {word.strip() for word in answer.read_text().split("\n")}
     assert found <= offered
     assert not others & offered
+
+
+TALK = """
+import logging, sys
+from launch.pretrain import start_talking
+start_talking({rank}, {quiet}, {verbose})
+print("a step")
+logging.getLogger("neomoba_dist.x").info("found")
+logging.getLogger("neomoba_dist.x").warning("beware")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "quiet", "verbose", "out", "err"),
+    [
+        (0, False, False, "a step\n", "found\nbeware\n"),
+        (1, False, False, "a step\n", "beware\n"),
+        (0, True, False, "", "beware\n"),
+        (1, False, True, "a step\n", "rank 1: found\nrank 1: beware\n"),
+    ],
+)
+def test_quiet_and_verbose(rank: int, quiet: bool, verbose: bool, out: str, err: str) -> None:
+    words = [sys.executable, "-c", TALK.format(rank=rank, quiet=quiet, verbose=verbose)]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (out, err)
+
+
+def test_quiet_or_verbose() -> None:
+    done = run_program("launch/pretrain.py", "--ds_config", "ds_configs/phase1.json", "--quiet", "--verbose")
+    assert (done.returncode, done.stderr) == (2, "error: --quiet and --verbose: give one of them\n")
+
+
+@pytest.mark.parametrize("module", ["data_tools", "evals"])
+def test_progress_bars_are_for_terminals(module: str) -> None:
+    arguments = "3, 'work', 'item'" if module == "data_tools" else "range(3), 3, 'work', 'item'"
+    code = (
+        f"from {module}.cli import progress; bar = progress({arguments}); list(bar) if bar.iterable else bar.update(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
