@@ -29,7 +29,7 @@ from neomoba_dist.checkpoint.convert import (
     write_tensors,
 )
 from neomoba_dist.checkpoint.files import make_empty, write_text
-from neomoba_dist.checkpoint.hf_families import FAMILIES, Source, describe
+from neomoba_dist.checkpoint.hf_families import FAMILIES, NO_COUNTERPART, Source, describe
 from neomoba_dist.checkpoint.index import Entry
 from neomoba_dist.checkpoint.layout import CheckpointError, logical_name, read_json, step_folder
 from neomoba_dist.checkpoint.load import OPEN_FILES, CheckpointReader
@@ -63,6 +63,8 @@ class HuggingFaceReader(CheckpointReader):
         self.folder = Path(path)
         config = read_json(self.folder / "config.json")
         kind = config.get("model_type")
+        if kind in NO_COUNTERPART:
+            raise CheckpointError(f"{self.folder}: {kind} has layers without counterpart here: {NO_COUNTERPART[kind]}")
         if kind not in FAMILIES:
             raise CheckpointError(
                 f"{self.folder}: model_type {kind!r} is not read here; {', '.join(FAMILIES)} are (docs/huggingface.md)"

@@ -353,6 +353,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# layers of architectures that are asked for and that nothing here computes
+NO_COUNTERPART = {
+    "modernbert": (
+        "embeddings.norm (a norm between embedding and first block), the first block's missing attention norm, a "
+        "rotation for local layers beside that of global ones (local_rope_theta), and head.dense with head.norm "
+        "(before the output matrix)"
+    ),
+}
+
+
 def describe(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The family a model goes out as, a published one where one fits, and its config.json. CheckpointError: none."""
     published = "neobert"

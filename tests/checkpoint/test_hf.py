@@ -241,7 +241,8 @@ def test_training_starts_from_a_folder_of_the_hub(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "modernbert"}, "model_type 'modernbert' is not read here; qwen3, "),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not read here; qwen3, "),
+        ({"model_type": "modernbert"}, "modernbert has layers without counterpart here: embeddings.norm "),
         ({"attention_bias": True}, '"attention_bias": True has no counterpart here'),
         ({"hidden_act": "gelu"}, "\"hidden_act\": 'gelu' has no counterpart here"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "'llama3' has no counterpart"),
