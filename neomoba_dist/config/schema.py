@@ -181,6 +181,7 @@ class PhaseConfig:
     recompute_every: Parts = 1
     compile: bool = False
     allow_tf32: bool = True
+    deterministic: bool = False
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 1234
 
 

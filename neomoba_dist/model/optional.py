@@ -19,6 +19,7 @@ OPTIONAL_KERNELS: dict[str, tuple[str, str]] = {
     "triton": ("triton.language", "the torch implementation of MoBA"),
     "apex_norm": ("fused_layer_norm_cuda", "torch's RMSNorm"),  # the registry's "apex" is another project
     "quack": ("quack.gemm_interface", "torch's grouped products"),
+    "flash_attn_4": ("flash_attn.cute.interface", "the next of model/attention/kernels/choice.py"),
     "flash_attn": ("flash_attn.flash_attn_interface", "torch's own attention"),
 }
 

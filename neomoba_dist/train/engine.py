@@ -98,6 +98,7 @@ class Engine(ABC):
             raise ConfigError("fp16.enabled: DeepSpeed has no fp16 on a CPU; set bf16.enabled instead, or neither")
         check_rows(config, mesh)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.phase.allow_tf32
+        torch.use_deterministic_algorithms(config.phase.deterministic, warn_only=True)
         _start_deepspeed(mesh)
         self.module = self._build_module()
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.choice import gate_kernel
 from neomoba_dist.model.attention.kernels.layout import make_layout
-from neomoba_dist.model.attention.kernels.ops import implementation
 from neomoba_dist.model.attention.kernels.select import select_blocks_any
 from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, select_blocks
 
@@ -80,7 +80,7 @@ def test_grid(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, causal:
 
 def test_float64_runs_without_triton() -> None:
     q, k, v, grad = draw(500, (4, 2), 32, torch.float64)
-    assert implementation(q.dtype, q.device) == "torch"
+    assert gate_kernel(q.dtype, q.device) == "torch"
     assert_equals_float64(q, k, v, grad, block_size=64, top_k=3, causal=True, cu_seqlens=cu([0, 300, 500]))
 
 

@@ -19,6 +19,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.kernels import ops
 from neomoba_dist.model.attention.kernels.full import full_attention
 from neomoba_dist.model.attention.kernels.layout import Geometry, PlacedBlocks, make_layout, max_blocks
+from neomoba_dist.model.attention.kernels.library.varlen import LIBRARIES
 from neomoba_dist.model.attention.kernels.reference import attend_reference
 from neomoba_dist.model.attention.kernels.select import GATES, POOLINGS, pooled_width
 from neomoba_dist.parallel.documents import check_cu_seqlens
@@ -58,7 +59,7 @@ class MobaOptions(NamedTuple):
         return cls(config.moba_block_size, config.moba_top_k, config.moba_gate, config.moba_pooling)
 
 
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", *LIBRARIES)
 
 
 @overload
@@ -135,7 +136,8 @@ def moba_attention(
             are checked on the CPU only.
         gate: "per_head" (each query head chooses) or "kv_group" (the heads of one KV head choose together).
         pooling: what stands for a block: "mean", "max", "minmax" (Quest bound) or "representative" (last token).
-        impl: "reference" (dense mask), "torch" (CPU and any GPU), "triton" (GPU) or "auto".
+        impl: "reference" (dense mask), "torch" (CPU and any GPU), "triton" (GPU), a library by its name in
+            kernels/library/varlen.py (GPU, half precision) or "auto".
         placed: what `place_blocks` found for these borders, which then are not checked again; None: found here.
         return_lse: also return the logsumexp of the scaled logits.
 

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from neomoba_dist.model.attention.kernels.library import rows as library_rows
 from neomoba_dist.model.attention.kernels.triton import backward as triton_backward
 from neomoba_dist.model.attention.kernels.triton import forward as triton_forward
 from neomoba_dist.model.attention.kernels.triton import index as triton_index
@@ -31,8 +32,14 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = ("spans_pointer", "offset_pointer")
-FLOAT32 = ("lse_pointer", "part_lse_pointer", "delta_pointer", "grad_lse_pointer")
+FLOAT32 = (
+    "lse_pointer", "part_lse_pointer", "own_lse_pointer", "lse_rows_pointer", "delta_pointer", "grad_lse_pointer"
+)  # fmt: skip
 TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means", "part")
+
+ONLY_BACKWARD = (
+    "grad_pointer", "out_pointer", "lse_pointer", "grad_rows_pointer", "out_rows_pointer", "lse_rows_pointer"
+)  # fmt: skip
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -45,7 +52,7 @@ def argument_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name in INT64:
         return "*i64"
-    return f"*{dtype}" if name.removesuffix("_pointer") in TENSORS else "*i32"
+    return f"*{dtype}" if name.removesuffix("_pointer").removesuffix("_rows") in TENSORS else "*i32"
 
 
 def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> None:
@@ -86,6 +93,11 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
         delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
+        rows = {"DIM": dim, "BM": library_rows.BM, "BD": padded(dim)}
+        for given in ({}, dict.fromkeys(ONLY_BACKWARD)):
+            compile_kernel(library_rows.gather_rows_kernel, dtype, **given, **rows, TAIL=library_rows.TAIL)
+        compile_kernel(library_rows.merge_rows_kernel, dtype, **rows)
+        compile_kernel(library_rows.scatter_rows_kernel, dtype, **rows)
         for minmax, exact in ((False, dtype == "fp32"), (True, dtype == "fp32"), (False, True)):  # last: "kv_group"
             chosen = choose_gate_tiles(dim, exact)
             width = dim * (1 + minmax)

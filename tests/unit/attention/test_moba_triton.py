@@ -15,6 +15,10 @@ def test_kernels_are_exact_in_the_interpreter() -> None:
     interpret(HERE / "interpreted_triton.py")
 
 
+def test_moba_by_libraries_is_exact_with_their_kernels_in_the_interpreter() -> None:
+    interpret(HERE / "interpreted_library.py")
+
+
 def compile_for_hopper(cases: list[str], cache: Path) -> None:
     output = run_python([str(HERE / "compiled_triton.py"), *cases], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
     for case in cases:

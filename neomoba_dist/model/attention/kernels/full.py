@@ -5,17 +5,21 @@ Legend: T tokens, Hq/Hkv query and KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from neomoba_dist.model.attention.kernels import ops
+from neomoba_dist.model.attention.kernels.choice import Call, full_attention_kernel
 from neomoba_dist.model.attention.kernels.cpu.flash import expand_keys, group_queries, ungroup_queries
 from neomoba_dist.model.attention.kernels.layout import Geometry, PlacedBlocks, document_of, one_document
-from neomoba_dist.model.optional import is_available
+from neomoba_dist.model.attention.kernels.library.varlen import LIBRARIES, varlen_attention
 
 
 def full_attention(
@@ -30,8 +34,7 @@ def full_attention(
 ) -> Tensor:
     """Softmax attention within each document, scaled by 1 / sqrt(D).
 
-    One document: SDPA. Packed documents, on the CPU: the kernel of SDPA document by document; on a GPU in half
-    precision: flash-attn where it is installed, else the flash kernel within torch; otherwise SDPA with a [T, T] mask.
+    choice.FULL_ATTENTION has the kernels and when each runs.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], Hkv divides Hq, any floating dtype.
@@ -44,15 +47,17 @@ def full_attention(
         [T, Hq, D] in the dtype of q.
     """
     packed = cu_seqlens is not None and cu_seqlens.shape[0] > 2
-    if q.device.type == "cpu":
-        if packed:
-            geometry = Geometry.of(max(1, q.shape[0]), causal, cu_seqlens, placed=placed)
-            return ops.attend(q, k, v, None, *geometry, "torch")[0]
-        return _sdpa(q, k, v, causal, None)
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
-    if fits and (packed or is_available("flash_attn")):
-        return _flash_varlen(q, k, v, causal, cu_seqlens, min(longest or q.shape[0], q.shape[0]))
-    return _sdpa(q, k, v, causal, cu_seqlens if packed else None)
+    kernel = full_attention_kernel(Call(q.device, q.dtype, q.shape[2], q.shape[0], packed))
+    documents = Documents(cu_seqlens if packed else None, min(longest or q.shape[0], q.shape[0]), placed)
+    return RUN[kernel](q, k, v, causal, documents)
+
+
+class Documents(NamedTuple):
+    """Where the documents lie. cu_seqlens: None for one document. longest, placed: as in `full_attention`."""
+
+    cu_seqlens: Tensor | None
+    longest: int
+    placed: PlacedBlocks | None
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[slice, slice]]) -> Tensor:
@@ -82,19 +87,35 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[sli
     return torch.cat(parts)
 
 
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, longest: int) -> Tensor:
-    """longest: an upper bound is all that the kernels need, and it asks nothing of the device."""
+def _documents(q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents) -> Tensor:
+    """The kernel of SDPA document by document."""
+    geometry = Geometry.of(max(1, q.shape[0]), causal, documents.cu_seqlens, placed=documents.placed)
+    return ops.attend(q, k, v, None, *geometry, "torch")[0]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents, library: str) -> Tensor:
+    """An upper bound of the lengths is all that the libraries need, and it asks nothing of the device."""
+    cu_seqlens, longest, _ = documents
     borders = one_document(q.shape[0], q.device).int() if cu_seqlens is None else cu_seqlens
-    if is_available("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=causal)
-    return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, 0.0, causal, False)[0]
+    return varlen_attention(q, k, v, borders, borders, longest, longest, causal, q.shape[2] ** -0.5, library)[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """Torch's choice of kernel; keys are expanded as views, so that KV heads are not repeated in memory."""
-    mask = None
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents) -> Tensor:
+    """SDPA by cuDNN, or by the next best where it refuses (its version, strides)."""
+    assert documents.cu_seqlens is None
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel(backends, set_priority=True):
+        grouped = q.shape[1] > k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)[0].transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents) -> Tensor:
+    """Torch's choice of kernel, with a [T, T] mask for packed documents.
+
+    Keys are expanded as views, so that KV heads are not repeated in memory.
+    """
+    mask, cu_seqlens = None, documents.cu_seqlens
     if cu_seqlens is not None:
         index = torch.arange(q.shape[0], device=q.device)
         document = document_of(index, cu_seqlens)
@@ -111,3 +132,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | No
         group_queries(q, k.shape[1]), keys, values, attn_mask=mask, is_causal=causal and mask is None
     )
     return ungroup_queries(out)
+
+
+RUN: dict[str, Callable[[Tensor, Tensor, Tensor, bool, Documents], Tensor]] = {
+    "documents": _documents,
+    "cudnn": _cudnn,
+    **{name: partial(_varlen, library=name) for name in LIBRARIES},
+    "sdpa": _sdpa,
+}

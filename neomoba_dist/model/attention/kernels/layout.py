@@ -24,12 +24,14 @@ class PlacedBlocks(NamedTuple):
 
     table: borders among the queries, borders among the keys, position of the first query and number of the first block
     of every document: int64 [4, docs + 1]; int32 [5, docs + 1] if the Triton kernels are to read it, which also find
-    `blocks` and `tiles` (kernels/triton/layout.py).
+    `blocks` and `tiles` (kernels/triton/layout.py). borders: of the blocks among the keys, int32 [N + 1], if a library
+    is to run (kernels/library/moba.py).
     """
 
     table: Tensor
     blocks: Tensor | None = None
     tiles: Tensor | None = None
+    borders: Tensor | None = None
 
 
 class DocumentPlace(NamedTuple):
@@ -202,9 +204,10 @@ class Geometry(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     q_offset: Tensor | None = None
     spans: Tensor | None = None  # as in make_span_layout
-    table: Tensor | None = None  # this and the next two: those of PlacedBlocks, where it is known
+    table: Tensor | None = None  # this and the next three: those of PlacedBlocks, where it is known
     blocks: Tensor | None = None
     tiles: Tensor | None = None
+    borders: Tensor | None = None
 
     @classmethod
     def of(
@@ -222,8 +225,8 @@ class Geometry(NamedTuple):
 
     @property
     def placed(self) -> PlacedBlocks | None:
-        """The last three fields."""
-        return None if self.table is None else PlacedBlocks(self.table, self.blocks, self.tiles)
+        """The last four fields."""
+        return None if self.table is None else PlacedBlocks(self.table, self.blocks, self.tiles, self.borders)
 
     def layout(self, num_queries: int, num_keys: int, device: torch.device) -> BlockLayout:
         """The blocks of these documents, or the given spans."""
@@ -235,7 +238,7 @@ class Geometry(NamedTuple):
 
 GEOMETRY = (
     "SymInt block_size, bool causal, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? q_offset, Tensor? spans, "
-    "Tensor? table, Tensor? blocks, Tensor? tiles"
+    "Tensor? table, Tensor? blocks, Tensor? tiles, Tensor? borders"
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.choice import MobaCall, gate_kernel, moba_kernel
 from neomoba_dist.model.attention.kernels.cpu.attend import attend_cpu, attend_cpu_backward
 from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, select_blocks_cpu
 from neomoba_dist.model.attention.kernels.layout import (
@@ -21,6 +22,7 @@ from neomoba_dist.model.attention.kernels.layout import (
     make_layout,
     max_blocks,
 )
+from neomoba_dist.model.attention.kernels.library.varlen import LIBRARIES
 from neomoba_dist.model.attention.kernels.reference import attend_chunked, attend_chunked_backward
 from neomoba_dist.model.attention.kernels.select import (
     block_means_any,
@@ -29,43 +31,23 @@ from neomoba_dist.model.attention.kernels.select import (
     score_dtype,
     select_blocks_any,
 )
-from neomoba_dist.model.optional import is_available, log_choice
-
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def implementation(dtype: torch.dtype, device: torch.device, impl: str = "auto") -> str:
-    """The implementation that runs on such queries: "torch" or "triton"; logged once per device.
-
-    "auto" takes Triton on a GPU. By name, Triton also runs on the CPU, in its interpreter (TRITON_INTERPRET=1).
-
-    Raises:
-        ValueError: "triton" was asked for, and cannot run.
-    """
-    known = dtype in TRITON_DTYPES and is_available("triton")
-    if impl == "auto":
-        impl = "triton" if device.type == "cuda" and known else "torch"
-        log_choice(f"MoBA attention in {dtype} on {device.type}", impl)
-    elif impl == "triton" and not (known and (device.type == "cuda" or interprets_triton())):
-        raise ValueError(f'impl="triton" needs triton, a GPU and half precision or float32, got {dtype} on {device}')
-    return impl
-
-
-def interprets_triton() -> bool:
-    """Whether Triton was imported in its interpreter mode."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def place_blocks(layout: BlockLayout, head_dim: int, dtype: torch.dtype, impl: str) -> PlacedBlocks:
     """See moba.place_blocks."""
-    if implementation(dtype, layout.device, impl) == "triton":
-        from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
-        from neomoba_dist.model.attention.kernels.triton.layout import place_blocks_triton
+    kernel = moba_kernel(MobaCall(layout.device, dtype, head_dim), impl)
+    if kernel == "torch":
+        return PlacedBlocks(layout.table)
+    from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
+    from neomoba_dist.model.attention.kernels.triton.layout import place_blocks_triton
 
-        return place_blocks_triton(layout, choose_tiles(head_dim, dtype, layout.block_size).rows)
-    return PlacedBlocks(layout.table)
+    placed = place_blocks_triton(layout, choose_tiles(head_dim, dtype, layout.block_size).rows)
+    if kernel in LIBRARIES:
+        from neomoba_dist.model.attention.kernels.library.moba import block_borders
+
+        assert placed.blocks is not None
+        placed = placed._replace(borders=block_borders(placed.blocks))
+    return placed
 
 
 @torch.library.custom_op("neomoba::block_means", mutates_args=())
@@ -77,7 +59,7 @@ def block_means(
     layout = make_layout(0, k.shape[0], block_size, cu_seqlens, cu_seqlens, None, k.device, placed)
     if k.device.type == "cpu":
         return block_means_cpu(k, layout, pooling)
-    if implementation(k.dtype, k.device) == "triton":
+    if gate_kernel(k.dtype, k.device) == "triton":
         from neomoba_dist.model.attention.kernels.triton.select import block_means_triton
 
         return block_means_triton(k, layout, pooling)
@@ -101,7 +83,7 @@ def select_blocks(q: Tensor, means: Tensor, num_keys: int, top_k: int, gate: str
     options: dict[str, Any] = {"top_k": top_k, "causal": where.causal, "gate": gate, "pooling": pooling}
     if q.device.type == "cpu":
         return select_blocks_cpu(q, means, layout, **options)
-    if implementation(q.dtype, q.device) == "triton":
+    if gate_kernel(q.dtype, q.device) == "triton":
         from neomoba_dist.model.attention.kernels.triton.select import select_blocks_triton
 
         return select_blocks_triton(q, means, layout, **options)
@@ -121,19 +103,29 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, *fie
     return Problem(q, k, v, block_indices, where.layout(q.shape[0], k.shape[0], q.device), where.causal)
 
 
+def _kernel(problem: Problem, impl: str, lse_gradient: bool = False) -> str:
+    """Full attention comes here on the CPU alone."""
+    return "torch" if problem.block_indices is None else moba_kernel(MobaCall.of(problem, lse_gradient), impl)
+
+
 @torch.library.custom_op("neomoba::attend", mutates_args=(), schema=f"({OPERANDS}) -> (Tensor, Tensor, Tensor)")
 def attend(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See moba.attend and `layout.make_span_layout`; without block_indices every query attends to its whole document.
 
     operands: k, v, block_indices, the fields of `layout.Geometry`, impl. The third result is what the backward pass of
-    the Triton path can use again (triton/index.py), elsewhere empty.
+    the Triton and library paths can use again (triton/index.py), elsewhere empty.
     """
     *parts, impl = operands
     problem = _problem(q, *parts)
-    if problem.block_indices is not None and implementation(q.dtype, q.device, impl) == "triton":
+    kernel = _kernel(problem, impl)
+    if kernel == "triton":
         from neomoba_dist.model.attention.kernels.triton.forward import attend_triton
 
         return attend_triton(problem)
+    if kernel in LIBRARIES:
+        from neomoba_dist.model.attention.kernels.library.moba import attend_library
+
+        return attend_library(problem, LIBRARIES[kernel])
     out, lse = attend_cpu(problem) if q.device.type == "cpu" else attend_chunked(problem)
     return out, lse, q.new_empty(0, dtype=torch.int32)
 
@@ -142,7 +134,7 @@ def attend(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     *parts, impl = operands
     problem, length = _problem(q, *parts), 0
-    if problem.block_indices is not None and implementation(q.dtype, q.device, impl) == "triton":
+    if _kernel(problem, impl) != "torch":
         from neomoba_dist.model.attention.kernels.triton.forward import index_length
 
         length = index_length(problem)
@@ -169,10 +161,15 @@ def attend_backward(
     *parts, impl = operands
     problem = _problem(q, *parts)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if problem.block_indices is not None and implementation(q.dtype, q.device, impl) == "triton":
+    kernel = _kernel(problem, impl, grad_lse is not None)
+    if kernel == "triton":
         from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
 
         return attend_triton_backward(problem, out, lse, grad_out, grad_lse, index)
+    if kernel in LIBRARIES:
+        from neomoba_dist.model.attention.kernels.library.moba import attend_library_backward
+
+        return attend_library_backward(problem, out, lse, grad_out, index, LIBRARIES[kernel])
     backward = attend_cpu_backward if q.device.type == "cpu" else attend_chunked_backward
     return backward(problem, out, lse, grad_out, grad_lse)
 

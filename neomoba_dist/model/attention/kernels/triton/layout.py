@@ -202,9 +202,10 @@ def place_blocks_triton(layout: BlockLayout, rows: int) -> PlacedBlocks:
 
 def find_current_blocks(layout: BlockLayout, rows: int) -> CurrentBlocks:
     """CurrentBlocks in tiles of at most `rows` queries, found now unless they are known."""
-    _, blocks, tiles = layout.placed or (None, None, None)
-    if blocks is None or tiles is None:
-        _, blocks, tiles = place_blocks_triton(layout, rows)
+    placed = layout.placed
+    if placed is None or placed.blocks is None or placed.tiles is None:
+        placed = place_blocks_triton(layout, rows)
+    blocks, tiles = placed.blocks, placed.tiles
     rows, _, num_tiles = own_tiles(layout, rows)
     assert blocks is not None
     assert tiles is not None

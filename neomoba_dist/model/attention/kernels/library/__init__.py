@@ -1,0 +1,1 @@
+"""Attention by libraries: full attention and MoBA's parts through kernels for packed sequences."""
