@@ -37,7 +37,8 @@ class Stage(NamedTuple):
     results: list[str]
 
 
-NAMES = ("tests", "million", "moe", "attention", *STEPS, "recall")
+NAMES = ("tests", "million", "moe", "attention", *STEPS, "recall", "tune")
+USUAL = NAMES[:-1]  # tuning changes what the code runs from then on: only where it is asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/bench-gpu"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join(NAMES)}; default: all but tune")
     parser.add_argument("--toy", action="store_true", help="run everything at toy size on the CPU")
 
 
@@ -88,6 +89,7 @@ def stages(output: Path, toy: bool) -> list[Stage]:
         Stage("attention", attention, 420, ["attention.json"]),
         *(_steps_stage(phase, output, toy) for phase in STEPS),
         Stage("recall", recall, 240, ["recall.json"]),
+        Stage("tune", ["-m", "evals", "bench", "tune", *device, "--output", str(output)], 285, ["tune.json"]),
     ]
 
 
@@ -194,7 +196,16 @@ def _recall(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-ROWS = {"attention": _attention, "million": _attention, "moe": _moe, "recall": _recall}
+def _tune(result: dict[str, Any]) -> list[list[str]]:
+    from evals.bench.tune import cells
+
+    rows = (cells(row) for row in result["rows"])
+    return [
+        [f"  {key}", f"{best}, {milliseconds} ms", f"others: {others[:60]}"] for key, best, milliseconds, others in rows
+    ]
+
+
+ROWS = {"tune": _tune, "attention": _attention, "million": _attention, "moe": _moe, "recall": _recall}
 
 
 def write_summary(output: Path, head: dict[str, str], stages_done: dict[str, dict[str, Any]]) -> None:
@@ -225,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the stages one after the other; 0 if all that were run ended well."""
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    wanted = args.only.split(",") if args.only else NAMES
+    wanted = args.only.split(",") if args.only else USUAL
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         raise EvalError(f"--only {','.join(unknown)}: no such stage; choose of {', '.join(NAMES)}")

@@ -1,7 +1,7 @@
 """Which kernel runs where, for full attention and for MoBA: the one place that decides.
 
-A table lists kernels in the order of preference, each with what it takes; the first that takes a call runs it. Nothing
-here reads a value from the device.
+A table lists kernels in the order of preference, each with what it takes; the first that takes a call runs it, unless
+another was measured to be faster on this card (tuned.py) and takes it too. Nothing here reads a value from the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.library.varlen import LIBRARIES
+from neomoba_dist.model.attention.kernels.tuned import full_key, moba_key, tuned
 from neomoba_dist.model.optional import is_available, log_choice
 
 HALF = (torch.float16, torch.bfloat16)
@@ -71,6 +72,9 @@ FULL_ATTENTION: dict[str, Callable[[Call], bool]] = {
 
 def full_attention_kernel(call: Call) -> str:
     """The kernel of FULL_ATTENTION that runs this call; logged once per device and dtype, except in compiled layers."""
+    measured = tuned(full_key(call.dtype, call.head_dim, call.packed)) if call.device.type == "cuda" else None
+    if measured in FULL_ATTENTION and FULL_ATTENTION[measured](call):
+        return measured
     name = next(name for name, takes in FULL_ATTENTION.items() if takes(call))
     if not torch.compiler.is_compiling():
         documents = "packed documents" if call.packed else "one document"
@@ -88,6 +92,7 @@ class MobaCall(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
+    block_size: int = 0
     gathered: int = 0
     ordinary: bool = True
     lse_gradient: bool = False
@@ -98,7 +103,7 @@ class MobaCall(NamedTuple):
         q, layout = problem.q, problem.layout
         others = 0 if problem.block_indices is None else problem.block_indices.shape[2] - 1
         ordinary = layout.spans is None and layout.cu_seqlens_k is None and layout.offsets is None and len(q) > 0
-        return cls(q.device, q.dtype, q.shape[2], q.numel() * others, ordinary, lse_gradient)
+        return cls(q.device, q.dtype, q.shape[2], layout.block_size, q.numel() * others, ordinary, lse_gradient)
 
 
 def _runs_triton(call: MobaCall) -> bool:
@@ -112,8 +117,7 @@ def _by_library(takes: Callable[[Call], bool], call: MobaCall) -> bool:
     return takes(Call(call.device, call.dtype, call.head_dim, 0, True))
 
 
-# As FULL_ATTENTION; which library is faster than Triton on a card, and from where on, is not yet measured: they run by
-# name
+# As FULL_ATTENTION. Whether a library is faster than Triton is for `tuned` to say; without it they run by name alone.
 MOBA: dict[str, Callable[[MobaCall], bool]] = {
     "triton": _runs_triton,
     **{name: partial(_by_library, FULL_ATTENTION[name]) for name in LIBRARIES},
@@ -138,6 +142,9 @@ def moba_kernel(call: MobaCall, impl: str = "auto") -> str:
         return "triton"
     if impl != "auto":
         return gate_kernel(call.dtype, call.device, impl)
+    measured = tuned(moba_key("moba", call.dtype, call.head_dim, call.block_size))
+    if measured in MOBA and MOBA[measured](call):
+        return measured
     name = next(name for name, takes in MOBA.items() if takes(call))
     log_choice(f"MoBA attention in {call.dtype} on {call.device.type}", name)
     return name

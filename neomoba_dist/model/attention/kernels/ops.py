@@ -35,7 +35,7 @@ from neomoba_dist.model.attention.kernels.select import (
 
 def place_blocks(layout: BlockLayout, head_dim: int, dtype: torch.dtype, impl: str) -> PlacedBlocks:
     """See moba.place_blocks."""
-    kernel = moba_kernel(MobaCall(layout.device, dtype, head_dim), impl)
+    kernel = moba_kernel(MobaCall(layout.device, dtype, head_dim, layout.block_size), impl)
     if kernel == "torch":
         return PlacedBlocks(layout.table)
     from neomoba_dist.model.attention.kernels.triton.common import choose_tiles

@@ -207,13 +207,14 @@ def attend_triton_backward(
     grad_lse: Tensor | None,
     buffer: Tensor | None = None,
     tiles: Tiles | None = None,
+    key_tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, Hq, D], k and v [S, Hkv, D]. buffer: the index that `attend_triton` returned, where kept."""
     layout, causal = problem.layout, problem.causal
     q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
     block_indices = with_current_column(problem)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
-    key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
+    key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size) if key_tiles is None else key_tiles
     tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.empty if layout.spans is None else torch.zeros  # given spans may leave keys out

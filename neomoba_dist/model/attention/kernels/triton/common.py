@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neomoba_dist.model.attention.kernels.layout import Problem
+from neomoba_dist.model.attention.kernels.tuned import moba_key, tuned
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
@@ -44,7 +45,13 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
-    """Tiles that fit the registers and shared memory of one SM; keys never exceed the block (padded to 16)."""
+    """Tiles that fit the registers and shared memory of one SM; keys never exceed the block (padded to 16).
+
+    Where this card was tuned, those that were the fastest.
+    """
+    measured = tuned(moba_key("tiles", dtype, head_dim, block_size))
+    if measured is not None:
+        return Tiles(*measured)
     keys = min(64, max(16, triton.next_power_of_2(block_size)))
     if dtype == torch.float32 and head_dim > 128:
         return Tiles(16, 16, 4, 1)
@@ -57,6 +64,9 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
 
 def choose_key_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
     """The same for the gradients of keys and values, which keep two sums of [keys, BD] in registers."""
+    measured = tuned(moba_key("key_tiles", dtype, head_dim, block_size))
+    if measured is not None:
+        return Tiles(*measured)
     edge = max(16, triton.next_power_of_2(block_size))
     if dtype == torch.float32:
         return Tiles(16, min(edge, 32), 8, 1) if head_dim > 128 else Tiles(32, min(edge, 32), 4, 1)
