@@ -17,6 +17,7 @@ from neomoba_dist.model.attention.kernels.library import rows as library_rows
 from neomoba_dist.model.attention.kernels.triton import backward as triton_backward
 from neomoba_dist.model.attention.kernels.triton import forward as triton_forward
 from neomoba_dist.model.attention.kernels.triton import index as triton_index
+from neomoba_dist.model.attention.kernels.triton import key_gradient
 from neomoba_dist.model.attention.kernels.triton import layout as triton_layout
 from neomoba_dist.model.attention.kernels.triton import select as triton_gate
 from neomoba_dist.model.attention.kernels.triton.common import (
@@ -33,7 +34,8 @@ SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = ("spans_pointer", "offset_pointer")
 FLOAT32 = (
-    "lse_pointer", "part_lse_pointer", "own_lse_pointer", "lse_rows_pointer", "delta_pointer", "grad_lse_pointer"
+    "lse_pointer", "part_lse_pointer", "own_lse_pointer", "lse_rows_pointer", "delta_pointer", "grad_lse_pointer",
+    "dk_sums_pointer", "dv_sums_pointer",
 )  # fmt: skip
 TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means", "part")
 
@@ -90,7 +92,10 @@ def main(cases: list[str]) -> None:
         compile_kernel(triton_backward.current_query_gradient_kernel, dtype, *launch, **constants, CAUSAL=True)
         key_constants = attention_constants(key_tiles, dim, dtype)
         launch = (key_tiles.warps, key_tiles.stages)
-        compile_kernel(triton_backward.key_gradient_kernel, dtype, *launch, **key_constants, CAUSAL=True)
+        for given in ({}, {"dk_sums_pointer": None, "dv_sums_pointer": None}):
+            options = {**given, **key_constants, "CAUSAL": True, "BT": key_gradient.BT}
+            compile_kernel(key_gradient.key_gradient_kernel, dtype, *launch, **options)
+        compile_kernel(key_gradient.long_list_kernel, dtype, *launch, **key_constants, BT=key_gradient.BT)
         delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
         rows = {"DIM": dim, "BM": library_rows.BM, "BD": padded(dim)}

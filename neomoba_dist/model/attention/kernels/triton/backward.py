@@ -1,11 +1,10 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
 """Triton backward pass of MoBA from the final output and logsumexp: deterministic, without atomics.
 
-dk and dv: one program per part of a block and KV head walks the lists of queries that chose the block, then the
-queries whose current block it is. dq: parts list by list, then the current blocks with the sum of the parts, as in the
-forward pass.
+dk and dv: key_gradient.py. dq: parts list by list, then the current blocks with the sum of the parts, as in the forward
+pass.
 
-Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the selection, N blocks, BM queries, BN keys per tile.
+Legend: T queries, S keys, Hq/Hkv query and KV heads, BM queries, BN keys per tile.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from neomoba_dist.model.attention.kernels.triton.common import (
 )
 from neomoba_dist.model.attention.kernels.triton.forward import current_tile, list_tile
 from neomoba_dist.model.attention.kernels.triton.index import build_index, index_shape
+from neomoba_dist.model.attention.kernels.triton.key_gradient import key_gradients, load_statistics
 from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
 
@@ -51,102 +51,6 @@ def delta_kernel(
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_pointer + cell, mask=valid, other=0.0)
     tl.store(delta_pointer + cell, delta, mask=valid)
-
-
-@triton.jit
-def load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head):
-    """(lse in powers of two, delta) of some rows; those not valid get lse +inf, which makes their weights 0."""
-    cell = rows.to(tl.int64) * heads + head
-    if valid is None:
-        lse, delta = tl.load(lse_pointer + cell), tl.load(delta_pointer + cell)
-    else:
-        lse = tl.load(lse_pointer + cell, mask=valid, other=float("inf"))
-        delta = tl.load(delta_pointer + cell, mask=valid, other=0.0)
-    return lse * LOG2E, delta
-
-
-@triton.jit
-def add_key_gradients(
-    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
-    q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the share of some queries to dk and dv [BN, BD].
-
-    valid: which queries count. visible: the keys that each sees; None: all, and every row can be read.
-    """
-    there = None if visible is None else valid
-    q = load_rows(q_pointer, rows, there, head, q_stride_t, q_stride_h, DIM, BD)
-    grad = load_rows(grad_pointer, rows, there, head, grad_stride_t, grad_stride_h, DIM, BD)
-    lse, delta = load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head)
-    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-    weights = tl.exp2(logits - lse[None, :])
-    if visible is not None:
-        weights = tl.where(visible, weights, 0.0)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    slope = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
-    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@kernel
-def key_gradient_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, indices_pointer,
-    queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row, columns, num_blocks, places,
-    parts, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h,
-    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """dk and dv [S, Hkv, DIM] of BN keys of one block."""
-    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    kv_head = tl.program_id(1)
-    group, list_rows = heads // kv_heads, heads // heads_per_row
-    found = blocks_pointer + block * 5
-    start, length = tl.load(found), tl.load(found + 1)
-    own_begin, own_end, own_place = tl.load(found + 2), tl.load(found + 3), tl.load(found + 4)
-    shift = start + own_place - own_begin  # from the number of an own query to its position among the keys
-    if part * BN < length:
-        n = start + part * BN + tl.arange(0, BN)
-        inside = n < start + length
-        k = load_rows(k_pointer, n, inside, kv_head, k_stride_t, k_stride_h, DIM, BD)
-        v = load_rows(v_pointer, n, inside, kv_head, v_stride_t, v_stride_h, DIM, BD)
-        dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
-        if CAUSAL:  # queries before the first key of this part see none of it
-            own_begin += tl.maximum(part * BN - own_place, 0)
-        for member in range(group):
-            head = kv_head * group + member
-            list_row = head // heads_per_row
-            cell = first_pointer + list_row * (num_blocks + 1) + block
-            begin, end = 0, 0
-            if columns > 1:
-                begin, end = tl.load(cell), tl.load(cell + 1)
-            entries = queries_pointer + list_row.to(tl.int64) * places
-            for place in range(begin, end, BM):
-                at = place + tl.arange(0, BM)
-                # past the end stands the last query again, with weights of 0: nothing else needs a mask
-                rows = tl.load(entries + tl.minimum(at, end - 1))
-                dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, at < end, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
-                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
-                )  # fmt: skip
-            for place in range(own_begin, own_end, BM):
-                rows = place + tl.arange(0, BM)
-                valid = current_queries(indices_pointer, rows, own_end, list_rows, list_row, columns)
-                visible = valid[None, :]
-                if CAUSAL:
-                    visible &= n[:, None] <= (rows + shift)[None, :]
-                dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
-                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
-                )  # fmt: skip
-        store_rows(dk_pointer, dk * scale, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
-        store_rows(dv_pointer, dv, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
-
-
-@triton.jit
-def current_queries(indices_pointer, rows, end, list_rows, list_row, columns):
-    """Which of the queries stand before `end` and chose their current block."""
-    chosen = indices_pointer + (rows.to(tl.int64) * list_rows + list_row) * columns
-    return (rows < end) & (tl.load(chosen, mask=rows < end, other=-1) >= 0)
 
 
 @kernel
@@ -208,8 +112,11 @@ def attend_triton_backward(
     buffer: Tensor | None = None,
     tiles: Tiles | None = None,
     key_tiles: Tiles | None = None,
+    long_list: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [T, Hq, D], k and v [S, Hkv, D]. buffer: the index that `attend_triton` returned, where kept."""
+    """Gradients of q [T, Hq, D], k and v [S, Hkv, D]. buffer: the index that `attend_triton` returned, where kept.
+    tiles, key_tiles, long_list: None: as chosen in common.py and key_gradient.py.
+    """
     layout, causal = problem.layout, problem.causal
     q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
     block_indices = with_current_column(problem)
@@ -236,12 +143,23 @@ def attend_triton_backward(
     buffer = build_index(block_indices, own.blocks, tiles.rows) if buffer is None else buffer
     index = index_shape(block_indices, layout.num_blocks, tiles.rows).view(buffer)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
-    parts = triton.cdiv(layout.block_size, key_tiles.keys)
-    key_gradient_kernel[(layout.num_blocks * parts, kv_heads)](
-        q, k, v, grad_out, lse, delta, dk, dv, block_indices, index.queries, index.first, own.blocks, heads, kv_heads,
-        heads_per_row, columns, layout.num_blocks, places, parts, scale, *strides, dim,
-        key_tiles.rows, key_tiles.keys, *shape[3:], causal, num_warps=key_tiles.warps, num_stages=key_tiles.stages,
-    )  # fmt: skip
+    key_gradients(
+        q,
+        k,
+        v,
+        grad_out,
+        lse,
+        delta,
+        dk,
+        dv,
+        block_indices,
+        index,
+        own.blocks,
+        causal,
+        layout.block_size,
+        key_tiles,
+        long_list,
+    )
     dq_parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
     if columns > 1:
         selected_query_gradient_kernel[(num_tiles, heads)](
