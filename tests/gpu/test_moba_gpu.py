@@ -148,3 +148,20 @@ def test_a_million_tokens_forward() -> None:
     start = (1 << 20) - 64  # the last queries again, on their own
     part = moba_attention(q[start:], k, v, block_size=512, top_k=3, q_offset=start)
     assert (part - out[start:]).abs().max() < 1e-2
+
+
+def test_a_block_that_everybody_chooses() -> None:
+    """Its list is long enough to be split: exact, and the same bits every time."""
+    q, k, v, grad = draw(16384, (2, 1), 64, torch.bfloat16)
+    block_indices = select_blocks(q, block_means(k, block_size=128), block_size=128, top_k=3)
+    block_indices[128:, :, 1] = 0
+    block_indices[:, :, 2] = -1
+    runs = []
+    for _ in range(2):
+        out = attend(q, k, v, block_indices, block_size=128)[0]
+        runs.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    assert all(torch.equal(got, again) for got, again in zip(*runs, strict=True))
+    exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    out = attend(*exact, block_indices.cpu(), block_size=128)[0]
+    for got, want in zip(runs[0], (out, *torch.autograd.grad(out, exact, grad.cpu().double())), strict=True):
+        assert (got.cpu().double() - want).abs().max() < LARGEST[q.dtype] * max(1.0, float(want.detach().abs().max()))

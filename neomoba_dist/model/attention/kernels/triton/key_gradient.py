@@ -20,7 +20,7 @@ from neomoba_dist.model.attention.kernels.triton.common import LOG2E, Tiles, ker
 from neomoba_dist.model.attention.kernels.triton.index import BlockIndex
 
 BT = 64
-LEAST_CHUNK, MOST_CHUNKS = 4096, 32  # queries; chunks beyond the first ones of all lists of a row
+LEAST_CHUNK, MOST_CHUNKS = 8192, 16  # queries; chunks beyond the first ones of all lists of a row
 
 
 @triton.jit
@@ -240,10 +240,11 @@ def key_gradients(
 
     chunk: queries; None: so many that the sums of all chunks stay below MOST_CHUNKS blocks per row of the selection.
     """
-    (_, heads, dim), kv_heads, (_, list_rows, columns) = q.shape, k.shape[1], block_indices.shape
+    (tokens, heads, dim), kv_heads, (_, list_rows, columns) = q.shape, k.shape[1], block_indices.shape
     places, num_blocks = index.queries.shape[1], len(blocks)
     chunk = max(LEAST_CHUNK, triton.cdiv(places, MOST_CHUNKS)) if chunk is None else chunk
-    chunks, parts = places // chunk, triton.cdiv(block_size, tiles.keys)
+    chunks = places // chunk if tokens > chunk else 0  # a query stands at most once in a list
+    parts = triton.cdiv(block_size, tiles.keys)
     shape = (dim, tiles.rows, tiles.keys, padded(dim), "ieee" if q.dtype == torch.float32 else "tf32")
     strides = [stride for x in (q, k, v, grad_out) for stride in (x.stride(0), x.stride(1))]
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
