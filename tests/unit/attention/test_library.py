@@ -93,6 +93,22 @@ def test_the_operator_equals_full_attention(
             assert wanted.any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_document_by_the_order_of_backends(causal: bool) -> None:
+    """What asks for cuDNN, where the next backend of its order has to do: grouped heads, eager and compiled."""
+    q, k, v, grad = draw()
+
+    def by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return RUN["cudnn"](q, k, v, causal, Documents(None, 32, None))
+
+    want = full_attention(q, k, v, causal=causal)
+    expected = (want, *torch.autograd.grad(want, (q, k, v), grad))
+    for run in (by_cudnn, torch.compile(by_cudnn, backend="aot_eager", fullgraph=True)):
+        out = run(q, k, v)
+        for got, wanted in zip((out, *torch.autograd.grad(out, (q, k, v), grad)), expected, strict=True):
+            assert (got - wanted).abs().max() < 1e-12
+
+
 def install(monkeypatch: pytest.MonkeyPatch, **functions: dict[str, Any]) -> None:
     """Modules of these names (__ for a dot) that hold these functions."""
     for name, content in functions.items():
