@@ -44,7 +44,8 @@ class Layout:
             "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
         }
-        tree["neomoba"].pop("finetune")  # its limits are those of training
+        for block in ("finetune", "distill"):  # their limits are those of training
+            tree["neomoba"].pop(block)
         tree["zero_optimization"] = {"stage": 1}
         tree.pop("train_batch_size", None)
         return parse_config(tree, source=str(config.source))

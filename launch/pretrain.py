@@ -19,15 +19,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
 
-from neomoba_dist.config import Config, ConfigError, load_config
+from neomoba_dist.config import BatchPlan, Config, ConfigError, load_config
 from neomoba_dist.config.load import read_json, read_tree
 from neomoba_dist.config.paths import folder_problem
 
+if TYPE_CHECKING:
+    from neomoba_dist.parallel.mesh import Mesh
+    from neomoba_dist.train.engine import Engine
+
 Add = Callable[..., None]
+EngineBuilder = Callable[[Config, BatchPlan, "Mesh"], "Engine"]
 
 
 def command_parser(about: str | None) -> tuple[argparse.ArgumentParser, Add]:
@@ -57,14 +62,19 @@ def shared_parser(about: str | None) -> tuple[argparse.ArgumentParser, Add]:
     return parser, add
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser, add = shared_parser(__doc__)
+def training_parser(about: str | None) -> tuple[argparse.ArgumentParser, Add]:
+    """The flags of commands that train on rows of a corpus, and a function that adds more."""
+    parser, add = shared_parser(about)
     add("init_from", metavar="DIR", help="start from the weights of another phase's run or checkpoint")
     add("allow_data_change", action="store_true", help="resume although neomoba.data gives other rows than before")
     add("upcycle", action="store_true", help="--init_from is a dense model: copy its layers into the experts")
     add("profile", action="store_true", help="write a torch trace and a memory snapshot of a few steps")
-    return parser.parse_args(arguments)
+    return parser, add
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    return training_parser(__doc__)[0].parse_args(arguments)
 
 
 def dry_run(config: Config, world_size: int) -> None:
@@ -93,8 +103,11 @@ UNLIKE = ("local_rank", "ds_config", "set")  # flags that ranks may have differe
 REFUSED = "REFUSED"  # file in --output_dir beside the exit code MISTAKE, which launchers do not pass on reliably
 
 
-def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
-    """Everything from the checks to the last checkpoint, in one process of the launch; returns the exit code."""
+def train(arguments: argparse.Namespace, config: Config, world_size: int, build: "EngineBuilder | None" = None) -> int:
+    """Everything from the checks to the last checkpoint, in one process of the launch; returns the exit code.
+
+    build: another engine than the layout's own.
+    """
     from neomoba_dist.checkpoint.hf import open_checkpoint
     from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.checkpoint.resume import Candidates, check_resume, require_whole_weights
@@ -154,7 +167,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int
                 key = "neomoba.phase.steps" if last_step == config.phase.steps else "--max_steps"
                 print(f"{output}: at step {step} of {last_step}, nothing to do; raise {key} to go on", flush=True)
             return 0
-        engine = build_engine(config, plan, mesh)
+        engine = (build or build_engine)(config, plan, mesh)
         validation = build_validation(config, plan, corpora.validation, mesh)
         trainer = Trainer(config, mesh, engine, stream, validation, output, watchdog)
         origin = start
@@ -175,6 +188,14 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int
 
 
 def load(arguments: argparse.Namespace) -> Config:
+    """The configuration of a run of this command. Raises as `resolve`."""
+    config = resolve(arguments)
+    if config.distill.teacher is not None:
+        raise ConfigError(f"{config.source}: has neomoba.distill.teacher; start it with launch/distill.py")
+    return config
+
+
+def resolve(arguments: argparse.Namespace) -> Config:
     """The configuration that the command line names; a file without neomoba.model is completed, see `network`. Raises
     ConfigError and CheckpointError."""
     ours = read_json(Path(arguments.ds_config)).get("neomoba")

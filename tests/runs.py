@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.assemble import build_stream, build_validation, open_corpora
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engine import Engine, build_engine
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 from neomoba_dist.train.rehearsal import rehearse
 from neomoba_dist.train.trainer import Trainer
@@ -79,12 +80,13 @@ def train_here(
     init: Path | None = None,
     *,
     rehearsed: bool = False,
+    build: Callable[..., Engine] = build_engine,
 ) -> None:
     """One rank of a training run; for `run_ranks`."""
     plan = config.plan(dist.get_world_size())
     mesh = build_mesh(config)
     corpora = open_corpora(config)
-    engine = build_engine(config, plan, mesh)
+    engine = build(config, plan, mesh)
     stream = build_stream(config, plan, corpora.train, mesh["dp"].index, mesh)
     validation = build_validation(config, plan, corpora.validation, mesh)
     trainer = Trainer(config, mesh, engine, stream, validation, output)

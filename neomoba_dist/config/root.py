@@ -10,6 +10,7 @@ from neomoba_dist.config.batch import BatchPlan, plan_batch
 from neomoba_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     FinetuneConfig,
     HealthConfig,
     LogConfig,
@@ -30,6 +31,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -88,6 +90,7 @@ BLOCKS: Final[Mapping[str, type]] = {
     "data": DataConfig,
     "phase": PhaseConfig,
     "finetune": FinetuneConfig,
+    "distill": DistillConfig,
     "checkpoint": CheckpointConfig,
     "health": HealthConfig,
     "log": LogConfig,

@@ -10,6 +10,7 @@ from typing import Final
 from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
+from neomoba_dist.config.distill import distillation
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.expert_rules import expert_engine, experts
 from neomoba_dist.config.finetune import finetuning
@@ -308,4 +309,5 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     texts,
     checkpoints,
     finetuning,
+    distillation,
 )

@@ -211,6 +211,20 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What a student learns from a teacher (launch/distill.py); with `teacher` null there is none.
+
+    temperature: of both distributions in the logit loss. The weights are those of the three losses (model/distill.py).
+    """
+
+    teacher: str | None = None
+    temperature: PositiveFloat = 2.0
+    logit_weight: NonNegativeFloat = 1.0
+    hidden_weight: NonNegativeFloat = 0.0
+    label_weight: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often a checkpoint is written, in steps, which ones are kept (0 = all), and how.
 

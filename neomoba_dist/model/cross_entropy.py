@@ -46,9 +46,9 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses, log_normalisers = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
-        for part in _chunks(len(hidden)):
-            logits = _logits(hidden[part], weight, length, dtype)
-            target, owned = _local_targets(labels[part], offset, length)
+        for part in chunks(len(hidden)):
+            logits = chunk_logits(hidden[part], weight, length, dtype)
+            target, owned = local_targets(labels[part], offset, length)
             largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
             normaliser = (logits - largest[:, None]).exp_().sum(dim=-1)
             target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)  # padding rows are -inf
@@ -64,10 +64,10 @@ class _CrossEntropy(torch.autograd.Function):
         hidden, weight, labels, log_normalisers = ctx.saved_tensors
         dtype = log_normalisers.dtype
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=dtype)
-        for part in _chunks(len(hidden)):
-            logits = _logits(hidden[part], weight, ctx.length, dtype)
+        for part in chunks(len(hidden)):
+            logits = chunk_logits(hidden[part], weight, ctx.length, dtype)
             grad_logits = logits.sub_(log_normalisers[part, None]).exp_()
-            target, owned = _local_targets(labels[part], ctx.offset, ctx.length)
+            target, owned = local_targets(labels[part], ctx.offset, ctx.length)
             grad_logits.scatter_add_(1, target[:, None], -owned[:, None].to(dtype))
             grad_logits = (grad_logits * grads[0][part, None]).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
@@ -86,9 +86,9 @@ def vocab_parallel_scores(
     shard = shard_of(weight_vH)
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     scores, first = hidden_NH.new_empty(len(hidden_NH), dtype=dtype), torch.empty_like(labels_N, dtype=torch.bool)
-    for part in _chunks(len(hidden_NH)):
-        logits = _logits(hidden_NH[part], weight_vH, shard.extent[0], dtype)
-        target, owned = _local_targets(labels_N[part], shard.start[0], shard.extent[0])
+    for part in chunks(len(hidden_NH)):
+        logits = chunk_logits(hidden_NH[part], weight_vH, shard.extent[0], dtype)
+        target, owned = local_targets(labels_N[part], shard.start[0], shard.extent[0])
         largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
         target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)
         normaliser = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
@@ -99,18 +99,19 @@ def vocab_parallel_scores(
     return scores, first
 
 
-def _chunks(num_tokens: int) -> Iterator[slice]:
+def chunks(num_tokens: int) -> Iterator[slice]:
+    """All tokens, so many at a time."""
     return (slice(start, start + CHUNK_TOKENS) for start in range(0, num_tokens, CHUNK_TOKENS))
 
 
-def _logits(hidden_CH: torch.Tensor, weight_vH: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+def chunk_logits(hidden_CH: torch.Tensor, weight_vH: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
     """Logits [C, v] with the vocabulary's padding rows at -inf, so that no layout sees them."""
     logits_Cv = (hidden_CH @ weight_vH.t()).to(dtype)
     logits_Cv[:, length:] = float("-inf")
     return logits_Cv
 
 
-def _local_targets(labels_C: torch.Tensor, offset: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def local_targets(labels_C: torch.Tensor, offset: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The label's row on this rank (0 if another rank owns it) and whether this rank owns it."""
     local = labels_C - offset
     owned = (local >= 0) & (local < length)

@@ -8,7 +8,7 @@ and, by default, with MoBA in all but the last `hybrid_layer_count` layers (arXi
 Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -201,6 +201,8 @@ class NeoBERT(nn.Module):
     output matrix. deferred: weights come later (init.Initializer).
     """
 
+    head_class = Head
+
     def __init__(
         self,
         config: ModelConfig,
@@ -234,10 +236,10 @@ class NeoBERT(nn.Module):
         if text_head:
             self.head = head.cls(**head.kwargs)  # type: ignore[assignment]
         else:
-            self.head = Head(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
+            self.head = self.head_class(config, init, tied=embedding.weight if config.tie_word_embeddings else None)
 
-    def states(self, batch: Inputs) -> State:
-        """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""
+    def block_states(self, batch: Inputs) -> Iterator[State]:
+        """The state after every block, first to last."""
         places = (batch.position_ids, batch.cu_seqlens)
         packed = PackedTokens.of(*places, self.config, self.mesh, self.embedding.weight.dtype)
         state = self.embedding((batch.input_ids, *places, packed))
@@ -245,7 +247,13 @@ class NeoBERT(nn.Module):
             state = self.positions(state)
         for block in self.blocks:
             state = block(state)
-        return self.final_norm(state)
+            yield state
+
+    def states(self, batch: Inputs) -> State:
+        """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""
+        for state in self.block_states(batch):
+            last = state
+        return self.final_norm(last)
 
     def hidden_states(self, batch: Inputs) -> torch.Tensor:
         """Final hidden states [S, H]."""

@@ -30,7 +30,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import Block
-from neomoba_dist.model.init import Initializer
+from neomoba_dist.model.init import Initializer, draw_range
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
 from neomoba_dist.parallel.comm import all_reduce, sum_together
@@ -38,7 +38,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.bad_steps import guard_step
-from neomoba_dist.train.drawn import DrawnOneByOne
+from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy
 from neomoba_dist.train.guard import code_fingerprint
@@ -68,6 +68,7 @@ class UpdateResult:
     problem: why no optimizer step was taken, in words; None if it was. overflow: none was taken because fp16's loss
     scale was too high, which is how it is found. routing, activation_rms: see layer_stats.LayerStatistics.read.
     layer_grad_norms: of every layer, then of the rest. report: sums over the world of what `Engine.update` was given.
+    parts: what the loss is made of, by name, where an engine names any; means, before their weights.
     """
 
     loss: float
@@ -79,6 +80,7 @@ class UpdateResult:
     activation_rms: list[float]
     layer_grad_norms: list[float]
     report: Mapping[str, list[float]]
+    parts: Mapping[str, float]
 
 
 def not_finite(loss: float, grad_norm: float) -> str | None:
@@ -89,11 +91,14 @@ def not_finite(loss: float, grad_norm: float) -> str | None:
 class Engine(ABC):
     """What the training loop and checkpoints need. `module` is this rank's part of the model."""
 
+    PARTS: tuple[str, ...] = ()  # of the loss, for the log
+
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
         config = choose_recompute(config, mesh)
         self.config, self.plan, self.mesh = config, plan, mesh
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._part_sums = torch.zeros(len(self.PARTS), dtype=torch.float64, device=mesh.device)
         if config.dtype_name == "float16" and mesh.device.type == "cpu":
             raise ConfigError("fp16.enabled: DeepSpeed has no fp16 on a CPU; set bf16.enabled instead, or neither")
         check_rows(config, mesh)
@@ -111,19 +116,13 @@ class Engine(ABC):
                     layer.compile(dynamic=False)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase)
-        mpu = self._mpu()
         if config.zero_stage == 3:
-            deepspeed.zero.Init(
-                module=DrawnOneByOne(self.module, getattr(torch, config.dtype_name)),
-                data_parallel_group=mpu and mpu.get_data_parallel_group(),
-                config_dict_or_path=self._deepspeed_config(),
-                mpu=mpu,
-            )
+            self._cut(self.module, draw_range)
         self.engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=self.optimizer,
             config=self._deepspeed_config(),
-            mpu=mpu,
+            mpu=self._mpu(),
         )
         if config.zero_stage == 2:
             dtypes = getattr(torch, config.dtype_name), self.engine.communication_data_type
@@ -152,6 +151,7 @@ class Engine(ABC):
         self.module.train()
         self._loss_sum.zero_()
         self._aux_sum.zero_()
+        self._part_sums.zero_()
         self._judge, self._report = judge, report
         self._num_valid, self._micro_batches = batches[0].num_valid, len(batches)
         self._run_update(batches)
@@ -171,6 +171,7 @@ class Engine(ABC):
         damage = torch.stack([~torch.isfinite(losses).all(), ~torch.isfinite(squares).all()])
         parts: dict[str, torch.Tensor | Sequence[float]] = {
             "losses": losses if self.mesh["tp"].index == 0 else torch.zeros_like(losses),
+            "parts": self._part_sums if self.mesh["tp"].index == 0 else torch.zeros_like(self._part_sums),
             "damage": damage,
             "squares": squares[:-1],
             "statistics": self.layer_statistics.take(),
@@ -195,6 +196,7 @@ class Engine(ABC):
             activation_rms=activation_rms,
             layer_grad_norms=[math.sqrt(square) for square in layer_squares],
             report={name: sums[name].tolist() for name in sums.keys() - parts.keys()},
+            parts=dict(zip(self.PARTS, (sums["parts"] / self._num_valid).tolist(), strict=True)),
         )
         return self._result.problem is None and not overflow, grad_norm
 
@@ -347,6 +349,21 @@ class Engine(ABC):
             settings["bf16"] = {"check_grad_overflow": False, **settings["bf16"]}  # our judge sees to it
         return settings
 
+    def _cut(self, module: nn.Module, write: WritePart) -> None:
+        """ZeRO-3: leave on this rank its part of every parameter of a deferred module, which `write` fills."""
+        mpu = self._mpu()
+        deepspeed.zero.Init(
+            module=WrittenOneByOne(module, getattr(torch, self.config.dtype_name), write),
+            data_parallel_group=mpu and mpu.get_data_parallel_group(),
+            config_dict_or_path=self._deepspeed_config(),
+            mpu=mpu,
+        )
+
+    def cut_frozen(self, module: nn.Module, write: WritePart) -> None:
+        """The same of a module that is not trained; from then on its layers gather their weights when they run."""
+        self._cut(module, write)
+        deepspeed.initialize(model=module, config=self._deepspeed_config(), mpu=self._mpu())
+
     @abstractmethod
     def _build_module(self) -> nn.Module:
         """This rank's part of the model, on its device."""
@@ -368,28 +385,34 @@ class FlatEngine(Engine):
     """pp = 1: the whole model in every process (but for tp), ZeRO 1, 2 or 3 over dp x cp."""
 
     def _build_module(self) -> nn.Module:
+        return NeoBERT(self.config.model, self.mesh, **self._model_settings()).to(self.mesh.device)
+
+    def _model_settings(self) -> dict[str, Any]:
+        """Arguments of a model that this engine trains."""
         phase = self.config.phase
-        return NeoBERT(
-            self.config.model,
-            self.mesh,
-            seed=phase.seed,
-            recompute=phase.recompute,
-            recompute_every=phase.recompute_every,
-            row_length=phase.sequence_length,
-            text_head=self.config.finetune.head,
-            deferred=self.config.zero_stage == 3,
-        ).to(self.mesh.device)
+        return {
+            "seed": phase.seed,
+            "recompute": phase.recompute,
+            "recompute_every": phase.recompute_every,
+            "row_length": phase.sequence_length,
+            "text_head": self.config.finetune.head,
+            "deferred": self.config.zero_stage == 3,
+        }
 
     def _mpu(self) -> DeepSpeedMPU | None:
         return DeepSpeedMPU(self.mesh) if self.mesh["world"].size > 1 else None
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            loss_sum, aux_loss = self.engine(self._on_device(batch))
+            loss_sum, aux_loss = self._losses(self._on_device(batch))
             self._loss_sum += loss_sum.detach()
             self._aux_sum += aux_loss.detach()
             self.engine.backward(loss_sum * self.scale(batch.num_valid, len(batches)) + aux_loss)
             self.engine.step()
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the token losses, and auxiliary loss."""
+        return self.engine(batch)
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -245,6 +245,7 @@ class Trainer:
             "phase": phase.name,
             "loss": result.loss,
             "aux_loss": result.aux_loss,
+            **result.parts,
             "grad_norm": result.grad_norm,
             "lr": rate,
             "tokens": tokens,
