@@ -17,6 +17,7 @@ COMMANDS = {
     "pretrain": ("launch.pretrain", "train one phase"),
     "finetune": ("launch.finetune", "fine-tune a checkpoint on tasks or pairs of texts"),
     "distill": ("launch.distill", "train a smaller model by a larger one"),
+    "compress": ("launch.compress", "prune a model, and measure it in int8 on a CPU"),
     "generate": ("launch.generate", "continue texts with a causal model"),
     "convert": ("launch.convert", "look into checkpoints, merge, translate and foretell them"),
     "plan": ("launch.plan", "memory, bytes and time of a phase on many GPUs, and the best layouts"),

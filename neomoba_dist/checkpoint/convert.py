@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 
 from neomoba_dist.checkpoint.files import make_empty, sync, write_text
 from neomoba_dist.checkpoint.index import Entry
-from neomoba_dist.checkpoint.layout import CheckpointError, kind_and_name
+from neomoba_dist.checkpoint.layout import CheckpointError, kind_and_name, step_folder
 from neomoba_dist.checkpoint.load import CheckpointReader
+from neomoba_dist.checkpoint.save import document_head
+from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.checkpoint.verify import refuse_damage
+from neomoba_dist.checkpoint.write import commit, write_fragments
 from neomoba_dist.model.init import ShardedTensorSpec
 
 T = TypeVar("T")
@@ -89,6 +92,38 @@ def merge(reader: CheckpointReader, output: Path, file_bytes: int = FILE_BYTES) 
         write_text(writing / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
         write_text(writing / "config.json", json.dumps(reader.index["config"], indent=1) + "\n")
     return [output / name for name in sorted(set(where.values()))]
+
+
+def write_run(
+    reader: CheckpointReader,
+    output: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, weight: weight,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write the weights as a new run folder that holds one export (weights alone); returns the export.
+
+    change: by logical name ("blocks.0.attention.q_proj") and whole tensor what is written of it. In memory are at most
+    `file_bytes`, or the largest tensor. Raises CheckpointError.
+    """
+    require_new(output)
+    step, config = int(reader.index["step"]), reader.config
+    final = step_folder(output, step, export=True)
+    writing = final.with_name(final.name + ".writing")
+    make_empty(writing)
+    weights = ((num_bytes(entry), name) for name, entry in reader.tensors.items() if name.startswith("model."))
+
+    def fragment(name: str) -> StateFragment:
+        spec = ShardedTensorSpec(kind_and_name(name)[1], reader.tensors[name].shape)
+        changed = change(spec.name, read_whole(reader, name))
+        return StateFragment(spec, 0, {"model": changed.flatten().contiguous()})
+
+    ranks = 0
+    for names in groups_of_bytes(weights, file_bytes):  # each file as if a rank had written it
+        write_fragments(writing, ranks, [fragment(name) for name in names], ("model",))
+        ranks += 1
+    commit(writing, final, ranks, document_head(config, step), {"step": step, "world_size": 1})
+    write_text(output / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+    return final
 
 
 class WholeTensor(NamedTuple):

@@ -21,22 +21,18 @@ from safetensors import SafetensorError, safe_open
 from neomoba_dist.checkpoint.convert import (
     FILE_BYTES,
     WholeTensor,
-    groups_of_bytes,
     new_folder,
-    num_bytes,
     read_whole,
     require_new,
+    write_run,
     write_tensors,
 )
-from neomoba_dist.checkpoint.files import make_empty, write_text
+from neomoba_dist.checkpoint.files import write_text
 from neomoba_dist.checkpoint.hf_families import FAMILIES, NO_COUNTERPART, Source, describe
 from neomoba_dist.checkpoint.index import Entry
-from neomoba_dist.checkpoint.layout import CheckpointError, logical_name, read_json, step_folder
+from neomoba_dist.checkpoint.layout import CheckpointError, logical_name, read_json
 from neomoba_dist.checkpoint.load import OPEN_FILES, CheckpointReader
-from neomoba_dist.checkpoint.save import document_head
-from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.checkpoint.verify import refuse_damage
-from neomoba_dist.checkpoint.write import commit, write_fragments
 from neomoba_dist.config import Config, ModelConfig, parse_config
 from neomoba_dist.config.paths import is_file_name
 from neomoba_dist.data.chat import SETTINGS_FILE, TEMPLATE_FILE, ChatTemplate
@@ -166,28 +162,11 @@ def import_folder(reader: HuggingFaceReader, output: Path, file_bytes: int = FIL
 
     In memory are at most `file_bytes`, or the largest tensor. Raises CheckpointError.
     """
-    require_new(output)
-    final = step_folder(output, 0, export=True)
-    writing = final.with_name(final.name + ".writing")
-    make_empty(writing)
-    config = reader.config
-    groups = groups_of_bytes(((num_bytes(entry), name) for name, entry in reader.tensors.items()), file_bytes)
-    ranks = 0
-    for names in groups:  # each file as if a rank had written it
-        write_fragments(writing, ranks, [_fragment(reader, name) for name in names], ("model",))
-        ranks += 1
-    commit(writing, final, ranks, document_head(config, 0), {"step": 0, "world_size": 1})
-    write_text(output / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+    final = write_run(reader, output, file_bytes=file_bytes)
     for name in (TOKENIZER_JSON, TOKENIZER_MODEL, SETTINGS_FILE, TEMPLATE_FILE):
         if (reader.folder / name).is_file():
             shutil.copyfile(reader.folder / name, output / name)
     return final
-
-
-def _fragment(reader: HuggingFaceReader, name: str) -> StateFragment:
-    entry = reader.tensors[name]
-    values = {"model": read_whole(reader, name).flatten().contiguous()}
-    return StateFragment(ShardedTensorSpec(entry.key, entry.shape), 0, values)
 
 
 def export_folder(
