@@ -51,6 +51,12 @@ def teacher_problems(config: Config, teacher: ModelConfig) -> Iterator[str]:
             f"{config.distill.hidden_weight:g} has no layers to compare; set neomoba.model.num_hidden_layers to one of "
             f"{divisors}, or hidden_weight to 0"
         )
+    experts = config.parallel.expert_model_parallel_size
+    if teacher.num_experts and experts > 1 and config.zero_stage == 3:
+        yield (
+            f"it has experts, which zero_optimization.stage 3 cuts over all ranks and expert_model_parallel_size "
+            f"{experts} over some; set zero_optimization.stage to 2"
+        )
     if cp == 1:
         return
     if config.parallel.context_parallel_split == "block_cyclic" and teacher.moba_block_size != student.moba_block_size:

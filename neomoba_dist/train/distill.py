@@ -42,7 +42,7 @@ class DistillEngine(FlatEngine):
         if config.zero_stage == 3:
             # kept whole: the student's head needs it in its backward pass too, long after the teacher's forward
             self._output = read_together(mesh, lambda: read_output(reader, self.teacher, dtype))
-            read_together(mesh, lambda: self.cut_frozen(self.teacher, reading(reader)))
+            self._gathers = read_together(mesh, lambda: self.cut_frozen(self.teacher, reading(reader)))
             read_together(mesh, lambda: load_buffers(reader, self.teacher))
         else:
             for parameter in self.teacher.parameters():

@@ -359,10 +359,11 @@ class Engine(ABC):
             mpu=mpu,
         )
 
-    def cut_frozen(self, module: nn.Module, write: WritePart) -> None:
-        """The same of a module that is not trained; from then on its layers gather their weights when they run."""
+    def cut_frozen(self, module: nn.Module, write: WritePart) -> object:
+        """The same of a module that is not trained. Its layers gather their weights when they run, for as long as what
+        is returned lives."""
         self._cut(module, write)
-        deepspeed.initialize(model=module, config=self._deepspeed_config(), mpu=self._mpu())
+        return deepspeed.initialize(model=module, config=self._deepspeed_config(), mpu=self._mpu())[0]
 
     @abstractmethod
     def _build_module(self) -> nn.Module:

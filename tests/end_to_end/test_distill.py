@@ -20,11 +20,11 @@ WIDE = {"hidden_size": 48, "num_hidden_layers": 6}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps by tp 2."""
+    """Eight steps by tp 2."""
     folder = tmp_path_factory.mktemp("teacher")
     layout = {"tensor_model_parallel_size": 2}
-    config = run_config(layout, model=WIDE, steps=12, full_attention_fraction=0.0, checkpoint={"save_every": 12})
-    run_ranks(2, train_here, config, folder, 12)
+    config = run_config(layout, model=WIDE, steps=8, full_attention_fraction=0.0, checkpoint={"save_every": 8})
+    run_ranks(2, train_here, config, folder, 8)
     return folder
 
 
@@ -45,7 +45,7 @@ def test_a_student_learns_and_resumes(config_file: Path, teacher: Path, tmp_path
     files = {path: path.read_bytes() for path in teacher.rglob("*.safetensors")}
     found = distill("--ds_config", config_file, "--output_dir", tmp_path / "whole")
     assert found.returncode == 0, found.stderr
-    assert f"taught by {teacher / 'checkpoints' / 'step_12'}" in found.stdout
+    assert f"taught by {teacher / 'checkpoints' / 'step_8'}" in found.stdout
     lines = metrics(tmp_path / "whole")
     for name in ("loss", "label_loss", "logit_loss", "hidden_loss"):
         assert lines[-1][name] < lines[0][name], name

@@ -5,6 +5,8 @@ all three losses and a projection: losses and their parts, gradient norms, every
 from a checkpoint, and no byte of it changes.
 """
 
+import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, ParallelConfig, parse_config
-from neomoba_dist.config.distill import matched_layers
+from neomoba_dist.config.distill import matched_layers, teacher_problems
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.distill import PROJECTION_NAME, Lesson, Student, taught_cross_entropy
 from neomoba_dist.model.init import Initializer
@@ -191,6 +193,7 @@ def train_rank(config: Config) -> tuple[list[float], list[float], Pieces, Pieces
     assert config.distill.teacher is not None
     engine = DistillEngine(config, config.plan(mesh["world"].size), mesh, CheckpointReader(config.distill.teacher))
     engine.set_full_attention(False)
+    gc.collect()  # DeepSpeed takes its hooks away with an engine that nobody holds
     dp, losses, norms, parts, first_moment = mesh["dp"], [], [], [], []
     before = teacher_bytes(engine)
     given = updates(config.model.objective)
@@ -245,3 +248,49 @@ def test_three_steps(layout: str, objective: str, teachers: dict[str, Path], ref
     if stage == 3:
         whole = sum(p.numel() for p in NeoBERT(teacher_config(objective).model, Mesh.single()).parameters())
         assert results[0][6] <= 0.51 * whole, "each rank holds its part of the teacher"
+
+
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "router_scoring": "sigmoid"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("layout", "stage"),
+    [({}, 3), ({"expert_model_parallel_size": 2}, 2), ({"tensor_model_parallel_size": 2}, 2)],
+    ids=["dp2_zero3", "ep2", "tp2"],
+)
+def test_mixtures_of_experts(layout: dict[str, Any], stage: int, tmp_path: Path) -> None:
+    """Both are some: as in one process."""
+    folder = write_run(tmp_path / "teacher", teacher_config("clm", **EXPERTS))
+
+    def config(layout: dict[str, Any], stage: int) -> Config:
+        tree = student_config("clm", layout, stage, folder).to_dict()
+        tree["neomoba"]["model"] |= EXPERTS
+        return parse_config(tree)
+
+    (one,) = run_ranks(1, train_rank, config({}, 1))
+    for found in run_ranks(2, train_rank, config(layout, stage)):
+        for i in (0, 1):
+            assert found[i][:2] == pytest.approx(one[i][:2], rel=1e-5)
+            assert found[i] == pytest.approx(one[i], rel=2e-4)
+        for parts, expected in zip(found[4], one[4], strict=True):
+            assert parts == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "layout", "stage", "message"),
+    [
+        ({**EXPERTS}, {"expert_model_parallel_size": 2}, 3, "set zero_optimization.stage to 2"),
+        ({"moba_block_size": 16}, {"context_parallel_size": 2}, 1, "set neomoba.parallel.context_parallel_split"),
+        ({"num_key_value_heads": 1}, {"context_parallel_size": 2}, 1, "its 1 KV heads would be split over 1 of 2"),
+        ({"vocab_size": 152}, {}, 1, "its vocab_size is 152, and neomoba.model.vocab_size is 151"),
+        ({"num_hidden_layers": 4}, {}, 1, r"set neomoba.model.num_hidden_layers to one of \[1, 2, 4\]"),
+    ],
+)
+def test_teachers_that_do_not_fit(teacher: dict[str, Any], layout: dict[str, int], stage: int, message: str) -> None:
+    model = {"num_experts": 4} if "expert_model_parallel_size" in layout else {}
+    tree = make_config("mlm", layout, stage, model).to_dict()
+    tree["neomoba"]["distill"] = {"teacher": "t", **WEIGHTS}
+    found = list(teacher_problems(parse_config(tree), tiny_model(**teacher)))
+    assert len(found) == 1
+    assert re.search(message, found[0])
