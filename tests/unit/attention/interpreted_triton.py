@@ -197,8 +197,8 @@ def test_tiles_do_not_matter_and_bits_repeat() -> None:
 @pytest.mark.parametrize(("heads", "gate"), [((4, 2), "per_head"), ((4, 2), "kv_group"), ((1, 1), "per_head")])
 def test_long_lists_are_split(heads: tuple[int, int], gate: str) -> None:
     """Everybody chooses block 0, some also block 2: lists in chunks give what whole ones give, and bits repeat."""
-    q, k, v, grad = (x.detach() for x in draw(96, 96, heads, 16, torch.float32))
-    layout = make_layout(96, 96, 16, None, None, None, q.device)
+    q, k, v, grad = (x.detach() for x in draw(64, 64, heads, 16, torch.float32))
+    layout = make_layout(64, 64, 16, None, None, None, q.device)
     options: dict[str, Any] = {"block_size": 16, "top_k": 3, "gate": gate}
     block_indices = select_blocks(q, block_means(k, block_size=16), **options)
     block_indices[16:, :, 1] = 0
@@ -206,7 +206,7 @@ def test_long_lists_are_split(heads: tuple[int, int], gate: str) -> None:
     block_indices[60:, 0, 2] = 2
     problem = Problem(q, k, v, block_indices, layout, True)
     out, lse, index = attend_triton(problem)
-    runs = [attend_triton_backward(problem, out, lse, grad, None, index, long_list=n) for n in (16, 16, 37, None)]
+    runs = [attend_triton_backward(problem, out, lse, grad, None, index, long_list=n) for n in (23, 23, None)]
     exact = [x.requires_grad_() for x in (q, k, v)]
     want = attend(*exact, block_indices, block_size=16, impl="reference")[0]
     expected = torch.autograd.grad(want, exact, grad)
@@ -214,7 +214,7 @@ def test_long_lists_are_split(heads: tuple[int, int], gate: str) -> None:
         for got, wanted in zip(run, expected, strict=True):
             assert (got - wanted).abs().max() <= 1e-5
     assert all(torch.equal(got, again) for got, again in zip(runs[0], runs[1], strict=True))
-    assert not torch.equal(runs[0][1], runs[3][1])  # sums of chunks round otherwise: they were made
+    assert not torch.equal(runs[0][1], runs[2][1])  # sums of chunks round otherwise: they were made
 
 
 @pytest.mark.parametrize("causal", [True, False])
