@@ -9,9 +9,9 @@ input and output features of the whole layer, o and i those of this rank.
 """
 
 import torch
-import torch.nn.functional as F
 
 from neomoba_dist.parallel.comm import sum_gradient
+from neomoba_dist.parallel.gemm import linear
 from neomoba_dist.parallel.mesh import Mesh
 
 
@@ -22,7 +22,7 @@ def column_linear(x_SI: torch.Tensor, weight_oI: torch.Tensor, mesh: Mesh) -> to
     input gradient is all-reduced. Only the shard of x is kept for the backward pass.
     """
     if mesh["tp"].size == 1:
-        return F.linear(x_SI, weight_oI)
+        return linear(x_SI, weight_oI)
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
     return linear_with_grad_accumulation_and_async_allreduce(
@@ -38,7 +38,7 @@ def column_linear(x_SI: torch.Tensor, weight_oI: torch.Tensor, mesh: Mesh) -> to
 
 def row_linear(x_Ti: torch.Tensor, weight_Oi: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """x W^T with the input features split over tp; the partial products are summed. Returns [S, O]."""
-    return sum_over_tensor_parallel(F.linear(x_Ti, weight_Oi), mesh)
+    return sum_over_tensor_parallel(linear(x_Ti, weight_Oi), mesh)
 
 
 def sum_over_tensor_parallel(x_TH: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from neomoba_dist.model.attention.kernels.cpu.gemm import linear
 from neomoba_dist.model.attention.kernels.cpu.plan import Item, RowSelection, RowTiles, TileItem, WorkList
 from neomoba_dist.model.attention.kernels.select import isolate_damaged, score_dtype
+from neomoba_dist.parallel.gemm import product
 
 SAFE_EXPONENT = 60.0  # 2^60 times any number of keys is far from float32's 2^127, 2^-60 from its smallest number
 
@@ -77,7 +77,7 @@ class OnlineSoftmax:
         if self.peak_R is not None:
             self._raise_peak(rows, logits)
         weights = logits.exp2_()
-        add_to_rows(self.sums_RE, rows, torch.bmm(weights, v) if weights.dim() == 3 else linear(weights, v.t()))
+        add_to_rows(self.sums_RE, rows, torch.bmm(weights, v) if weights.dim() == 3 else product(weights, v.t()))
 
     def _raise_peak(self, rows: RowSelection, logits: Tensor) -> None:
         assert self.peak_R is not None
@@ -109,7 +109,7 @@ def forward_head(head: KeyValueHead, plan: WorkList, q_RD: Tensor) -> tuple[Tens
         state.add(tiles.rows, logits, tiles.keys.view(head.v_SE))
     for item in plan.items:
         k, v = head.part(item)
-        logits = linear(rows_of(q_RD, item.rows), k)
+        logits = product(rows_of(q_RD, item.rows), k)
         if item.masked:
             logits.masked_fill_(future(item, head), -torch.inf)
         state.add(item.rows, logits, v)
@@ -143,14 +143,14 @@ def backward_head(head: KeyValueHead, plan: WorkList, q_RE: Tensor, grad_RE: Ten
     for item in plan.items:
         keys = slice(item.key_start, item.key_stop)
         q_ME, grad_ME = rows_of(q_RE, item.rows), rows_of(grad_RE, item.rows)
-        weights = linear(q_ME, k_SE[keys])
+        weights = product(q_ME, k_SE[keys])
         if item.masked:
             weights.masked_fill_(future(item, head), -torch.inf)
         weights.exp2_()
-        dv_DS[:, keys].add_(linear(grad_ME[:, :dim].t(), weights.t()))
-        slope = linear(grad_ME, v_SE[keys]).mul_(weights)
-        dk_DS[:, keys].add_(linear(q_ME[:, :dim].t(), slope.t()))
-        add_to_rows(dq_RD, item.rows, linear(slope, head.k_SD[keys].t()))
+        dv_DS[:, keys].add_(product(grad_ME[:, :dim].t(), weights.t()))
+        slope = product(grad_ME, v_SE[keys]).mul_(weights)
+        dk_DS[:, keys].add_(product(q_ME[:, :dim].t(), slope.t()))
+        add_to_rows(dq_RD, item.rows, product(slope, head.k_SD[keys].t()))
     return dq_RD.mul_(dim**-0.5), dk_DS.t().mul(math.log(2)), dv_DS.t()
 
 
