@@ -19,7 +19,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.init import views_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.optim import build_optimizer
+from neomoba_dist.train.optim import adamw
 
 # what transformers' Qwen3 computes; ours is told to do the same
 QWEN3 = ("objective=clm", "qk_norm=true", "attention=full", "position_embedding=rope")
@@ -50,7 +50,7 @@ class PlainLoop:
             recompute_every=phase.recompute_every,
             row_length=phase.sequence_length,
         ).to(device)
-        self.optimizer = build_optimizer(self.model, phase)
+        self.optimizer = adamw(self.model, phase)
 
     def update(self, batches: Sequence[Batch]) -> torch.Tensor:
         """See Peer."""

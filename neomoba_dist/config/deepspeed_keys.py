@@ -90,7 +90,7 @@ _ZERO: Final[Block] = {
     "zero_quantized_weights": _QUANTIZED,
     "zero_quantized_nontrainable_weights": _QUANTIZED,
     "zero_quantized_gradients": _QUANTIZED,
-    "save_muon_momentum_buffer_in_memory": Refused("the optimizer is AdamW"),
+    "save_muon_momentum_buffer_in_memory": Refused("DeepSpeed's own Muon is not used; see neomoba.phase.optimizer"),
     "load_from_fp32_weights": _OWN_CHECKPOINT,
     "elastic_checkpoint": _OWN_CHECKPOINT,
     "pipeline_loading_checkpoint": _OWN_CHECKPOINT,
@@ -172,7 +172,7 @@ _ACCEPTED: Final[Block] = {
 
 _REFUSED: Final[Block] = {
     "optimizer": Refused(
-        "the optimizer is AdamW; set neomoba.phase.learning_rate, weight_decay, adam_beta1, adam_beta2, adam_eps"
+        "set neomoba.phase.optimizer (adamw or muon), learning_rate, weight_decay, adam_beta1, adam_beta2, adam_eps"
     ),
     "scheduler": Refused("set neomoba.phase.schedule, warmup_steps, decay_steps, min_learning_rate_ratio instead"),
     "activation_checkpointing": Refused("set neomoba.phase.recompute and neomoba.phase.recompute_every instead"),

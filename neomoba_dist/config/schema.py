@@ -160,12 +160,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """One training phase: its length, batch, optimizer (AdamW), schedule, attention schedule and memory settings."""
+    """One training phase: its length, batch, optimizer, schedule, attention schedule and memory settings."""
 
     name: str
     steps: PositiveInt
     sequence_length: Size
     tokens_per_update: PositiveInt
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat
     min_learning_rate_ratio: Fraction = 0.1
     warmup_steps: NonNegativeInt = 0

@@ -29,7 +29,7 @@ from neomoba_dist.model.neobert import Layer, NeoBERT, layer_list
 from neomoba_dist.parallel.comm import num_bytes
 from neomoba_dist.parallel.mesh import AXES, Axis, Mesh
 from neomoba_dist.train.fragments import Fragment, by_part, is_copy
-from neomoba_dist.train.optim import parameter_groups
+from neomoba_dist.train.optim import moments_of, parameter_groups
 
 _NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SHAPES: Mapping[str, dict[str, Any]] = {
@@ -109,8 +109,9 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
         files.update(sizes)
         manifest.update(entries)
         written.append(sum(sizes.values()))
-        planned = planned_fragments(config, module, mesh)
-        copies.append(12 * sum(fragment.valid for fragment in planned if is_copy(fragment.parameter, mesh)))
+        kinds = kinds_of(config, module)
+        copied = (part for part in planned_fragments(config, module, mesh) if is_copy(part.parameter, mesh))
+        copies.append(sum(4 * len(kinds[part.parameter]) * part.valid for part in copied))
     started = time.perf_counter()
     index = index_text(document_head(config, 1), described)
     seconds = time.perf_counter() - started
@@ -123,19 +124,26 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
 
 def state_of_rank(config: Config, module: nn.Module, mesh: Mesh) -> Iterator[StateFragment]:
     """What `Engine.local_state` would yield, on the meta device."""
+    kinds = kinds_of(config, module)
     for fragment in planned_fragments(config, module, mesh):
         if not is_copy(fragment.parameter, mesh) and fragment.valid:
             values = torch.empty(fragment.valid, device="meta")
-            yield StateFragment(fragment.shard, fragment.start, dict.fromkeys(KINDS, values))
+            yield StateFragment(fragment.shard, fragment.start, dict.fromkeys(kinds[fragment.parameter], values))
     if mesh["dp_cp"].index == mesh["tp"].index == 0:
         for spec, buffer in saved_buffers(module):
             yield StateFragment(spec, 0, {KINDS[0]: buffer.flatten()})
 
 
+def kinds_of(config: Config, module: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
+    """What is saved of every parameter."""
+    groups = parameter_groups(module.parameters(), 0.0, config.phase.optimizer)
+    return {parameter: (KINDS[0], *moments_of(group)) for group in groups for parameter in group["params"]}
+
+
 def planned_fragments(config: Config, module: nn.Module, mesh: Mesh) -> Iterator[Fragment]:
     """`fragments` of a rank whose optimizer does not exist, by DeepSpeed's rules for its partitions."""
     ranges: dict[nn.Parameter, tuple[int, int]] = {}
-    for group in parameter_groups(module.parameters(), config.phase.weight_decay):
+    for group in parameter_groups(module.parameters(), 0.0, config.phase.optimizer):
         axis = mesh["expert_dp" if group.get("moe") else "dp_cp"]
         partition = -(-sum(parameter.numel() for parameter in group["params"]) // (2 * axis.size)) * 2  # of equal sizes
         first = partition * axis.index

@@ -21,7 +21,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from neomoba_dist.checkpoint.layout import KINDS
+from neomoba_dist.checkpoint.layout import KINDS, AgreedCheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_buffers
 from neomoba_dist.checkpoint.resume import read_together
 from neomoba_dist.checkpoint.state import StateFragment
@@ -40,10 +40,10 @@ from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.bad_steps import guard_step
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
-from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy
+from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
-from neomoba_dist.train.optim import build_optimizer
+from neomoba_dist.train.optim import build_optimizer, moments_of
 from neomoba_dist.train.recompute import choose_recompute
 from neomoba_dist.train.stragglers import ForwardTimer
 
@@ -115,7 +115,7 @@ class Engine(ABC):
                 if isinstance(layer, Block):
                     layer.compile(dynamic=False)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
-        self.optimizer = build_optimizer(self.module, config.phase)
+        self.optimizer = build_optimizer(self.module, config.phase, mesh, self.fragments)
         if config.zero_stage == 3:
             self._cut(self.module, draw_range)
         self.engine, *_ = deepspeed.initialize(
@@ -202,7 +202,7 @@ class Engine(ABC):
 
     def rehearse(self, batches: Sequence[Batch]) -> None:
         """Everything of an update but AdamW's step; its moments are made, and all else is as before."""
-        if not self._adam_states():
+        if not self._optimizer_states():
             self._create_moments(0.0)
         scaler = vars(self.engine.optimizer.loss_scaler)
         kept = dict(scaler)
@@ -232,37 +232,44 @@ class Engine(ABC):
 
     def local_state(self) -> Iterator[StateFragment]:
         """What this rank adds to a checkpoint: its own parts of weights and moments, where no other rank saves them."""
-        if not self._adam_states():
+        if not self._optimizer_states():
             self._create_moments(0.0)
         for fragment in self.fragments():
             if is_copy(fragment.parameter, self.mesh) or not fragment.valid:
                 continue
-            yield self._state_of(fragment, KINDS)
+            yield self._state_of(fragment, self._kinds(fragment))
         if self.mesh["dp_cp"].index == self.mesh["tp"].index == 0:
             for spec, buffer in saved_buffers(self.module):
                 yield StateFragment(spec, 0, {KINDS[0]: buffer.flatten()})
 
     def load(self, reader: CheckpointReader, *, moments: bool) -> None:
-        """Take weights, and with `moments` the state of AdamW, from a checkpoint of any layout.
+        """Take weights, and with `moments` the state of the optimizer, from a checkpoint of any layout.
 
         A rank reads its own parts of the float32 partitions, 12 bytes per parameter over all ranks. Below ZeRO-3 it
         gets the weights that it computes with from the partitions of its peers, as after every optimizer step.
         Raises AgreedDamageError on all ranks where a file is not what the manifest says; another one can be loaded
-        then, and must be: weights and moments hold anything.
+        then, and must be: weights and moments hold anything. Raises AgreedCheckpointError where the moments are those
+        of another optimizer.
         """
         if moments:
+            if (wrote := reader.config.phase.optimizer) != self.config.phase.optimizer:
+                raise AgreedCheckpointError(
+                    f"{reader.folder}: holds the moments of {wrote}, and neomoba.phase.optimizer is "
+                    f"{self.config.phase.optimizer}; set it to {wrote}, or start from the weights with --init_from"
+                )
             state = reader.trainer()
             self._create_moments(float(state["optimizer_step"]))
             self.load_loss_scaler(state)
-        kinds, held = KINDS if moments else KINDS[:1], list(self.fragments())
+        wanted = KINDS if moments else KINDS[:1]
+        held = [(fragment, self._kinds(fragment) if moments else wanted) for fragment in self.fragments()]
 
         def read() -> None:
-            checksums = reader.checksums(kinds, (self.mesh.rank, self.mesh["world"].size))
-            reader.fill([self._state_of(fragment, kinds) for fragment in held], checksums)
+            checksums = reader.checksums(wanted, (self.mesh.rank, self.mesh["world"].size))
+            reader.fill([self._state_of(fragment, kinds) for fragment, kinds in held], checksums)
             load_buffers(reader, self.module)
 
         read_together(self.mesh, read)
-        for fragment in held:
+        for fragment, kinds in held:
             for kind in kinds:
                 self.values(fragment, kind)[fragment.valid :].zero_()  # padding
             if self.config.zero_stage == 3:
@@ -281,6 +288,11 @@ class Engine(ABC):
         values = {kind: self.values(fragment, kind)[: fragment.valid] for kind in kinds}
         return StateFragment(fragment.shard, fragment.start, values)
 
+    def _kinds(self, fragment: Fragment) -> tuple[str, ...]:
+        """Of what is saved of a fragment; the moments exist."""
+        state = self.engine.optimizer.optimizer.state[fragment.flat]
+        return tuple(kind for kind in KINDS if kind == KINDS[0] or kind in state)
+
     def fragments(self) -> Iterator[Fragment]:
         """Where this rank's optimizer holds its parts of the parameters."""
         return fragments(self.module.parameters(), self.engine.optimizer, self.config.zero_stage, self.mesh)
@@ -291,8 +303,8 @@ class Engine(ABC):
         return flat.detach().narrow(0, fragment.offset, fragment.numel)
 
     def optimizer_step(self) -> int:
-        """Number of steps that AdamW has taken (fp16 overflows take none)."""
-        return int(max((float(state["step"]) for state in self._adam_states()), default=0))
+        """Number of steps that the optimizer has taken (fp16 overflows take none)."""
+        return int(max((float(state["step"]) for state in self._optimizer_states()), default=0))
 
     def loss_scale(self) -> float:
         """fp16: the dynamic loss scale; 1 otherwise."""
@@ -309,19 +321,16 @@ class Engine(ABC):
         if scaler.dynamic:
             vars(scaler).update(state.get("loss_scaler", {"cur_scale": state["loss_scale"]}))
 
-    def _adam_states(self) -> list[dict[str, Any]]:
-        """The states of AdamW, one per flat fp32 partition that DeepSpeed made."""
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """The states of the optimizer, one per flat fp32 partition that DeepSpeed made."""
         return [state for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
 
     def _create_moments(self, step: float) -> None:
-        """AdamW makes its state at the first step; a resumed run needs it before."""
-        zero = self.engine.optimizer
-        for flat in flat_partitions(zero, self.config.zero_stage):
-            zero.optimizer.state[flat] = {
-                "step": torch.tensor(step, device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+        """The optimizer makes its state at the first step; a resumed run needs it before."""
+        zero, stage = self.engine.optimizer, self.config.zero_stage
+        for flat, group in zip(flat_partitions(zero, stage), partition_groups(zero, stage), strict=True):
+            moments = {kind: torch.zeros_like(flat) for kind in moments_of(group)}
+            zero.optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **moments}
 
     def _local(self, batch: Batch) -> Batch:
         """This rank's share of a batch, on its device, with the tokens whose losses are computed."""

@@ -56,6 +56,14 @@ def flat_partitions(zero: Any, stage: int) -> list[torch.Tensor]:
     return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
 
+def partition_groups(zero: Any, stage: int) -> list[dict[str, Any]]:
+    """Of every one of these the parameter group of the optimizer that it belongs to."""
+    groups = zero.optimizer.param_groups
+    if stage < 3:
+        return groups
+    return [groups[zero.sub_group_to_group_id[number]] for number in range(len(flat_partitions(zero, stage)))]
+
+
 def fragments(parameters: Iterable[nn.Parameter], zero: Any, stage: int, mesh: Mesh) -> Iterator[Fragment]:
     """This rank's fragments of every parameter, in the order given; none of those that lie on other ranks wholly.
 

@@ -43,7 +43,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_parts(config: Config, mesh: Mesh) -> dict[str, int]:
     """Bytes on this rank. The first three follow from layout and ZeRO stage; the last one is the most that was in use
     at a time, of the device or else of the process, without them."""
-    zero = zero_memory(config, mesh, Stage.of(stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"])))
+    module = stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"])
+    zero = zero_memory(config, mesh, Stage.of(module, config.phase.optimizer))
     parts = {"weights": zero.weights, "gradients": zero.gradients, "optimizer": zero.optimizer}
     if mesh.device.type == "cuda":
         most = torch.cuda.max_memory_allocated(mesh.device)

@@ -6,16 +6,20 @@ most that real ranks allocate.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.init import parts_of
 from neomoba_dist.model.neobert import Embedding, Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.layer_memory import Tokens, block_memory, head_memory
-from neomoba_dist.train.optim import parameter_groups
+from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
+from neomoba_dist.train.optim import moments_of, parameter_groups
 
 # DeepSpeed's own defaults (deepspeed/runtime/zero/config.py), in elements
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
@@ -42,7 +46,8 @@ class ZeroMemory:
     """Bytes of what DeepSpeed keeps of a rank's parameters, whatever the batch.
 
     own: gradients of this rank's partitions. buckets: of collectives, from the first backward pass to the last one.
-    reduced: beside them while one is reduced. step: gradients of the largest partition, as AdamW takes them.
+    reduced: beside them while one is reduced. step: gradients of the largest partition, as the optimizer takes them,
+    and what Muon gathers.
     """
 
     weights: int
@@ -54,25 +59,42 @@ class ZeroMemory:
     step: int
 
 
+class Group(NamedTuple):
+    """Of the optimizer: whether of experts on other ranks too, the elements of every parameter, the number of moments,
+    and the largest of the matrices that Muon makes whole."""
+
+    of_experts: bool
+    sizes: list[int]
+    moments: int
+    largest: Matrix | None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Group":
+        """One of `parameter_groups`."""
+        parameters, largest = group["params"], None
+        if group.get("orthogonalised"):
+            parts = [part.shard for parameter in parameters for part in parts_of(parameter)]
+            largest = max((matrix for spec in parts for matrix in matrices_of(spec)), key=lambda matrix: matrix.flops)
+        sizes = [parameter.numel() for parameter in parameters]
+        return cls(bool(group.get("moe")), sizes, len(moments_of(group)), largest)
+
+
 @dataclass(frozen=True)
 class Stage:
     """What ranks at one place of tp, pp and ep hold, read once off their module, which may lie on the meta device.
 
-    groups: of the optimizer, whether of experts on other ranks too, and the elements of every parameter. blocks: one
-    of those that are alike, with the indices of all of them. head_rows: of the output matrix, 0 where there is none.
+    blocks: one of those that are alike, with the indices of all of them. head_rows: of the output matrix, 0 where there
+    is none.
     """
 
-    groups: list[tuple[bool, list[int]]]
+    groups: list[Group]
     blocks: list[tuple[Block, list[int]]]
     head_rows: int
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Stage":
+    def of(cls, module: nn.Module, optimizer: str) -> "Stage":
         """Of a rank's part of the model."""
-        groups = [
-            (bool(group.get("moe")), [parameter.numel() for parameter in group["params"]])
-            for group in parameter_groups(module.parameters(), 0.0)
-        ]
+        groups = [Group.of(group) for group in parameter_groups(module.parameters(), 0.0, optimizer)]
         alike: dict[tuple[str, type], tuple[Block, list[int]]] = {}
         head_rows = 0
         for part in module.modules():
@@ -91,7 +113,7 @@ class Stage:
 def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> RankMemory:
     """The most that the rank at `mesh` holds.
 
-    At the start of an update's last backward pass, at its end, or in AdamW's step. Raises ConfigError for offload.
+    At the start of an update's last backward pass, at its end, or in the optimizer's step. ConfigError for offload.
     """
     for key in ("offload_optimizer", "offload_param"):
         if config.deepspeed["zero_optimization"].get(key, {}).get("device", "none") != "none":
@@ -122,17 +144,21 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
     element = 4 if config.dtype_name == "float32" else 2
     summed = 4 if config.gradient_dtype == "fp32" else 2
     sent = 4 if config.communication_dtype == "fp32" else 2
-    elements = owned = largest = 0
-    for of_experts, sizes in stage.groups:
-        ranks = mesh["expert_dp" if of_experts else "dp_cp"].size
+    elements = owned = largest = optimizer = gathered = 0
+    masters = 0 if number == 3 and element == 4 else 4  # weights in float32 are their own there
+    for group in stage.groups:
+        ranks, sizes = mesh["expert_dp" if group.of_experts else "dp_cp"].size, group.sizes
         part = sum(-(-size // ranks) for size in sizes) if number == 3 else 2 * -(-sum(sizes) // (2 * ranks))
         elements, owned, largest = elements + sum(sizes), owned + part, max(largest, part)
+        optimizer += (masters + 4 * group.moments) * part
+        if group.largest:
+            gathered = max(gathered, 4 * buffer_elements(group.largest, part, ranks, mesh["tp"].size))
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
     buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
     # stage 1 fills it with the sums, stage 2 as `engine._average_in` has it
     buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
-    step = 0 if _adds_in_place(config) else 4 * largest
+    step = gathered + (0 if _adds_in_place(config) else 4 * largest)
     if number == 3:  # gathered weights stay until as many others have been used as may live
         buckets += element * min(elements, zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
         step += buckets
@@ -140,7 +166,7 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
         weights=element * (owned if number == 3 else elements),
         gradients=summed * (elements if number == 1 else owned),
         own=summed * owned,
-        optimizer=(8 if number == 3 and element == 4 else 12) * owned,  # weights in float32 are their own masters there
+        optimizer=optimizer,
         buckets=buckets,
         reduced=sent * min(elements, bucket),
         step=step,
@@ -148,7 +174,7 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
 
 
 def _adds_in_place(config: Config) -> bool:
-    """Whether reduced gradients are added to one float32 tensor, which AdamW then takes as it is."""
+    """Whether reduced gradients are added to one float32 tensor, which the optimizer then takes as it is."""
     return config.dtype_name != "float32" and config.gradient_dtype == "fp32" and config.zero_stage < 3
 
 

@@ -143,9 +143,9 @@ class Planner:
         heads = config.model.num_key_value_heads
         mesh = replace(Mesh.place(parallel, self.world_size, rank, num_key_value_heads=heads), device=self.device)
         axes = _axes_of_stage(mesh)
-        key = (config.model, *axes)
+        key = (config.model, config.phase.optimizer, *axes)
         if key not in self._stages:
-            self._stages[key] = Stage.of(stage_module(config, *axes))
+            self._stages[key] = Stage.of(stage_module(config, *axes), config.phase.optimizer)
         return mesh, self._stages[key]
 
 

@@ -66,7 +66,9 @@ def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine
     again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
     share = stage.num_blocks * pp / config.model.num_hidden_layers  # 1, but for stages with more blocks than others
     compute = flops * (1 + again) * share / plan.world_size / (machine.peak * machine.share)
-    received = {**layer_bytes(config, mesh, stage, micro_batches), **zero_bytes(config, mesh, stage, micro_batches)}
+    received = Counter(layer_bytes(config, mesh, stage, micro_batches))
+    received.update(zero_bytes(config, mesh, stage, micro_batches))
+    received.update(matrix_bytes(mesh, stage))
     seconds = {axis: moved / rate(mesh, axis, machine) for axis, moved in received.items()}
     reduction = sum(seconds[axis] for axis in ("dp_cp", "expert_dp"))
     slots = micro_batches + pp - 1
@@ -128,7 +130,7 @@ def zero_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) -> 
     """
     received = {}
     for axis in ("dp_cp", "expert_dp"):
-        size = sum(sum(sizes) for of_experts, sizes in stage.groups if of_experts == (axis == "expert_dp"))
+        size = sum(sum(group.sizes) for group in stage.groups if group.of_experts == (axis == "expert_dp"))
         parts = size * (mesh[axis].size - 1) / mesh[axis].size
         weights = Tokens.of(config, mesh).element * parts
         gradients = (4 if config.communication_dtype == "fp32" else 2) * parts
@@ -137,4 +139,17 @@ def zero_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) -> 
             2: weights + 2 * micro_batches * gradients,
             3: micro_batches * (2 * weights + gradients),
         }[config.zero_stage]
+    return received
+
+
+def matrix_bytes(mesh: Mesh, stage: Stage) -> dict[str, float]:
+    """What Muon brings to a rank in a step, the mean over the ranks: its matrices whole, and their pieces back."""
+    received, tp = {"tp": 0.0, "dp_cp": 0.0, "expert_dp": 0.0}, mesh["tp"].size
+    for group in stage.groups:
+        if group.largest:
+            axis = "expert_dp" if group.of_experts else "dp_cp"
+            ranks = mesh[axis].size
+            both_ways = 2 * 4 * sum(group.sizes) / ranks
+            received[axis] += both_ways * (ranks - 1) / ranks
+            received["tp"] += both_ways * (tp - 1) / tp
     return received

@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "tp2_dp2_zero2": (4, {"tensor_model_parallel_size": 2}, 2, {}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, {}),
     "pp2_dp2_tied": (4, {"pipeline_model_parallel_size": 2}, 1, {"tie_word_embeddings": True}),
+    "tp2_dp2_muon": (4, {"tensor_model_parallel_size": 2}, 1, {}),
     "ep2_cp2_zero3": (4, {"expert_model_parallel_size": 2, "context_parallel_size": 2}, 3, MOE),
     "ep2_tp2": (4, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 1, MOE),
     "ep2_pp2": (4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1, MOE),
@@ -27,8 +28,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
 def test_foretold_and_written(name: str, tmp_path: Path) -> None:
     world, layout, stage, model = LAYOUTS[name]
     rows = {"train_micro_batch_size_per_gpu": 1}
-    tokens = {"tokens_per_update": 128 * 6} if world == 3 else {}
-    config = run_config(layout, stage, model=model, deepspeed=rows, **tokens)
+    phase: dict[str, Any] = {"tokens_per_update": 128 * 6} if world == 3 else {}
+    if name.endswith("muon"):
+        phase["optimizer"] = "muon"
+    config = run_config(layout, stage, model=model, deepspeed=rows, **phase)
     run_ranks(world, train_here, config, tmp_path, 1)
     folder = tmp_path / "checkpoints" / "step_1"
     plan = plan_checkpoint(config, world)

@@ -22,10 +22,10 @@ from neomoba_dist.train.engine import build_engine
 from neomoba_dist.train.expert_groups import update_biases
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import LayerStatistics
-from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces, state_pieces
 from tests.models import LENGTH, tiny_batch, tiny_model
 from tests.ranks import run_ranks
+from tests.reference_muon import first_share, plain_optimizer
 from tests.runs import build_mesh
 
 STEPS = 3
@@ -96,10 +96,7 @@ def plain_loop(config: Config, full: bool, steps: Sequence[int] = range(STEPS)) 
     model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
     statistics = LayerStatistics(model, config.model, model.mesh)
-    phase = config.phase
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.parameters(), phase.weight_decay), lr=RATE, betas=(phase.adam_beta1, phase.adam_beta2)
-    )
+    optimizer = plain_optimizer(model, config.phase, RATE)
     losses, norms, gradients = [], [], {}
     given = updates(config.model.objective)
     for batches in (given[step] for step in steps):
@@ -169,7 +166,7 @@ def check(world: int, config: Config, full: bool = False) -> None:
         assert rank_norms[:2] == pytest.approx(norms[:2], rel=1e-5)
         assert rank_losses == pytest.approx(losses, rel=2e-4)
         assert rank_norms == pytest.approx(norms, rel=2e-4)
-    moments = {name: (1 - config.phase.adam_beta1) * grad for name, grad in gradients.items()}
+    moments = {name: first_share(config.phase, name) * grad for name, grad in gradients.items()}
     assert all(m.abs().max() > 0 for m in moments.values())
     assert_same(assemble([r[3] for r in results]), moments, rtol=2e-5)
     assert_same(assemble([r[4] for r in results]), weights, rtol=2e-4)

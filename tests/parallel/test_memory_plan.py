@@ -41,15 +41,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "ep2": (2, {EP: 2}, 1, "none", EXPERTS, {}),
     "tp2_pp2_bf16": (4, {TP: 2, PP: 2}, 1, "full", {}, {"bf16": {"enabled": True}}),
 }
+MUON = ("one", "dp2_zero2_bf16", "dp2_zero3", "tp2", "ep2")
 
 
-def _config(name: str) -> Config:
+def _config(name: str, optimizer: str = "adamw") -> Config:
     world, axes, stage, recompute, model, settings = LAYOUTS[name]
     dp = world // (axes.get(TP, 1) * axes.get(PP, 1) * axes.get(CP, 1))
     shape = {"vocab_size": 1000, "hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "intermediate_size": 256, "moba_block_size": 64, "hybrid_layer_count": 2}
     phase = {"name": "plan", "steps": 4, "sequence_length": 384, "tokens_per_update": 4 * 384 * dp}
-    phase |= {"learning_rate": 1e-3, "full_attention_fraction": 0.5, "recompute": recompute}
+    phase |= {"learning_rate": 1e-3, "full_attention_fraction": 0.5, "recompute": recompute, "optimizer": optimizer}
     return parse_config(
         {
             "train_micro_batch_size_per_gpu": 2,
@@ -66,7 +67,7 @@ def _config(name: str) -> Config:
 
 
 def _planned(config: Config, mesh: Mesh) -> int:
-    stage = Stage.of(stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"]))
+    stage = Stage.of(stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"]), config.phase.optimizer)
     return plan_memory(config, config.plan(mesh["world"].size), mesh, stage).total
 
 
@@ -101,9 +102,11 @@ def _measured_and_planned(config: Config) -> tuple[int, int]:
     return most, _planned(config, mesh)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_within_a_tenth_of_what_is_measured(name: str) -> None:
-    for measured, planned in run_ranks(LAYOUTS[name][0], _measured_and_planned, _config(name)):
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "adamw") for name in LAYOUTS), *((name, "muon") for name in MUON)]
+)
+def test_within_a_tenth_of_what_is_measured(name: str, optimizer: str) -> None:
+    for measured, planned in run_ranks(LAYOUTS[name][0], _measured_and_planned, _config(name, optimizer)):
         assert planned == pytest.approx(measured, rel=0.1)
 
 

@@ -13,7 +13,7 @@ from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.flops import attention_pairs, last_block_choices, moba_pairs, step_flops
-from neomoba_dist.train.optim import learning_rate, parameter_groups
+from neomoba_dist.train.optim import learning_rate, moments_of, parameter_groups
 from neomoba_dist.train.phases import is_full_attention
 from tests.models import tiny_model
 
@@ -62,6 +62,21 @@ def test_weight_decay_spares_norms_and_embeddings() -> None:
             n for n in (shard_of(p).name for p in model.parameters()) if "norm" in n or "embedding" in n
         }
         assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_muon_has_the_matrices_inside_blocks_alone() -> None:
+    model = NeoBERT(tiny_model(num_experts=4, key_conv_width=3, position_embedding="t5_relative"), Mesh.single())
+    linear, decay, plain = parameter_groups(model.parameters(), 0.1, "muon")
+    assert linear["orthogonalised"]
+    assert not any("orthogonalised" in group for group in (decay, plain))
+    assert {shard_of(p).name.split(".")[-1] for p in linear["params"]} == {
+        *("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the first of q, k and v, which are one parameter
+    }
+    assert {shard_of(p).name for p in decay["params"]} >= {"head.weight", "blocks.0.mlp.router.weight"}
+    assert any(shard_of(p).name.endswith("key_conv") for p in decay["params"])
+    assert [moments_of(group) for group in (linear, decay)] == [("exp_avg",), ("exp_avg", "exp_avg_sq")]
+    adamw, *_ = parameter_groups(model.parameters(), 0.1)
+    assert {*linear["params"], *decay["params"]} == set(adamw["params"])
 
 
 def enumerate_pairs(lengths: list[int], block: int, top_k: int) -> float:
