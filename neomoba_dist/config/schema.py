@@ -58,6 +58,7 @@ class ModelConfig:
     sliding_window: Size = 512
     global_tokens: OptionalSize = 0
     key_conv_width: OptionalParts = 0
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     initializer_range: PositiveFloat = 0.02
     num_experts: OptionalParts = 0
     num_experts_per_tok: Parts = 2

@@ -56,13 +56,19 @@ class Examples:
         return digest.hexdigest()[:32]
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The examples of these numbers as a Batch on the host; `num_valid` is its own count."""
+        """The examples of these numbers as a Batch on the host; `num_valid` is its own count, `row_ids` name the first
+        document of each row."""
         chosen = [self.examples[number] for number in numbers]
-        documents = [ids for example in chosen for ids in example.documents]
-        rows, filled = [[]], 0  # type: list[list[list[int]]], int
-        for ids in documents:
+        documents = [
+            (number * len(example.documents) + place, ids)
+            for number, example in zip(numbers, chosen, strict=True)
+            for place, ids in enumerate(example.documents)
+        ]
+        rows, row_ids, filled = [[]], [documents[0][0]], 0  # type: list[list[list[int]]], list[int], int
+        for name, ids in documents:
             if filled + len(ids) > self.length:
                 rows.append([])
+                row_ids.append(name)
                 filled = 0
             rows[-1].append(ids)
             filled += len(ids)
@@ -81,7 +87,7 @@ class Examples:
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(np.concatenate(positions)),
             cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-            row_ids=torch.arange(len(rows)),
+            row_ids=torch.tensor(row_ids),
             num_valid=int((labels != IGNORE_LABEL).sum()),
         )
 

@@ -10,6 +10,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.dropout import Dropout
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.mlp import MLP, MLPS
 from neomoba_dist.model.moe.layer import MoE
@@ -57,6 +58,8 @@ class Block(nn.Module):
             self.mlp = MoE(f"{name}.mlp", index, config, init, row_length=row_length)
         else:
             self.mlp = MLPS[config.mlp_activation](f"{name}.mlp", config, init)
+        self.attention_dropout = Dropout(f"{name}.attention", config.dropout)
+        self.mlp_dropout = Dropout(f"{name}.mlp", config.dropout)
         # in training called once per pass, recomputed or not, with the output [S, H] and a mixture's record
         self.observe: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
 
@@ -82,9 +85,10 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The block proper: [S, H] -> [S, H], and a mixture's auxiliary loss and record. cache: for decoding."""
-        x_SH = x_SH + self.attention(self.attention_norm(x_SH), packed, cache)
+        output_SH = self.attention(self.attention_norm(x_SH), packed, cache)
+        x_SH = x_SH + self.attention_dropout(output_SH, packed.draws)
         output_SH, aux_loss, record = self.feed_forward(self.mlp_norm(x_SH), position_ids)
-        return x_SH + output_SH, aux_loss, record
+        return x_SH + self.mlp_dropout(output_SH, packed.draws), aux_loss, record
 
     def feed_forward(
         self, x_SH: torch.Tensor, position_ids: torch.Tensor
@@ -105,9 +109,10 @@ class PostNormBlock(Block):
         packed: PackedTokens,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        x_SH = self.attention_norm(x_SH + self.attention(x_SH, packed, cache))
+        output_SH = self.attention(x_SH, packed, cache)
+        x_SH = self.attention_norm(x_SH + self.attention_dropout(output_SH, packed.draws))
         output_SH, aux_loss, record = self.feed_forward(x_SH, position_ids)
-        return self.mlp_norm(x_SH + output_SH), aux_loss, record
+        return self.mlp_norm(x_SH + self.mlp_dropout(output_SH, packed.draws)), aux_loss, record
 
 
 BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock}  # by norm_placement

@@ -21,6 +21,7 @@ from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import BLOCKS, State
 from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
+from neomoba_dist.model.dropout import EmbeddingDropout, draws_of_tokens
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import residual_norm
 from neomoba_dist.model.positions import PositionEmbedding
@@ -43,6 +44,8 @@ class Inputs(Protocol):
     def position_ids(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def row_ids(self) -> torch.Tensor: ...
     @property
     def counted(self) -> torch.Tensor | None: ...
 
@@ -151,7 +154,7 @@ def layer_list(
     row_length: int | None = None,
     text_head: HeadConfig | None = None,
 ) -> list[Layer]:
-    """Embedding, added positions if any, blocks, final norm, head: the order in which `State` travels."""
+    """Embedding, added positions and dropout if any, blocks, final norm, head: the order in which `State` travels."""
     common = {"config": config, "init": init}
     if text_head:
         head = Layer(TEXT_HEADS[text_head.kind], {**common, "head": text_head})
@@ -177,6 +180,7 @@ def layer_list(
     return [
         Layer(Embedding, common, tied),
         *([Layer(PositionEmbedding, common)] if added else []),
+        *([Layer(EmbeddingDropout, {"config": config})] if config.dropout else []),
         *blocks,
         Layer(FinalNorm, common),
         head,
@@ -218,6 +222,7 @@ class NeoBERT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
+        self.seed, self.step, self.row_length = seed, 0, row_length  # of dropout
         init = Initializer(mesh, seed, config.initializer_range, dtype, deferred)
         *body, head = layer_list(
             config,
@@ -231,6 +236,7 @@ class NeoBERT(nn.Module):
         assert isinstance(embedding, Embedding)
         self.embedding, self.final_norm = embedding, final_norm
         self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
+        self.dropout = blocks.pop(0) if isinstance(blocks[0], EmbeddingDropout) else None
         self.blocks = nn.ModuleList(blocks)
         self.head: Head | TextHead
         if text_head:
@@ -241,10 +247,16 @@ class NeoBERT(nn.Module):
     def block_states(self, batch: Inputs) -> Iterator[State]:
         """The state after every block, first to last."""
         places = (batch.position_ids, batch.cu_seqlens)
-        packed = PackedTokens.of(*places, self.config, self.mesh, self.embedding.weight.dtype)
+        draws = None
+        if self.dropout is not None and self.training:
+            key, count = (self.seed, self.step), len(batch.input_ids)
+            draws = draws_of_tokens(batch.row_ids, count, self.row_length, self.config, self.mesh, key)
+        packed = PackedTokens.of(*places, self.config, self.mesh, self.embedding.weight.dtype, draws)
         state = self.embedding((batch.input_ids, *places, packed))
         if self.positions is not None:
             state = self.positions(state)
+        if self.dropout is not None:
+            state = self.dropout(state)
         for block in self.blocks:
             state = block(state)
             yield state

@@ -13,12 +13,14 @@ import torch
 
 _QUANTILES = 1 << 16
 _GRID = 2.0**-20  # of the quantiles: below 2^23 steps, so that float32 holds a sum of two exactly
-_GAMMA, _MIX_30, _MIX_27 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The int64 with the bits of a 64-bit word."""
     return (word & (1 << 64) - 1) - ((word & 1 << 63) << 1)
+
+
+GAMMA, _MIX_30, _MIX_27 = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @functools.cache
@@ -30,13 +32,17 @@ def quantiles(device: torch.device) -> tuple[torch.Tensor, float]:
     return table.float().to(device), math.sqrt(float(half.square().mean()))
 
 
+def scramble(x: torch.Tensor) -> torch.Tensor:
+    """63 random bits of int64 numbers, in their place. Number i of a key is the result of i * GAMMA + key."""
+    for shift, factor in ((30, _MIX_30), (27, _MIX_27)):
+        # int64 shifts bring in the sign, which the mask takes off again
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
+    return x.bitwise_xor_(x >> 31)  # which takes the sign off, and mixes it into the bits below
+
+
 def normal(number: torch.Tensor, key: int, std: float) -> torch.Tensor:
     """Draws of N(0, std^2), float32, of the shape of `number`, int64, which is overwritten. key: any 64 bits."""
     table, spread = quantiles(number.device)
-    x = number.mul_(_signed(_GAMMA)).add_(_signed(key))
-    for shift, factor in ((30, _MIX_30), (27, _MIX_27)):
-        # int64 shifts bring in the sign, which the mask takes off again
-        x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(_signed(factor))
-    x.bitwise_xor_(x >> 31)  # of this only the low 32 bits are used
+    x = scramble(number.mul_(GAMMA).add_(signed(key)))  # of this only the low 32 bits are used
     second = table[(x >> 16).bitwise_and_(_QUANTILES - 1)]
     return table[x.bitwise_and_(_QUANTILES - 1)].add_(second).mul_(std / (math.sqrt(2.0) * spread))

@@ -30,6 +30,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.dropout import draws_of_tokens
 from neomoba_dist.model.init import Initializer, draw_range
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
@@ -95,7 +96,7 @@ class Engine(ABC):
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
         config = choose_recompute(config, mesh)
-        self.config, self.plan, self.mesh = config, plan, mesh
+        self.config, self.plan, self.mesh, self.step = config, plan, mesh, 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._part_sums = torch.zeros(len(self.PARTS), dtype=torch.float64, device=mesh.device)
@@ -222,7 +223,8 @@ class Engine(ABC):
         set_full_attention(self.module, full)
 
     def set_step(self, step: int) -> None:
-        """Number of the update to come: what the routers' jitter is drawn from."""
+        """Number of the update to come: what the routers' jitter and dropout's masks are drawn from."""
+        self.step = step
         for layer in moe_layers(self.module):
             layer.router.set_step(step)
 
@@ -413,6 +415,8 @@ class FlatEngine(Engine):
         return DeepSpeedMPU(self.mesh) if self.mesh["world"].size > 1 else None
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
+        assert isinstance(self.module, NeoBERT)
+        self.module.step = self.step
         for batch in batches:
             loss_sum, aux_loss = self._losses(self._on_device(batch))
             self._loss_sum += loss_sum.detach()
@@ -460,7 +464,11 @@ class PipelineParallelEngine(Engine):
     def _packed(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedTokens:
         """What the blocks of a stage share; the last two inputs are the positions and borders."""
         position_ids, cu_seqlens = inputs[-2:]
-        return PackedTokens.of(position_ids, cu_seqlens, self.config.model, self.mesh, dtype)
+        model, phase, draws = self.config.model, self.config.phase, None
+        if model.dropout and self.module.training:
+            key, row_ids, count = (phase.seed, self.step), next(self._row_ids), len(position_ids)
+            draws = draws_of_tokens(row_ids, count, phase.sequence_length, model, self.mesh, key)
+        return PackedTokens.of(position_ids, cu_seqlens, model, self.mesh, dtype, draws)
 
     def _mpu(self) -> DeepSpeedMPU | None:
         return None  # PipelineModule brings its own, from the same rank order
@@ -487,6 +495,8 @@ class PipelineParallelEngine(Engine):
             yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, batch.counted, scale)
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
+        # every stage has all batches and computes them in this order, so nothing more need travel for dropout
+        self._row_ids = iter([batch.row_ids for batch in batches])
         self.engine.train_batch(data_iter=self._feed(batches))
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:

@@ -59,7 +59,8 @@ def block_memory(block: Block, config: Config, mesh: Mesh, tokens: Tokens, recom
     attention = attention_memory(block.attention, config, mesh, tokens)
     mlp = mlp_memory(block.mlp, config.model, tokens)
     norms = 2 * (residual_norm_memory(config.model, mesh, tokens) + residual)
-    kept = norms + attention.kept + mlp.kept
+    dropped = 2 * tokens.between * config.model.hidden_size * (config.model.dropout > 0)  # a byte each, of two layers
+    kept = norms + attention.kept + mlp.kept + dropped
     # what the feed-forward part kept is gone when attention's turn comes
     passing = max(attention.passing - mlp.kept, mlp.passing) + 2 * residual
     again = {"none": 0.0, "selective": attention.core, "full": kept - residual}[recompute]

@@ -187,6 +187,8 @@ def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage)
     kept, passing = 0.0, 0.0
     if config.model.position_embedding == "rope":
         kept += 4 * tokens.here * (config.model.head_dim or 0)  # cos and sin of half a head's features
+    if config.model.dropout and pp.index == 0:
+        kept += tokens.between * config.model.hidden_size  # a byte each: which of the embedding are kept
     for block, indices in stage.blocks:
         ways = Counter(recompute_of(index, phase.recompute, phase.recompute_every) for index in indices)
         for way, number in ways.items():

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "pp2": (2, {PP: 2}, 1, "none", {}, {}),
     "cp2": (2, {CP: 2}, 1, "none", {}, {}),
     "post_layernorm": (1, {}, 1, "none", {"norm": "layernorm", "norm_placement": "post"}, {}),
+    "dropout": (1, {}, 1, "none", {"dropout": 0.1}, {}),
     "gelu": (1, {}, 1, "none", {"mlp_activation": "gelu"}, {}),
     "relu": (1, {}, 1, "none", {"mlp_activation": "relu", "intermediate_size": 512}, {}),
     "ep2": (2, {EP: 2}, 1, "none", EXPERTS, {}),

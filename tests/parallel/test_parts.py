@@ -16,6 +16,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "layernorm": {"norm": "layernorm"},
     "post": {"norm_placement": "post"},
     "bert": {"norm": "layernorm", "norm_placement": "post", "mlp_activation": "gelu"},
+    "dropout": {"dropout": 0.25, "position_embedding": "learned"},
+    "post_dropout": {"dropout": 0.25, "norm_placement": "post", "norm": "layernorm"},
     **{kind: {"mlp_activation": kind} for kind in ("geglu", "relu", "silu")},
 }
 LAYERS: dict[str, dict[str, Any]] = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, **SP}, "cp2_tp2_sp": {CP: 2, TP: 2, **SP}}
@@ -43,6 +45,9 @@ def test_layers(part: str, objective: str) -> None:
 ENGINES: list[tuple[str, str, int, dict[str, Any], int]] = [
     ("bert", "mlm", 4, {PP: 2, TP: 2, **SP}, 1),
     ("bert", "clm", 2, {}, 3),
+    ("dropout", "clm", 2, {}, 3),
+    ("dropout", "mlm", 4, {PP: 2, TP: 2, **SP}, 1),
+    ("post_dropout", "clm", 4, {CP: 2, PP: 2}, 1),
 ]
 
 

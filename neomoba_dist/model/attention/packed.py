@@ -27,7 +27,8 @@ class PackedTokens(NamedTuple):
     cu_seqlens: borders of the documents among all T tokens, int32 [documents + 1]. rope: `positions.rope_tables` of the
     S tokens. placed: documents and blocks of the T tokens. positions: their documents and positions within them, int64
     [2, T], for windows and biases. inside: which neighbours' keys each of the S tokens may take, bool [width, S]
-    (`key_conv.inside_documents`). exchange: under context parallelism, see `Exchanges.of`.
+    (`key_conv.inside_documents`). draws: what dropout's masks of each of this rank's tokens are drawn from, int64
+    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`.
     """
 
     cu_seqlens: Tensor
@@ -35,15 +36,22 @@ class PackedTokens(NamedTuple):
     placed: PlacedBlocks | None = None
     positions: Tensor | None = None
     inside: Tensor | None = None
+    draws: Tensor | None = None
     exchange: Callable[..., Exchange] | None = None  # a method: ZeRO-3 walks through what layers return
 
     @classmethod
     def of(
-        cls, position_ids: Tensor, cu_seqlens: Tensor, config: ModelConfig, mesh: Mesh, dtype: torch.dtype
+        cls,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        config: ModelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        draws: Tensor | None = None,
     ) -> PackedTokens:
         """All that the layers of a model need.
 
-        position_ids: of this rank's tokens, int64 [S]. dtype: of the hidden states.
+        position_ids: of this rank's tokens, int64 [S]. dtype: of the hidden states. draws: in training with dropout.
         """
         assert config.head_dim is not None  # resolved by ModelConfig
         kinds, device, here = config.layer_attentions, cu_seqlens.device, len(position_ids)
@@ -60,7 +68,7 @@ class PackedTokens(NamedTuple):
             inside = inside_documents(here, cu_seqlens, config.key_conv_width, config.causal, mesh, split)
         if split is not None:
             exchange = Exchanges(cu_seqlens, mesh, config.causal, placed).of
-        return cls(cu_seqlens, _rope(position_ids, config, dtype), placed, positions, inside, exchange)
+        return cls(cu_seqlens, _rope(position_ids, config, dtype), placed, positions, inside, draws, exchange)
 
     @classmethod
     def of_step(cls, position_ids: Tensor, cu_seqlens: Tensor, config: ModelConfig, dtype: torch.dtype) -> PackedTokens:

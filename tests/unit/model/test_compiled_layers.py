@@ -15,6 +15,7 @@ from tests.models import tiny_batch, tiny_model
 LAYERS: dict[str, dict[str, Any]] = {
     "moba": {"key_conv_width": 3},
     "window": {"attention": "sliding_window", "sliding_window": 4, "global_tokens": 2},
+    "dropout": {"dropout": 0.2, "norm_placement": "post", "norm": "layernorm"},
     "alibi": {"position_embedding": "alibi"},
     "t5": {"position_embedding": "t5_relative"},
     "t5_window": {"position_embedding": "t5_relative", "attention": "sliding_window", "sliding_window": 4},
