@@ -22,9 +22,20 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 LAYERS: dict[str, dict[str, Any]] = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, **SP}, "cp2_tp2_sp": {CP: 2, TP: 2, **SP}}
 
+QUICK = [
+    ("bert", "mlm"),
+    ("layernorm", "clm"),
+    ("dropout", "mlm"),
+    ("post_dropout", "clm"),
+    ("geglu", "mlm"),
+    ("relu", "clm"),
+]
+GRID = [(part, objective) for part in PARTS for objective in ("mlm", "clm")]
 
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
-@pytest.mark.parametrize("part", PARTS)
+
+@pytest.mark.parametrize(
+    ("part", "objective"), [pytest.param(*case, marks=[pytest.mark.full] * (case not in QUICK)) for case in GRID]
+)
 def test_layers(part: str, objective: str) -> None:
     """Loss and every gradient in float64."""
     config = tiny_model(objective=objective, tie_word_embeddings=objective == "clm", **PARTS[part])
@@ -42,11 +53,11 @@ def test_layers(part: str, objective: str) -> None:
         assert_same(assemble([grads for _, grads in results]), gradients, rtol=1e-10)
 
 
-ENGINES: list[tuple[str, str, int, dict[str, Any], int]] = [
+ENGINES = [
     ("bert", "mlm", 4, {PP: 2, TP: 2, **SP}, 1),
-    ("bert", "clm", 2, {}, 3),
     ("dropout", "clm", 2, {}, 3),
-    ("dropout", "mlm", 4, {PP: 2, TP: 2, **SP}, 1),
+    pytest.param("bert", "clm", 2, {}, 3, marks=pytest.mark.full),
+    pytest.param("dropout", "mlm", 4, {PP: 2, TP: 2, **SP}, 1, marks=pytest.mark.full),
     ("post_dropout", "clm", 4, {CP: 2, PP: 2}, 1),
 ]
 
