@@ -7,7 +7,7 @@ import pytest
 from neomoba_dist.config import ParallelConfig
 from tests.equivalence import assemble, assert_same, parallel_rank, single_process
 from tests.models import tiny_batch, tiny_model
-from tests.parallel.test_engines import check, make_config
+from tests.parallel.test_engines import SEED, check, make_config
 from tests.ranks import run_ranks
 
 TP, PP, CP = (f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
@@ -64,4 +64,6 @@ ENGINES = [
 
 @pytest.mark.parametrize(("part", "objective", "world", "layout", "stage"), ENGINES)
 def test_engines(part: str, objective: str, world: int, layout: dict[str, Any], stage: int) -> None:
-    check(world, make_config(objective, layout, stage, model=PARTS[part]))
+    # as in test_engines: seeds under which no first gradient is so near zero that AdamW makes a step of its rounding
+    seed = 12 if (part, objective) == ("dropout", "mlm") else SEED
+    check(world, make_config(objective, layout, stage, model=PARTS[part], seed=seed))
