@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # two workers, each with whole files: many tests wait for ranks, launchers and time limits
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart corpus test test-full check bench bench-gpu bench-corpora ablations cluster-configs clean
+.PHONY: quickstart corpus test test-full check bench bench-gpu gpu-wheels bench-corpora ablations cluster-configs clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -88,8 +88,11 @@ runs/bench/passkeys: .venv/ready  # made-up words with a passkey, for the needle
 passkeys = .venv/bin/python -m data_tools.passkeys --output $@.writing/$(1).text --words $(2) --seed $(3) \
 	    --documents $(4) --copies 6 --digits $(5)
 
-bench-gpu:  ## 25 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
+bench-gpu:  ## 15 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
 	$(PYTHON) -m evals bench gpu --output runs/bench-gpu
+
+gpu-wheels: .venv/ready  ## what training needs on a GPU machine without a registry, with install.sh, in runs/gpu-wheels
+	sh launch/gpu_wheels.sh runs/gpu-wheels libraries
 
 clean:  ## caches; never runs/
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in at most 25 minutes: tests, attention, experts, training steps, retrieval.
+"""Everything that wants a GPU, in at most 15 minutes: tests, attention, experts, training steps, retrieval.
 
 Each stage is a command of its own under its own time limit; one that fails or runs out of time costs no other. OUTPUT
 gets summary.json and summary.md after every stage, the stages' own results and their logs. --only runs some stages and
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evals.bench._profile import profile_lines
 from evals.cli import EvalError, print_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ class Stage(NamedTuple):
     results: list[str]
 
 
-NAMES = ("tests", "million", "moe", "attention", *STEPS, "recall", "tune")
+NAMES = ("tests", "moe", "attention", *STEPS, "million", "recall", "tune")
 USUAL = NAMES[:-1]  # tuning changes what the code runs from then on: only where it is asked for
 
 
@@ -47,10 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("runs/bench-gpu"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--only", metavar="STAGE,...", help=f"of {', '.join(NAMES)}; default: all but tune")
+    parser.add_argument("--profile", action="store_true", help="also the time of an update of each phase by kernel")
     parser.add_argument("--toy", action="store_true", help="run everything at toy size on the CPU")
 
 
-def stages(output: Path, toy: bool) -> list[Stage]:
+def stages(output: Path, toy: bool, profile: bool = False) -> list[Stage]:
     """The stages of NAMES, in its order: what is most wanted first."""
     device = ["--device", "cpu" if toy else "cuda"]
     pytest = [
@@ -79,25 +81,27 @@ def stages(output: Path, toy: bool) -> list[Stage]:
         recall += ["--tokens-per-step", "512", "--seconds", "3"]
     else:
         if importlib.util.find_spec("xdist"):
-            pytest += ["-n", "8"]  # compiling kernels is most of the work, and keeps one core busy each
+            pytest += ["-n", "auto"]  # compiling kernels is most of the work, and keeps one core busy each
+        attention += ["--cases", ",".join(f"{length}:16" for length in (8192, 16384, 32768, 65536, 131072))]
         moe += ["--dtype", "bfloat16"]
         recall += ["--seconds", "170"]
     return [
-        Stage("tests", pytest, 360, []),
-        Stage("million", million, 80, ["million/attention.json"]),
-        Stage("moe", moe, 70, ["moe.json"]),
-        Stage("attention", attention, 420, ["attention.json"]),
-        *(_steps_stage(phase, output, toy) for phase in STEPS),
-        Stage("recall", recall, 240, ["recall.json"]),
+        Stage("tests", pytest, 190, []),
+        Stage("moe", moe, 40, ["moe.json"]),
+        Stage("attention", attention, 120, ["attention.json"]),
+        *(_steps_stage(phase, output, toy, profile) for phase in STEPS),
+        Stage("million", million, 60, ["million/attention.json"]),
+        Stage("recall", recall, 230, ["recall.json"]),
         Stage("tune", ["-m", "evals", "bench", "tune", *device, "--output", str(output)], 285, ["tune.json"]),
     ]
 
 
-def _steps_stage(phase: str, output: Path, toy: bool) -> Stage:
+def _steps_stage(phase: str, output: Path, toy: bool, profile: bool) -> Stage:
     config = "ds_configs/cpu_tiny.json" if toy else f"ds_configs/{phase}.json"
     words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
-    words += ["--set", f"neomoba.phase.name={phase}", *(["--micro-batches", "1", "--steps", "1"] if toy else [])]
-    return Stage(phase, words, 110, [f"{phase}.json"])
+    words += ["--set", f"neomoba.phase.name={phase}", "--micro-batches", "1" if toy else "4"]
+    words += ["--steps", "1" if toy else "2"]
+    return Stage(phase, words + ["--profile"] * profile, 110 if phase == "phase3" else 65, [f"{phase}.json"])
 
 
 def run_stage(stage: Stage, output: Path) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
         raise EvalError(f"--only {','.join(unknown)}: no such stage; choose of {', '.join(NAMES)}")
     head = machine()
     done = earlier_stages(output, head) if args.only else {}
-    for stage in stages(output, args.toy):
+    for stage in stages(output, args.toy, args.profile):
         if stage.name in wanted:
             print(f"{stage.name}: at most {stage.limit} s", file=sys.stderr, flush=True)
             done[stage.name] = run_stage(stage, output)
@@ -250,4 +254,8 @@ def run(args: argparse.Namespace) -> int:
             write_summary(output, head, done)
     print(f"{head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}; {output}")
     print_table(summary_lines(done))
+    for name in [name for name in STEPS if name in wanted] if args.profile else []:
+        for row in (row for result in done[name]["results"].values() for row in result["rows"] if "profile" in row):
+            print(f"\n{name}, {row['attention']}: one update")
+            print_table(profile_lines(row["profile"]))
     return 0 if all(done[name]["status"] == "ok" for name in wanted) else 1

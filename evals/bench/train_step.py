@@ -13,6 +13,7 @@ With one CPU thread both are timed by CPU time, which other work on the machine 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peak-tflops", type=float, metavar="X", help="of the device, for MFU (default: known for H200, H100, A100)"
     )
+    parser.add_argument("--profile", action="store_true", help="also the time of one update by kernel")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the result")
 
 
@@ -181,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         raise EvalError(f"training steps need DeepSpeed ({error}); install requirements.txt") from error
     import torch
 
+    from evals.bench._profile import kernel_times, profile_lines
     from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
     from neomoba_dist.parallel.mesh import Mesh
 
@@ -204,11 +207,17 @@ def run(args: argparse.Namespace) -> int:
         for full in [False, True] if 0 < fraction < 1 else [fraction == 1]:
             row = measure(engine, batches, config, full, args.steps)
             result["rows"].append({"phase": config.phase.name, **row, "mfu": row["tflops"] / peak if peak else None})
+            if args.profile:
+                update = functools.partial(engine.update, batches, config.phase.learning_rate)
+                result["rows"][-1]["profile"] = kernel_times(update, mesh.device.type)
     else:
         result["comparison"] = compare(engine, peer, batches, config, args)
     if mesh.rank == 0:
         if peer is None:
             print_table([HEADER, *(_cells(row) for row in result["rows"])])
+            for row in result["rows"] if args.profile else []:
+                print(f"\n{row['phase']}, {row['attention']}: one update")
+                print_table(profile_lines(row["profile"]))
         else:
             print_comparison(result["comparison"])
         print(f"{machine}, torch {torch.__version__}, {config.dtype_name}")

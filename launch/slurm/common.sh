@@ -12,7 +12,8 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE MASTER_ADDR
 export MASTER_PORT=$((15000 + (SLURM_JOB_ID + 7919 * restarts) % 17000)) # of this job, a new one after a restart, below those that Linux gives out
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 cache=${TMPDIR:-/tmp}/neomoba-$SLURM_JOB_ID # of this job: a lock left by a killed one stops nobody
-export TORCH_EXTENSIONS_DIR=$cache/extensions TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
+export TORCH_EXTENSIONS_DIR=$cache/extensions TRITON_CACHE_DIR=$cache/triton
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor} # graphs are kept where it outlives the job
 rank_logs=$logs/$SLURM_JOB_ID.$restarts.%t.log
 
 container=() inside=() # CONTAINER: an image of Apptainer (*.sif), else one that pyxis pulls

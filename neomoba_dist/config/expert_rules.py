@@ -94,18 +94,9 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
 def expert_engine(config: Config) -> Iterator[str]:
     """Refuse what DeepSpeed gets wrong, or asserts against, where ranks hold different experts."""
     parallel, stage = config.parallel, config.zero_stage
-    ep, tp, pp = (
-        parallel.expert_model_parallel_size,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
+    ep, pp = parallel.expert_model_parallel_size, parallel.pipeline_model_parallel_size
     if ep == 1:
         return
-    if stage == 3 and tp > 1:
-        yield (
-            f"zero_optimization.stage 3 with {_EP} {ep} and {_TP} {tp}: DeepSpeed counts too small a gradient norm; "
-            "set zero_optimization.stage to 2"
-        )
     zero = config.deepspeed["zero_optimization"]
     for key in ("reduce_scatter", "contiguous_gradients"):
         if stage < 3 and not zero.get(key, True):

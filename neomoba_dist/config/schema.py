@@ -181,7 +181,7 @@ class PhaseConfig:
     full_attention_schedule: Literal["tail", "interleave"] = "tail"
     recompute: Literal["none", "full", "selective", "auto"] = "none"
     recompute_every: Parts = 1
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
     allow_tf32: bool = True
     deterministic: bool = False
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 1234

@@ -29,7 +29,6 @@ from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
-from neomoba_dist.model.block import Block
 from neomoba_dist.model.dropout import draws_of_tokens
 from neomoba_dist.model.init import Initializer, draw_range
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
@@ -39,10 +38,10 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.bad_steps import guard_step
+from neomoba_dist.train.compiled import choose_compile, compile_blocks
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
-from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer, moments_of
 from neomoba_dist.train.recompute import choose_recompute
@@ -95,7 +94,7 @@ class Engine(ABC):
     PARTS: tuple[str, ...] = ()  # of the loss, for the log
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
-        config = choose_recompute(config, mesh)
+        config = choose_compile(choose_recompute(config, mesh), mesh)
         self.config, self.plan, self.mesh, self.step = config, plan, mesh, 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -110,11 +109,7 @@ class Engine(ABC):
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
         self.forward_timer = ForwardTimer(self.module, mesh)
         if config.phase.compile:
-            # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
-            torch.compiler.config.cache_key_tag = code_fingerprint()
-            for layer in self.module.modules():
-                if isinstance(layer, Block):
-                    layer.compile(dynamic=False)
+            compile_blocks(self.module)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase, mesh, self.fragments)
         if config.zero_stage == 3:

@@ -93,6 +93,7 @@ class Planner:
         """Of every way to cut the world the best layout whose fullest rank holds at most `budget` bytes; best first."""
         best: dict[ParallelConfig, Layout] = {}
         refused = large = 0
+        config = replace(config, phase=replace(config.phase, recompute="none"))  # every way is tried
         for candidate in candidates(config, self.world_size, self.machine.gpus):
             try:
                 check_rules(candidate)

@@ -4,6 +4,7 @@ What does not fit or has a wrong shape is found at once, and not after hours at 
 moments, random numbers, data and the routers' biases are the same after it, to the last bit.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,10 @@ import torch
 from neomoba_dist.config import BatchPlan, Config
 from neomoba_dist.data.batch import IGNORE_LABEL, Batch
 from neomoba_dist.data.build import max_documents
+from neomoba_dist.train.compiled import compile_summary
 from neomoba_dist.train.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 def rehearse(engine: Engine) -> None:
@@ -23,6 +27,8 @@ def rehearse(engine: Engine) -> None:
         engine.set_full_attention(full)
         engine.set_step(1)
         engine.rehearse(batches)
+    if engine.config.phase.compile:
+        logger.info("%s", compile_summary())
 
 
 def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:

@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 import evals.__main__ as program
 from evals.bench import gpu, recall
 from evals.bench._attention_timing import Setting, _flex, _is_earlier, causal_block_mask, sdpa, tensors
+from evals.bench._profile import kernel_times, profile_lines
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +91,7 @@ def test_a_stage_that_fails_costs_no_other(
         stage("attention", "import time; print('began', flush=True); time.sleep(60)", 2, ("attention.json",)),
         stage("phase1", write, results=("phase1.json",)),
     ]
-    monkeypatch.setattr(gpu, "stages", lambda output, toy: found)
+    monkeypatch.setattr(gpu, "stages", lambda *options: found)
     monkeypatch.setattr(gpu, "machine", lambda: dict.fromkeys(("device", "torch", "triton", "python"), "?"))
     (tmp_path / "attention.json").write_text("{}")  # of an earlier run
     assert program.main(["bench", "gpu", "--output", str(tmp_path)]) == 1
@@ -111,7 +113,7 @@ def test_short_calls_make_one_summary(
         stage("tests", "print('7 passed')"),
         stage("moe", moe.format(str(tmp_path / "moe.json")), results=("moe.json",)),
     ]
-    monkeypatch.setattr(gpu, "stages", lambda output, toy: found)
+    monkeypatch.setattr(gpu, "stages", lambda *options: found)
     head = dict.fromkeys(("device", "torch", "triton", "python"), "?")
     monkeypatch.setattr(gpu, "machine", lambda: head)
     words = ["bench", "gpu", "--output", str(tmp_path), "--only"]
@@ -129,14 +131,14 @@ def test_short_calls_make_one_summary(
     assert "another machine" in capsys.readouterr().err
 
 
-def test_stages_fit_calls_of_ten_minutes() -> None:
+def test_stages_fit_calls_of_five_minutes() -> None:
     limits = {entry.name: entry.limit for entry in gpu.stages(Path("x"), toy=False)}
     assert tuple(limits) == gpu.NAMES
-    assert sum(limits[name] for name in gpu.USUAL) <= 25 * 60
+    assert sum(limits[name] for name in gpu.USUAL) <= 15 * 60
     calls = [line for line in (ROOT / "docs/benchmarks.md").read_text().splitlines() if "bench gpu --only" in line]
     named = [call.split("--only ")[1].split()[0].split(",") for call in calls]
     assert sorted(name for names in named for name in names) == sorted(gpu.NAMES)
-    assert all(sum(limits[name] for name in names) <= 9.5 * 60 for names in named)
+    assert all(sum(limits[name] for name in names) < 5 * 60 for names in named)
 
 
 @pytest.mark.full
@@ -180,3 +182,26 @@ def test_kernels_are_tested_and_timed_where_the_engine_is_not_installed(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no plot: No module named 'matplotlib'" in (tmp_path / "attention.log").read_text()
     assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == stages
+
+
+def test_the_time_of_an_update_by_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = torch.randn(2, 300, 300)
+    found = kernel_times(lambda: [a @ b for _ in range(5)], "cpu")
+    product = next(kernel for kernel in found["kernels"] if kernel["name"] == "aten::mm")
+    assert product["launches"] == 5
+    assert found["busy_seconds"] == pytest.approx(sum(kernel["seconds"] for kernel in found["kernels"]))
+    many = {**found, "kernels": [{"name": "x" * 99, "seconds": 1.0, "launches": 2}] * 30, "busy_seconds": 30.0}
+    head, first, *_, last = profile_lines(many)
+    assert head[0].startswith("busy 30000.0 of ")
+    assert first == ["x" * 70 + "...", "1000.00", "3.3 %", "2"]
+    assert last == ["5 others", "5000.00", "16.7 %", "10"]
+
+
+def test_an_update_of_a_phase_is_profiled(tmp_path: Path) -> None:
+    words = ("-m", "evals", "bench", "train_step", "--ds-config", ROOT / "ds_configs/cpu_tiny.json", "--profile")
+    done = run_program(*words, "--micro-batches", 1, "--steps", 1, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cpu_tiny, moba: one update" in done.stdout
+    for row in json.loads((tmp_path / "cpu_tiny.json").read_text())["rows"]:
+        launches = {kernel["name"]: kernel["launches"] for kernel in row["profile"]["kernels"]}
+        assert launches["neomoba::attend" if row["attention"] == "moba" else "aten::mm"] > 0

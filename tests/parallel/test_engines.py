@@ -7,6 +7,7 @@ times 1 - beta1), and the weights after the third step.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.compiled import compile_summary
 from neomoba_dist.train.engine import build_engine
 from neomoba_dist.train.expert_groups import update_biases
 from neomoba_dist.train.guard import code_fingerprint
@@ -245,20 +247,70 @@ def test_full_attention_and_recompute(layout: str) -> None:
     check(world, make_config("clm", parallel, stage, recompute="selective"))
 
 
-def compiled_rank(config: Config) -> tuple[list[float], dict[str, int], int]:
+def compiled_rank(config: Config, backend: str) -> tuple[list[float], list[float], dict[str, int], int, int, str]:
     torch._dynamo.reset()  # what tests before this one compiled came along with the fork
-    torch._dynamo.utils.counters.clear()
-    engine = build_engine(config, config.plan(1), build_mesh(config))
-    losses = [engine.update(batches, RATE).loss for batches in updates("clm")]
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend=backend, **options)  # type: ignore[method-assign]
+    mesh = build_mesh(config)
+    engine = build_engine(config, config.plan(torch.distributed.get_world_size()), mesh)
+    dp = mesh["dp"]
+    results = [engine.update(batches[dp.index :: dp.size], RATE) for batches in updates(config.model.objective)]
     assert torch.compiler.config.cache_key_tag == code_fingerprint()
-    return losses, dict(torch._dynamo.utils.counters["graph_break"]), graphs
+    graphs, kept = counters["stats"]["unique_graphs"], counters["aot_autograd"]["autograd_cache_hit"]
+    losses, norms = ([getattr(result, name) for result in results] for name in ("loss", "grad_norm"))
+    return losses, norms, dict(counters["graph_break"]), graphs, kept, compile_summary()
 
 
-def test_compile() -> None:
-    """neomoba.phase.compile: the same losses, no graph break, and one graph per kind of block, so no recompilation."""
-    config = make_config("clm", {}, 1, compile=True)
-    losses, graph_breaks, graphs = run_ranks(1, compiled_rank, config, timeout=280)[0]
-    assert losses == pytest.approx(reference(config, False)[0], rel=2e-4)
-    assert graph_breaks == {}
-    assert graphs == 2
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+
+
+def check_compiled(world: int, config: Config, backend: str) -> tuple[dict[str, int], int, int, str]:
+    """The losses and norms are those of the plain loop. Returns graph breaks, graphs, those kept, and the summary."""
+    plain = replace(config, phase=replace(config.phase, compile=False, recompute="none", recompute_every=1))
+    losses, norms, *_ = reference(plain, False)
+    results = run_ranks(world, compiled_rank, config, backend, timeout=280)
+    for got, got_norms, *_ in results:
+        assert got == pytest.approx(losses, rel=2e-4)
+        assert got_norms == pytest.approx(norms, rel=2e-4)
+    return results[0][2:]
+
+
+def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """neomoba.phase.compile: the same losses, no graph break, and one graph per kind of block, so no recompilation; a
+    later run compiles none of them again."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for kept in (0, 2):
+        graph_breaks, *numbers, summary = check_compiled(1, make_config("clm", {}, 1, compile=True), "inductor")
+        assert graph_breaks == {}
+        assert numbers == [2, kept]
+        assert summary.endswith(f"s: 2 graphs, {kept} of them kept from an earlier run")
+
+
+def test_compiled_experts_and_recomputation() -> None:
+    """No break either: dense, MoBA and recomputed; experts and MoBA; experts, full and recomputed."""
+    config = make_config("mlm", {}, 1, EXPERTS, compile=True, recompute="full", recompute_every=2)
+    assert check_compiled(1, config, "aot_eager")[:2] == ({}, 3)
+
+
+COMPILED: dict[str, tuple[int, dict[str, Any], int, dict[str, Any], str]] = {
+    "dp2_zero2": (2, {}, 2, {}, "none"),
+    "dp2_zero3": (2, {}, 3, {}, "full"),
+    "tp2_zero1": (2, {"tensor_model_parallel_size": 2}, 1, {}, "selective"),
+    "tp2_sp_dp2_zero2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2, EXPERTS, "none"),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, 1, {}, "full"),
+    "cp2_zero2": (2, {"context_parallel_size": 2}, 2, {}, "selective"),
+    "ep2_zero2": (2, {"expert_model_parallel_size": 2}, 2, EXPERTS, "full"),
+    "reroute": (1, {}, 1, {**EXPERTS, "moe_capacity_factor": 1.0, "moe_overflow": "reroute"}, "none"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", COMPILED)
+def test_compiled_layouts(layout: str) -> None:
+    """Exact on every layout, also where collectives break the graph."""
+    world, parallel, stage, model, recompute = COMPILED[layout]
+    config = make_config("mlm", parallel, stage, model, compile=True, recompute=recompute)
+    graph_breaks = check_compiled(world, config, "aot_eager")[0]
+    assert (graph_breaks == {}) == (layout in ("dp2_zero2", "pp2"))

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "ep4_zero2": (4, {"expert_model_parallel_size": 4}, 2),
     "ep2_tp2_zero1": (4, {**EP2, **TP2}, 1),
     "ep2_tp2_sp_zero2": (4, {**EP2, **TP2_SP}, 2),
+    "ep2_tp2_zero3": (4, {**EP2, **TP2}, 3),
+    "ep2_tp2_sp_zero3": (4, {**EP2, **TP2_SP}, 3),
     "ep2_pp2": (4, {**EP2, **PP2}, 1),
     "ep2_cp2_zero2": (2, {**EP2, **CP2}, 2),
     "ep4_cp2_zero3": (4, {**CP2, "expert_model_parallel_size": 4}, 3),
@@ -53,7 +55,8 @@ BALANCED: dict[str, Any] = {
     "router_bias_update_rate": 0.01,
     "num_shared_experts": 1,
 }
-SLOW = ("dp2_zero2", "tp2_dp2_zero3", "ep2_dp4_zero1", "ep2_dp4_zero3", "ep4_zero2", "ep2_tp2_zero1", "ep2_pp2")
+SLOW = ("dp2_zero2", "tp2_dp2_zero3", "ep2_dp4_zero1", "ep2_dp4_zero3", "ep4_zero2", "ep2_tp2_zero1", "ep2_tp2_zero3")
+SLOW += ("ep2_pp2",)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def test_it_proposes_and_writes(tmp_path: Path) -> None:
 
 
 def test_the_table_says_why_not() -> None:
-    result = run_program(*PHASE3, "--gpus", "8", "--gpu_memory", "5", "--build", "--list", "1")
+    wide = "zero_optimization.reduce_bucket_size=500000000"
+    result = run_program(*PHASE3, "--set", wide, "--gpus", "8", "--gpu_memory", "5", "--build", "--list", "1")
     assert result.returncode == 0, result.stderr
     assert "the layout as given needs" in result.stdout
     assert "built 1 kinds of rank of 8" in result.stdout

@@ -144,9 +144,9 @@ def test_phase_3_is_the_run_the_project_is_for() -> None:
     assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads) == (28, 768, 12)
     assert (model.num_key_value_heads, model.moba_block_size, model.moba_top_k) == (4, 512, 3)
     assert (model.hybrid_layer_count, phase.sequence_length, phase.learning_rate) == (3, 32768, 2e-4)
-    assert (phase.recompute, phase.recompute_every, phase.full_attention_fraction) == ("full", 1, 0.1)
+    assert (phase.recompute, phase.full_attention_fraction) == ("auto", 0.1)
     assert phase.full_attention_schedule == "tail"
-    assert (config.zero_stage, config.dtype_name, config.micro_batch_size) == (2, "bfloat16", 1)
+    assert (config.zero_stage, config.dtype_name, config.micro_batch_size) == (1, "bfloat16", 1)
     assert config.parallel.tensor_model_parallel_size == 1
 
 

@@ -1,17 +1,19 @@
 """Learning-rate schedules, the sparse/full schedule, weight-decay groups, and the FLOP count against enumeration."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neomoba_dist.config import PhaseConfig
+from neomoba_dist.config import PhaseConfig, load_config
 from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.compiled import choose_compile
 from neomoba_dist.train.flops import attention_pairs, last_block_choices, moba_pairs, step_flops
 from neomoba_dist.train.optim import learning_rate, moments_of, parameter_groups
 from neomoba_dist.train.phases import is_full_attention
@@ -173,3 +175,19 @@ def test_step_flops_of_the_matrices() -> None:
     assert step_flops(config, lengths, 0, True) == 6 * matrices * 50 + pairs
     head = step_flops(config, lengths, 10, True) - step_flops(config, lengths, 0, True)
     assert head == 6 * 10 * config.hidden_size * config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "compiled"),
+    [
+        ("cpu", [], False),
+        ("cuda", [], True),
+        ("cuda", ["zero_optimization.stage=3"], False),
+        ("cuda", ["neomoba.finetune.tasks=sst2"], False),
+        ("cuda", ["neomoba.phase.compile=false"], False),
+        ("cpu", ["neomoba.phase.compile=true"], True),
+    ],
+)
+def test_what_is_compiled_by_default(device: str, settings: list[str], compiled: bool) -> None:
+    config = load_config(Path(__file__).parents[3] / "ds_configs/phase3.json", settings)
+    assert choose_compile(config, Mesh.single(device)).phase.compile is compiled

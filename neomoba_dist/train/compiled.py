@@ -1,0 +1,46 @@
+"""`neomoba.phase.compile`: the blocks through torch.compile, one graph for each kind of block, and what that took."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch._dynamo.utils import calculate_time_spent, counters
+
+from neomoba_dist.config import Config
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.optional import is_available
+from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.guard import code_fingerprint
+
+# Blocks share their code, and beyond torch's limit of 8 graphs for one code they would run uncompiled, with a warning.
+# Dense or with experts, MoBA or full, a full step or not, recomputed or not, training or validation: more than 8.
+MOST_GRAPHS = 64
+
+
+def choose_compile(config: Config, mesh: Mesh) -> Config:
+    """The configuration without "auto": compiled on a GPU that has Triton, with two exceptions.
+
+    ZeRO-3, whose hooks cut every layer to pieces, and fine-tuning, whose micro-batches have as many rows as texts fill.
+    """
+    if config.phase.compile != "auto":
+        return config
+    pretraining = config.finetune.tasks is None
+    chosen = mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
+    return replace(config, phase=replace(config.phase, compile=chosen))
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Have every block compiled when it first runs, once for all blocks, steps and numbers of documents."""
+    # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
+    torch.compiler.config.cache_key_tag = code_fingerprint()
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    for layer in module.modules():
+        if isinstance(layer, Block):
+            layer.compile(dynamic=False)
+
+
+def compile_summary() -> str:
+    """What this process has compiled so far, in words."""
+    graphs, hits = counters["stats"]["unique_graphs"], counters["aot_autograd"]["autograd_cache_hit"]
+    seconds = calculate_time_spent()["total_wall_time"]
+    return f"compiled in {seconds:.1f} s: {graphs} graphs, {hits} of them kept from an earlier run"

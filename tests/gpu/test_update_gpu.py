@@ -1,0 +1,77 @@
+"""A whole update of the engine on a GPU waits for it where the numbers of all ranks come together, and nowhere else.
+
+The engine runs in a process of its own, `python -m tests.gpu.test_update_gpu PHASE.KEY=VALUE...`, because tests have
+DeepSpeed on the CPU. Needs all of requirements.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "compiled": (),
+    "eager": ("neomoba.phase.compile=false",),
+    "recomputed": ("neomoba.phase.recompute=full",),
+    "full": ("neomoba.phase.full_attention_fraction=1",),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_host_waits_once_in_an_update(name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    words = [sys.executable, "-m", "tests.gpu.test_update_gpu", *SETTINGS[name]]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "three updates, one of them without waiting: loss" in done.stdout
+
+
+def main(changes: list[str]) -> None:
+    """Three updates of a small model in bf16 with the keys of phase 3; the last one may not wait."""
+    from evals.bench.train_step import random_batches
+    from neomoba_dist.config import load_config
+    from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
+    from neomoba_dist.parallel.mesh import Mesh
+    from neomoba_dist.train import engine as module
+
+    small = ["num_hidden_layers=3", "hidden_size=256", "num_attention_heads=4", "intermediate_size=512"]
+    small += ["hybrid_layer_count=1", "moba_block_size=128", "max_position_embeddings=2048"]
+    settings = [f"neomoba.model.{change}" for change in small]
+    settings += ["neomoba.phase.sequence_length=2048", "neomoba.phase.tokens_per_update=4096"]
+    config = load_config(ROOT / "ds_configs/phase3.json", [*settings, *changes])
+    map_launcher_environment()
+    mesh = Mesh.build(config.parallel, initialize_process_group())
+    plan = config.plan(1)
+    engine = module.build_engine(config, plan, mesh)
+    engine.set_full_attention(config.phase.full_attention_fraction == 1)
+    batches = random_batches(config, plan)
+    assert len(batches) == 2
+    allow = torch.cuda.set_sync_debug_mode if mesh.device.type == "cuda" else str
+    sum_together = module.sum_together
+
+    def waits(*args: Any) -> Any:
+        allow("default")
+        result = sum_together(*args)
+        allow("error")
+        return result
+
+    for _ in range(2):  # compiles, makes AdamW's moments
+        engine.update(batches, 1e-3)
+    module.sum_together = waits
+    allow("error")
+    result = engine.update(batches, 1e-3)
+    allow("default")
+    print(f"three updates, one of them without waiting: loss {result.loss}", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
