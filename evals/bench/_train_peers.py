@@ -19,6 +19,7 @@ from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.init import views_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.compiled import is_compiled
 from neomoba_dist.train.optim import adamw
 
 # what transformers' Qwen3 computes; ours is told to do the same
@@ -100,7 +101,7 @@ class Accelerated:
             eps=phase.adam_eps,
             fused=True,
         )
-        if phase.compile:
+        if is_compiled(config, Mesh.single(device)):
             model = torch.compile(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 

@@ -25,9 +25,13 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """F.linear, on a CPU in float32 by `product` in both directions. Compiled graphs have inductor's choice."""
-    on_cpu = x_TI.device.type == "cpu" and x_TI.dtype == weight_OI.dtype == torch.float32 and x_TI.dim() == 2
-    if on_cpu and len(x_TI) >= FEW_ROWS and not torch.compiler.is_compiling():
+    """F.linear, on a CPU in float32 by `product` in both directions.
+
+    Compiled graphs have inductor's choice, and what poses as a tensor, as quantised weights do, its own.
+    """
+    plain = type(weight_OI) in (Tensor, torch.nn.Parameter) and x_TI.dtype == weight_OI.dtype == torch.float32
+    many = x_TI.dim() == 2 and len(x_TI) >= FEW_ROWS
+    if plain and many and x_TI.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Linear.apply(x_TI, weight_OI)
     return F.linear(x_TI, weight_OI)
 

@@ -1,7 +1,5 @@
 """`neomoba.phase.compile`: the blocks through torch.compile, one graph for each kind of block, and what that took."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 from torch._dynamo.utils import calculate_time_spent, counters
@@ -17,16 +15,15 @@ from neomoba_dist.train.guard import code_fingerprint
 MOST_GRAPHS = 64
 
 
-def choose_compile(config: Config, mesh: Mesh) -> Config:
-    """The configuration without "auto": compiled on a GPU that has Triton, with two exceptions.
+def is_compiled(config: Config, mesh: Mesh) -> bool:
+    """Whether the blocks are. "auto": on a GPU that has Triton, with two exceptions.
 
     ZeRO-3, whose hooks cut every layer to pieces, and fine-tuning, whose micro-batches have as many rows as texts fill.
     """
     if config.phase.compile != "auto":
-        return config
+        return config.phase.compile
     pretraining = config.finetune.tasks is None
-    chosen = mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
-    return replace(config, phase=replace(config.phase, compile=chosen))
+    return mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
 
 
 def compile_blocks(module: nn.Module) -> None:

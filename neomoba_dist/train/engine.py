@@ -38,7 +38,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.bad_steps import guard_step
-from neomoba_dist.train.compiled import choose_compile, compile_blocks
+from neomoba_dist.train.compiled import compile_blocks, is_compiled
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
@@ -94,7 +94,7 @@ class Engine(ABC):
     PARTS: tuple[str, ...] = ()  # of the loss, for the log
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
-        config = choose_compile(choose_recompute(config, mesh), mesh)
+        config = choose_recompute(config, mesh)
         self.config, self.plan, self.mesh, self.step = config, plan, mesh, 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -108,7 +108,8 @@ class Engine(ABC):
         self.module = self._build_module()
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
         self.forward_timer = ForwardTimer(self.module, mesh)
-        if config.phase.compile:
+        self.compiled = is_compiled(config, mesh)
+        if self.compiled:
             compile_blocks(self.module)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase, mesh, self.fragments)
@@ -436,7 +437,7 @@ class FlatEngine(Engine):
     def _on_device(self, batch: Batch) -> Batch:
         """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
         local = self._local(batch.trimmed())
-        if self.config.phase.compile:
+        if self.compiled:
             torch._dynamo.maybe_mark_dynamic(local.cu_seqlens, 0)
         return local
 

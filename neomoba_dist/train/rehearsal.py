@@ -27,7 +27,7 @@ def rehearse(engine: Engine) -> None:
         engine.set_full_attention(full)
         engine.set_step(1)
         engine.rehearse(batches)
-    if engine.config.phase.compile:
+    if engine.compiled:
         logger.info("%s", compile_summary())
 
 

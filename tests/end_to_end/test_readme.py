@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 FRENCH = ROOT / "README.fr.md"
 TEXTS = (README, FRENCH, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 # programs of other people, whose arguments are not checked
-FOREIGN = ("source", "pip", "py-spy", "apt-get")
+FOREIGN = ("source", "eval", "pip", "py-spy", "apt-get")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "positions < 64" in done.stdout
-    assert "position_loss, moba: 100%" in done.stderr
+    assert "100%" not in done.stderr  # bars are for terminals
     loss, needle = (json.loads((output / f"{task}.json").read_text()) for task in TASKS)
     for result in (loss, needle):
         assert result["checkpoint"] == str(runs["clm"] / "checkpoints" / "step_20")

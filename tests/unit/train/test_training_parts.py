@@ -13,7 +13,7 @@ from neomoba_dist.model.attention.moba import block_means, select_blocks
 from neomoba_dist.model.init import shard_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.compiled import choose_compile
+from neomoba_dist.train.compiled import is_compiled
 from neomoba_dist.train.flops import attention_pairs, last_block_choices, moba_pairs, step_flops
 from neomoba_dist.train.optim import learning_rate, moments_of, parameter_groups
 from neomoba_dist.train.phases import is_full_attention
@@ -190,4 +190,4 @@ def test_step_flops_of_the_matrices() -> None:
 )
 def test_what_is_compiled_by_default(device: str, settings: list[str], compiled: bool) -> None:
     config = load_config(Path(__file__).parents[3] / "ds_configs/phase3.json", settings)
-    assert choose_compile(config, Mesh.single(device)).phase.compile is compiled
+    assert is_compiled(config, Mesh.single(device)) is compiled
