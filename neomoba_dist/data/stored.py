@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import resource
 import tempfile
 import zipfile
@@ -18,6 +19,11 @@ import numpy as np
 
 MOST_MAPS = 512
 _ALIGNMENT = 64
+# numpy has Python's parser read this, whose depth CPython 3.11 counts over all threads: with another one parsing, as
+# torch.compile does, either raises SystemError
+_HEADER = re.compile(
+    rb"{'descr': '(?P<dtype>[<>|=]?[a-z]\d+)', 'fortran_order': (?:False|True), 'shape': \((?P<length>\d+),\), } *\n"
+)
 
 
 def maps_at_once(corpora: int = 1) -> int:
@@ -109,8 +115,10 @@ def _header(file: BinaryIO) -> tuple[np.dtype, int]:
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"array format {version}")
-    (length,), _, dtype = np.lib.format.read_array_header_1_0(file)
-    return dtype, length
+    found = _HEADER.fullmatch(file.read(int.from_bytes(file.read(2), "little")))
+    if found is None:
+        raise ValueError("not an array of numbers in one dimension")
+    return np.dtype(found["dtype"].decode()), int(found["length"])
 
 
 def write_shared(path: Path, arrays: Sequence[np.ndarray]) -> None:

@@ -75,7 +75,7 @@ def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine
     step = (compute + sum(seconds.values()) - reduction) * slots / micro_batches + reduction
     return StepPlan(
         flops=flops,
-        received=received,
+        received=dict(received),
         compute=compute,
         communication=seconds,
         bubble=(pp - 1) / slots,
