@@ -245,7 +245,7 @@ class CheckpointConfig:
 class HealthConfig:
     """When a rank without a sign of life is given up, in seconds; which updates are skipped, and when that ends a run.
 
-    max_skipped_steps: in a row. spike_sigma: standard deviations above the last accepted steps; 0 = no limit.
+    max_skipped_steps: in a row. spike_sigma: standard deviations above the last 128 steps; 0 = no limit.
     """
 
     lost_after: PositiveFloat = 20.0

@@ -1,7 +1,7 @@
 """Updates that must not be taken: a loss or gradient norm that is not finite, or far above the last ones.
 
 The verdict comes from numbers that all ranks hold bit for bit alike, by sums that round once (math.fsum), so that all
-ranks come to the same one on any processor. The window of accepted steps is part of the checkpoint: a resumed run
+ranks come to the same one on any processor. The window of the last steps is part of the checkpoint: a resumed run
 decides as the undisturbed one does.
 """
 
@@ -14,11 +14,13 @@ import torch
 
 from neomoba_dist.config.schema import HealthConfig
 
-WINDOW = 128  # accepted steps that a spike is measured against; before there are so many, nothing counts as one
+# steps that a spike is measured against; before there are so many, nothing counts as one. Skipped ones are among them:
+# weights stay, so a rise that lasts would be met again and again, and end a run that begins to learn something new
+WINDOW = 128
 
 
 class JudgeState(TypedDict):
-    """All that a resume needs; the same on every rank. losses, grad_norms: of the last accepted steps."""
+    """All that a resume needs; the same on every rank. losses, grad_norms: of the last steps whose were finite."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -45,20 +47,18 @@ class StepJudge:
             deviation = math.sqrt(math.fsum((known - mean) ** 2 for known in window) / WINDOW)
             if value > mean + self._sigma * deviation:
                 return (
-                    f"the {name} {value:.4g} is more than {self._sigma:g} sigma above the last {WINDOW} accepted steps "
+                    f"the {name} {value:.4g} is more than {self._sigma:g} sigma above the last {WINDOW} steps "
                     f"({mean:.4g}, sigma {deviation:.2g})"
                 )
         return None
 
     def record(self, loss: float, grad_norm: float, *, skipped: bool) -> None:
         """What became of an update."""
-        if skipped:
-            self.skipped += 1
-            self.in_a_row += 1
-            return
-        self.in_a_row = 0
-        for window, value in zip(self._windows.values(), (loss, grad_norm), strict=True):
-            window.append(value)
+        self.skipped += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            for window, value in zip(self._windows.values(), (loss, grad_norm), strict=True):
+                window.append(value)
 
     def state_dict(self) -> JudgeState:
         """Numbers that JSON keeps exactly."""

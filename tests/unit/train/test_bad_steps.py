@@ -32,7 +32,7 @@ def test_what_is_not_finite_is_refused_from_the_first_step_on(bad: float) -> Non
     assert judge.problem(3.0, bad) == f"the gradient norm is {bad}"
 
 
-def test_spikes_are_measured_against_the_last_accepted_steps(pairs: list[tuple[float, float]]) -> None:
+def test_spikes_are_measured_against_the_last_steps(pairs: list[tuple[float, float]]) -> None:
     judge = judge_after(pairs)
     for place, name in ((0, "loss"), (1, "gradient norm")):
         last = [pair[place] for pair in pairs[-WINDOW:]]
@@ -53,7 +53,19 @@ def test_no_spike_before_the_window_is_full_nor_with_the_limit_off(pairs: list[t
     assert judge_after(pairs, sigma=0.0).problem(math.nan, 1.0) is not None
 
 
-def test_skipped_steps_are_counted_and_stay_out_of_the_window(pairs: list[tuple[float, float]]) -> None:
+def test_a_rise_that_lasts_is_taken_after_a_few_steps() -> None:
+    judge = judge_after([(3.0, 0.4)] * WINDOW)
+    for rise in (4.0, 1e4):
+        for _ in range(20):
+            skipped = judge.problem(3.0, rise) is not None
+            judge.record(3.0, rise, skipped=skipped)
+            if not skipped:
+                break
+        assert not skipped
+    assert judge.skipped <= 10
+
+
+def test_skipped_steps_are_counted_and_only_finite_ones_measured(pairs: list[tuple[float, float]]) -> None:
     judge, other = judge_after(pairs), judge_after(pairs)
     for number in range(3):
         judge.record(math.nan, 1e6, skipped=True)
