@@ -264,8 +264,9 @@ def test_mixtures_of_experts(layout: dict[str, Any], stage: int, tmp_path: Path)
     folder = write_run(tmp_path / "teacher", teacher_config("clm", **EXPERTS))
 
     def config(layout: dict[str, Any], stage: int) -> Config:
-        tree = student_config("clm", layout, stage, folder).to_dict()
+        tree = student_config("clm", {}, stage, folder).to_dict()
         tree["neomoba"]["model"] |= EXPERTS
+        tree["neomoba"]["parallel"] |= layout
         return parse_config(tree)
 
     (one,) = run_ranks(1, train_rank, config({}, 1))
