@@ -1,6 +1,6 @@
 """Feed-forward layers: of two matrices as in the first transformer, or gated (arXiv 2002.05202)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,7 @@ class GatedMLP(nn.Module):
     """
 
     kept: ClassVar[int] = 4
+    activation: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(
         self, name: str, config: ModelConfig, init: Initializer, *, intermediate_size: int | None = None
@@ -36,32 +37,24 @@ class GatedMLP(nn.Module):
         gate, up = column_linear(x_SH, self.gate_up_proj, self.mesh).chunk(2, dim=-1)
         return row_linear(self.activation(gate) * up, self.down_proj, self.mesh)
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        """f."""
-        raise NotImplementedError
-
 
 class SwiGLU(GatedMLP):
     """f(x) = x sigmoid(x)."""
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        return F.silu(x)
+    activation = staticmethod(F.silu)
 
 
 class GeGLU(GatedMLP):
     """f(x) = x P(N(0, 1) < x), exact."""
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x)
+    activation = staticmethod(F.gelu)
 
 
 class PlainMLP(nn.Module):
     """down(f(up(x))), otherwise as `GatedMLP`."""
 
     kept: ClassVar[int] = 2
+    activation: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, name: str, config: ModelConfig, init: Initializer) -> None:
         super().__init__()
@@ -73,36 +66,24 @@ class PlainMLP(nn.Module):
     def forward(self, x_SH: torch.Tensor) -> torch.Tensor:
         return row_linear(self.activation(column_linear(x_SH, self.up_proj, self.mesh)), self.down_proj, self.mesh)
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        """f."""
-        raise NotImplementedError
-
 
 class ReLU(PlainMLP):
     """f(x) = max(x, 0), as in the first transformer (arXiv 1706.03762, section 3.3), without biases."""
 
     kept = 1  # its gradient is told from its result, which the second product keeps
-
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x)
+    activation = staticmethod(F.relu)
 
 
 class GELU(PlainMLP):
     """f(x) = x P(N(0, 1) < x), exact (arXiv 1606.08415), as in BERT, without biases."""
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x)
+    activation = staticmethod(F.gelu)
 
 
 class SiLU(PlainMLP):
     """f(x) = x sigmoid(x) (arXiv 1702.03118)."""
 
-    @staticmethod
-    def activation(x: torch.Tensor) -> torch.Tensor:
-        return F.silu(x)
+    activation = staticmethod(F.silu)
 
 
 MLP = GatedMLP | PlainMLP
