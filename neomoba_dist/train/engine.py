@@ -42,6 +42,7 @@ from neomoba_dist.train.compiled import compile_blocks, is_compiled
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
+from neomoba_dist.train.heap import keep_freed_memory
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.optim import build_optimizer, moments_of
 from neomoba_dist.train.recompute import choose_recompute
@@ -104,6 +105,8 @@ class Engine(ABC):
         check_rows(config, mesh)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.phase.allow_tf32
         torch.use_deterministic_algorithms(config.phase.deterministic, warn_only=True)
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         _start_deepspeed(mesh)
         self.module = self._build_module()
         self.layer_statistics = LayerStatistics(self.module, config.model, mesh)
