@@ -7,15 +7,17 @@
   byte_bpe   byte-level BPE (GPT-2's kind), exact on every text
 
 All have [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4. Writes OUTPUT/tokenizer.json or OUTPUT/tokenizer.model and, last,
-OUTPUT/manifest.json with its sha256. WordPiece training is not deterministic (huggingface/tokenizers #1794): train
-once, then keep the file; a second run on the same text keeps it too.
+OUTPUT/manifest.json with its sha256. The same text and settings give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ from neomoba_dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenize
 if TYPE_CHECKING:
     import tokenizers
 
+_ALPHABET = 1000  # characters of a WordPiece vocabulary, the library's default
 # SentencePiece learns from "sentences": pieces of about this many characters, cut at line ends so that newlines and
 # indentation are learnt too.
 _SENTENCE_CHARACTERS = 1000
@@ -36,13 +39,46 @@ _LINE_ENDS = ["\n" * n for n in range(1, 9)]
 
 
 def train_wordpiece(texts: list[str], vocab_size: int) -> bytes:
-    """BERT's WordPiece as a tokenizer.json."""
+    """BERT's WordPiece as a tokenizer.json.
+
+    The library walks hash maps with random seeds (huggingface/tokenizers #1794): over characters, of which the rarest
+    are left out, and over words, whose inner characters get ids as they are met; merges of equal counts go by ids. So
+    it is given the characters, and the inner ones as tokens that are there from the start.
+    """
     from tokenizers import BertWordPieceTokenizer, decoders
 
     bert = BertWordPieceTokenizer(lowercase=True)
-    bert.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=True)
+    alphabet, inner = _characters(map(bert.normalize, texts))
+    bert.train_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in inner)],
+        show_progress=True,
+    )
     bert.decoder = decoders.WordPiece(cleanup=False)
-    return bert.to_str().encode("utf-8")
+    trained = json.loads(bert.to_str())
+    trained["added_tokens"] = trained["added_tokens"][: len(SPECIAL_TOKENS)]  # "##a" in a text is no token
+    return json.dumps(trained, ensure_ascii=False).encode("utf-8")
+
+
+def _characters(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The most frequent characters, and those of them that stand within words, as BERT splits words."""
+    counts: Counter[str] = Counter()
+    neighbours: set[tuple[str, str]] = set()
+    for text in texts:
+        counts.update(text)
+        neighbours.update(pairwise(text))
+    alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
+    inner = {second for first, second in neighbours if not (_ends_word(first) or _ends_word(second))}
+    return alphabet, sorted(inner.intersection(alphabet))
+
+
+def _ends_word(character: str) -> bool:
+    """White space, or punctuation as BERT has it: ASCII's symbols too."""
+    symbol = character.isascii() and character.isprintable() and not character.isalnum()
+    return character.isspace() or symbol or unicodedata.category(character).startswith("P")
 
 
 def train_byte_bpe(texts: list[str], vocab_size: int) -> bytes:

@@ -177,6 +177,18 @@ def test_trained_tokenizer_is_kept(tmp_path: Path) -> None:
     assert folder_digests(tmp_path / "tokenizer") != first
 
 
+def test_wordpiece_training_is_deterministic(tmp_path: Path) -> None:
+    """In processes of their own, whose hash maps have other seeds; "##" in a text is no token."""
+    write_texts(tmp_path / "text")
+    for run in "ab":
+        _succeed("train_tokenizer", "--input", tmp_path / "text", "--output", tmp_path / run, "--vocab_size", 2000)
+    first, second = ((tmp_path / run / "tokenizer.json").read_bytes() for run in "ab")
+    assert first == second
+    vocabulary = json.loads(first)["model"]["vocab"]
+    assert "##e" in vocabulary
+    assert vocabulary["##e"] not in load_tokenizer(tmp_path / "a").encode("##e")
+
+
 def test_bench_compares_preparation_with_the_library(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
