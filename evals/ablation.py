@@ -3,8 +3,8 @@
 NAME is a grid: a JSON of ds_configs/ablations/, or the path of one of your own. It states a question and, for each size
 ("tiny" for two CPU cores, "125m" for GPUs), the configuration, the arms by name with the keys in which they differ, the
 seeds, what is evaluated and which numbers go into the table. Everything that an arm does not name is the same: corpus,
-tokenizer, validation rows, length, tokens. Each arm and seed is a run folder of its own; rerun it to resume. Writes
-NAME.json, NAME.csv and NAME.png into --output.
+tokenizer, validation rows, length, tokens. Each arm and seed is a run folder of its own; rerun it to resume, or share
+the runs out over jobs with --part first. Writes NAME.json, NAME.csv and NAME.png into --output.
 """
 
 from __future__ import annotations
@@ -55,7 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="tiny", metavar="SIZE", help="of the models (default: tiny)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and results")
     parser.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="processes or GPUs (default: 1)")
+    parser.add_argument(
+        "--part", type=part, metavar="I/N",
+        help="only the I-th of N equal parts of the runs, and no table; then all at once without it, for the table",
+    )  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="PATH.TO.KEY=VALUE", help="changes keys of all arms")
+
+
+def part(text: str) -> slice:
+    """Of a list, what "I/N" stands for: its I-th, I+N-th, ... entries, counted from 1."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, as in 2/8")
+    return slice(int(number) - 1, None, int(count))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,12 +81,22 @@ def run(args: argparse.Namespace) -> int:
             if size.decode and not config.model.causal:
                 raise EvalError(f"{args.grid}: only a causal model decodes; set neomoba.model.objective to clm")
             require_same(folder, config)
-    found: dict[str, list[dict[str, float]]] = {}
-    runs: dict[str, list[Run]] = {}
-    for cell in cells:
+    for cell in cells[args.part] if args.part else cells:
         train(size.ds_config, cell, args.ranks)
         if size.evaluate:
             evaluate(cell.folder, size.evaluate, args.ranks)
+    if args.part:
+        return 0
+    compare(grid, args, cells)
+    return 0
+
+
+def compare(grid: Grid, args: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """The trained and evaluated cells side by side: printed, drawn, written."""
+    size = grid.size(args.size)
+    found: dict[str, list[dict[str, float]]] = {}
+    runs: dict[str, list[Run]] = {}
+    for cell in cells:
         trained = read_run(cell.folder)
         runs.setdefault(cell.arm, []).append(trained)
         found.setdefault(cell.arm, []).append(measure(trained, size))
@@ -98,7 +120,6 @@ def run(args: argparse.Namespace) -> int:
     from evals.plots import save_png
 
     save_png(figure(result), args.output / f"{grid.name}.png")
-    return 0
 
 
 def curves(seeds: Sequence[Run]) -> dict[str, Any]:
@@ -155,13 +176,10 @@ def require_same(folder: Path, config: Config) -> None:
 def train(ds_config: Path, cell: Cell, ranks: int) -> None:
     """All phases of a cell; finished ones are left alone. Raises EvalError when one fails."""
     program = [str(ROOT / "launch" / "pretrain.py"), "--ds_config", str(ds_config)]
-    start = [sys.executable]
-    if ranks > 1:
-        start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
     before: list[str] = []
     for folder, words in cell.phases:
         print(f"== {cell.arm}, seed {cell.seed}: {folder}", flush=True)
-        command = [*start, *program, "--output_dir", str(folder), *before, "--set", *words]
+        command = [*_start(ranks), *program, "--output_dir", str(folder), *before, "--set", *words]
         if subprocess.run(command, check=False).returncode:
             raise EvalError(f"{folder}: the training failed; its message is above")
         before = ["--init_from", str(folder)]
@@ -169,12 +187,16 @@ def train(ds_config: Path, cell: Cell, ranks: int) -> None:
 
 def evaluate(folder: Path, arguments: Sequence[str], ranks: int) -> None:
     """The grid's tasks on a finished run; what is in the journal already is not computed again."""
-    start = [sys.executable]
-    if ranks > 1:
-        start = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(ranks)]
-    command = [*start, "-m", "evals", "run", "--checkpoint", str(folder), "--output", str(folder / "evals")]
+    command = [*_start(ranks), "-m", "evals", "run", "--checkpoint", str(folder), "--output", str(folder / "evals")]
     if subprocess.run([*command, *arguments], check=False, cwd=ROOT).returncode:
         raise EvalError(f"{folder}: the evaluation failed; its message is above")
+
+
+def _start(ranks: int) -> list[str]:
+    """The interpreter, or a launcher that finds a free port: other grids may run on the same host."""
+    if ranks == 1:
+        return [sys.executable]
+    return [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def measure(trained: Run, size: Grid.Size) -> dict[str, float]:

@@ -95,8 +95,13 @@ def test_a_grid(tmp_path: Path, forked: list[list[str]], capfd: pytest.CaptureFi
     data = [f"neomoba.data.train={corpus}", f"neomoba.data.validation={corpus}"]
     output = tmp_path / "out"
     words = ["ablation", str(grid_file(tmp_path)), "--output", str(output), "--set", *data, *SETTINGS]
+    assert main([*words, "--part", "2/2"]) == 0
+    assert len(forked) == 2 * 3, "two phases and an evaluation each"
+    assert sorted(file.parent.parent.name for file in output.glob("*/*/evals")) == ["MoBA", "full_attention"]
+    assert sorted(file.parent.name for file in output.glob("*/*/evals")) == ["2", "2"], "every second run"
+    assert not list(output.glob("small.*"))
     assert main(words) == 0
-    assert len(forked) == 2 * 2 * 3, "two phases and an evaluation each"
+    assert len(forked) == 2 * 3 + 2 * 2 * 3, "those of the part end at once"
     result = json.loads((output / "small.json").read_text())
     assert result["question"] == "Which?"
     assert list(result["arms"]) == ["full attention", "MoBA"]
@@ -167,6 +172,10 @@ def test_bad_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: 
 def test_bad_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablation", "nothing", "--output", str(tmp_path)]) == 1
     assert "choose from: block_size, " in capsys.readouterr().err
+    for bad in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["ablation", "top_k", "--output", str(tmp_path), "--part", bad])
+        assert f"{bad!r} is not I/N with I from 1 to N, as in 2/8" in capsys.readouterr().err
     assert main(["ablation", "top_k", "--size", "7b", "--output", str(tmp_path)]) == 1
     assert "choose from: tiny, 125m" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("{")

@@ -139,6 +139,26 @@ def test_evaluation_of_checkpoints_and_tasks_as_an_array(cluster: Cluster, tmp_p
         assert list((tmp_path / "scores" / name / "position_loss").glob("*.json")), name
 
 
+@pytest.mark.full
+def test_a_grid_of_models_as_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    """Four runs on three jobs, each on two ranks; the table then trains nothing."""
+    config = config_file(tmp_path / "tiny.json", 2)
+    arms = {"full": {"neomoba.model.attention": "full"}, "MoBA": {}}
+    evaluation = ["--tasks", "position_loss", "--length", "256", "--rows", "2"]
+    size = {"ds_config": str(config), "arms": arms, "seeds": [1, 2], "evaluate": evaluation}
+    size["metrics"] = [{"label": "loss", "key": "position_loss.loss"}]
+    grid, output = tmp_path / "grid.json", tmp_path / "runs"
+    grid.write_text(json.dumps({"question": "Which?", "sizes": {"tiny": size}}))
+    jobs = submit(cluster, "sbatch", "--parsable", "--array=1-3", f"--output={tmp_path}/%a.out",
+                  "launch/slurm/ablation.sbatch", grid, output, "2")  # fmt: skip
+    assert cluster.finish(*jobs) == ["COMPLETED\nCOMPLETED\nCOMPLETED"]
+    runs = {file.parent: file.stat().st_mtime_ns for file in output.glob("*/*/metrics.jsonl")}
+    assert sorted(f"{folder.parent.name} {folder.name}" for folder in runs) == ["MoBA 1", "MoBA 2", "full 1", "full 2"]
+    table = run_program("-m", "evals", "ablation", grid, "--output", output, "--ranks", "2")
+    assert "loss, difference to the first" in table.stdout, table.stderr
+    assert {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in runs} == runs
+
+
 def test_tokenizing_on_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the {i} quick brown foxes jump over the {i + 1} lazy dogs" for i in range(200)))
