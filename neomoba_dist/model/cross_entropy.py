@@ -1,14 +1,14 @@
 """Vocabulary-parallel cross entropy in token chunks: the logits of more than one chunk never exist.
 
 Each tp rank holds a part of the vocabulary and computes its logits; maximum, normaliser and the target's logit are
-combined over tp. The backward pass computes the logits again. megatron-core's function keeps all logits in float32
-and has no ignore index, which is why this one exists.
+combined over tp, once for all tokens. The backward pass computes the logits again. megatron-core's function keeps all
+logits in float32 and has no ignore index, which is why this one exists.
 
 Shape letters: N tokens, C tokens of one chunk, H hidden size, v vocabulary rows of this rank (padding included).
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +20,57 @@ from neomoba_dist.parallel.mesh import Mesh
 CHUNK_TOKENS = 1024  # 1024 x 30,522 float32 logits are 125 MB; larger chunks were not faster
 
 
+class ChunkFunctions(NamedTuple):
+    """What is computed of the logits of one chunk: `chunk_statistics` and `chunk_gradient`, or both compiled.
+
+    Positional arguments have one row for each token, and so a first dimension that differs between chunks.
+    """
+
+    statistics: Callable[..., torch.Tensor]
+    gradient: Callable[..., torch.Tensor]
+
+
+def chunk_statistics(
+    hidden_CH: torch.Tensor, labels_C: torch.Tensor, *, weight_vH: torch.Tensor, offset: int, length: int
+) -> torch.Tensor:
+    """Of this rank's logits: the largest, the sum of exp(logit - largest), the target's or 0. [3, C]."""
+    logits_Cv = chunk_logits(hidden_CH, weight_vH, length, torch.promote_types(hidden_CH.dtype, torch.float32))
+    target, owned = local_targets(labels_C, offset, length)
+    target_logit = logits_Cv.gather(1, target[:, None]).squeeze(1).where(owned, 0)  # padding rows are -inf
+    # a rank may have padding alone, and -inf - -inf is not a number
+    largest = logits_Cv.amax(dim=-1).clamp(min=torch.finfo(logits_Cv.dtype).min)
+    normaliser = logits_Cv.sub_(largest[:, None]).exp_().sum(dim=-1)
+    return torch.stack((largest, normaliser, target_logit))
+
+
+def chunk_gradient(
+    hidden_CH: torch.Tensor,
+    labels_C: torch.Tensor,
+    log_normaliser_C: torch.Tensor,
+    grad_C: torch.Tensor,
+    *,
+    weight_vH: torch.Tensor,
+    offset: int,
+    length: int,
+) -> torch.Tensor:
+    """Gradients of this rank's logits, from those of the losses: [C, v] in the dtype of the hidden states."""
+    logits_Cv = chunk_logits(hidden_CH, weight_vH, length, log_normaliser_C.dtype)
+    (target, owned), dtype = local_targets(labels_C, offset, length), hidden_CH.dtype
+    target_logit = logits_Cv.gather(1, target[:, None]).squeeze(1)
+    at_target = ((target_logit - log_normaliser_C).exp() - owned.to(logits_Cv.dtype)) * grad_C
+    grad_Cv = logits_Cv.sub_(log_normaliser_C[:, None]).exp_().mul_(grad_C[:, None]).to(dtype)
+    return grad_Cv.scatter_(1, target[:, None], at_target[:, None].to(dtype))
+
+
+EAGER = ChunkFunctions(chunk_statistics, chunk_gradient)
+
+
 def vocab_parallel_cross_entropy(
-    hidden_NH: torch.Tensor, weight_vH: nn.Parameter, labels_N: torch.Tensor, mesh: Mesh
+    hidden_NH: torch.Tensor,
+    weight_vH: nn.Parameter,
+    labels_N: torch.Tensor,
+    mesh: Mesh,
+    functions: ChunkFunctions = EAGER,
 ) -> torch.Tensor:
     """-log softmax(hidden W^T)[label] for every token.
 
@@ -30,7 +79,7 @@ def vocab_parallel_cross_entropy(
     labels_N: int64 in [0, vocab_size), no ignored ones. Returns [N], float32 (float64 for float64 input).
     """
     shard = shard_of(weight_vH)
-    return _CrossEntropy.apply(hidden_NH, weight_vH, labels_N, mesh, shard.start[0], shard.extent[0])
+    return _CrossEntropy.apply(hidden_NH, weight_vH, labels_N, mesh, functions, shard.start[0], shard.extent[0])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -41,38 +90,28 @@ class _CrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         mesh: Mesh,
+        functions: ChunkFunctions,
         offset: int,
         length: int,
     ) -> torch.Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        losses, log_normalisers = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
-        for part in chunks(len(hidden)):
-            logits = chunk_logits(hidden[part], weight, length, dtype)
-            target, owned = local_targets(labels[part], offset, length)
-            largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
-            normaliser = (logits - largest[:, None]).exp_().sum(dim=-1)
-            target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)  # padding rows are -inf
-            normaliser, target_logit = all_reduce(torch.stack((normaliser, target_logit)), mesh, "tp")
-            log_normalisers[part] = normaliser.log() + largest
-            losses[part] = log_normalisers[part] - target_logit
+        matrix = {"weight_vH": weight.detach(), "offset": offset, "length": length}
+        largest, normaliser, target_logit = statistics_over_vocabulary(hidden, labels, mesh, functions, matrix)
+        log_normalisers = normaliser.log() + largest
         ctx.save_for_backward(hidden, weight, labels, log_normalisers)
-        ctx.offset, ctx.length = offset, length
-        return losses
+        ctx.functions, ctx.offset, ctx.length = functions, offset, length
+        return log_normalisers - target_logit
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, labels, log_normalisers = ctx.saved_tensors
-        dtype = log_normalisers.dtype
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=dtype)
+        matrix = {"weight_vH": weight.detach(), "offset": ctx.offset, "length": ctx.length}
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_normalisers.dtype)
         for part in chunks(len(hidden)):
-            logits = chunk_logits(hidden[part], weight, ctx.length, dtype)
-            grad_logits = logits.sub_(log_normalisers[part, None]).exp_()
-            target, owned = local_targets(labels[part], ctx.offset, ctx.length)
-            grad_logits.scatter_add_(1, target[:, None], -owned[:, None].to(dtype))
-            grad_logits = (grad_logits * grads[0][part, None]).to(hidden.dtype)
+            of_tokens = (x[part] for x in (hidden, labels, log_normalisers, grads[0]))
+            grad_logits = ctx.functions.gradient(*of_tokens, **matrix)
             grad_hidden[part] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *(None,) * 5
 
 
 @torch.no_grad()
@@ -84,19 +123,24 @@ def vocab_parallel_scores(
     Arguments as for `vocab_parallel_cross_entropy`. Returns [N] float32 (float64 for float64 input) and bool [N].
     """
     shard = shard_of(weight_vH)
-    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    scores, first = hidden_NH.new_empty(len(hidden_NH), dtype=dtype), torch.empty_like(labels_N, dtype=torch.bool)
+    matrix = {"weight_vH": weight_vH.detach(), "offset": shard.start[0], "length": shard.extent[0]}
+    largest, normaliser, target_logit = statistics_over_vocabulary(hidden_NH, labels_N, mesh, EAGER, matrix)
+    return target_logit - largest - normaliser.log(), target_logit >= largest
+
+
+def statistics_over_vocabulary(
+    hidden_NH: torch.Tensor, labels_N: torch.Tensor, mesh: Mesh, functions: ChunkFunctions, matrix: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`chunk_statistics` of all tokens and all tp ranks' logits, [N] each. matrix: its keyword arguments."""
+    own_3N = hidden_NH.new_empty(3, len(hidden_NH), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
     for part in chunks(len(hidden_NH)):
-        logits = chunk_logits(hidden_NH[part], weight_vH, shard.extent[0], dtype)
-        target, owned = local_targets(labels_N[part], shard.start[0], shard.extent[0])
-        largest = all_reduce(logits.amax(dim=-1), mesh, "tp", op="max")
-        target_logit = logits.gather(1, target[:, None]).squeeze(1).where(owned, 0)
-        normaliser = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
-        del logits  # one chunk is held, also while the next one is computed
-        normaliser, target_logit = all_reduce(torch.stack((normaliser, target_logit)), mesh, "tp")
-        scores[part] = target_logit - largest - normaliser.log()
-        first[part] = target_logit >= largest
-    return scores, first
+        own_3N[:, part] = functions.statistics(hidden_NH[part], labels_N[part], **matrix)
+    own_largest, own_normaliser, own_target = own_3N
+    largest = all_reduce(own_largest, mesh, "tp", op="max")
+    normaliser, target_logit = all_reduce(
+        torch.stack((own_normaliser * (own_largest - largest).exp(), own_target)), mesh, "tp"
+    )
+    return largest, normaliser, target_logit
 
 
 def chunks(num_tokens: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import BLOCKS, State
-from neomoba_dist.model.cross_entropy import vocab_parallel_cross_entropy
+from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions, vocab_parallel_cross_entropy
 from neomoba_dist.model.dropout import EmbeddingDropout, draws_of_tokens
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import residual_norm
@@ -97,9 +97,10 @@ class Head(nn.Module):
         super().__init__()
         self.mesh = init.mesh
         self.weight = tied if tied is not None else _vocabulary_matrix("head.weight", config, init)
+        self.chunk_functions = EAGER
 
     def forward(self, state: State, labels_T: torch.Tensor, counted_C: torch.Tensor | None = None) -> torch.Tensor:
-        return token_losses(state[0], self.weight, labels_T, self.mesh, counted_C)
+        return token_losses(state[0], self.weight, labels_T, self.mesh, counted_C, self.chunk_functions)
 
 
 class PipelineHead(Head):
@@ -115,6 +116,7 @@ def token_losses(
     labels_T: torch.Tensor,
     mesh: Mesh,
     counted_C: torch.Tensor | None = None,
+    functions: ChunkFunctions = EAGER,
 ) -> torch.Tensor:
     """Cross entropy of every token, [T] float32 (float64 for float64), 0 where the label is -100.
 
@@ -126,7 +128,8 @@ def token_losses(
     if counted_C is None:
         counted_C = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     labels_C = labels_T.index_select(0, counted_C)
-    losses_C = vocab_parallel_cross_entropy(hidden_TH.index_select(0, counted_C), weight, labels_C.clamp(min=0), mesh)
+    hidden_CH, target_C = hidden_TH.index_select(0, counted_C), labels_C.clamp(min=0)
+    losses_C = vocab_parallel_cross_entropy(hidden_CH, weight, target_C, mesh, functions)
     losses_C = losses_C.where(labels_C != IGNORE_INDEX, 0)
     return losses_C.new_zeros(len(labels_T)).index_put((counted_C,), losses_C)
 

@@ -1,4 +1,7 @@
-"""`neomoba.phase.compile`: the blocks through torch.compile, one graph for each kind of block, and what that took."""
+"""`neomoba.phase.compile`: blocks and loss through torch.compile, one graph for each kind, and what that took."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,6 +9,8 @@ from torch._dynamo.utils import calculate_time_spent, counters
 
 from neomoba_dist.config import Config
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions
+from neomoba_dist.model.neobert import Head
 from neomoba_dist.model.optional import is_available
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.guard import code_fingerprint
@@ -16,7 +21,7 @@ MOST_GRAPHS = 64
 
 
 def is_compiled(config: Config, mesh: Mesh) -> bool:
-    """Whether the blocks are. "auto": on a GPU that has Triton, with two exceptions.
+    """Whether blocks and loss are. "auto": on a GPU that has Triton, with two exceptions.
 
     ZeRO-3, whose hooks cut every layer to pieces, and fine-tuning, whose micro-batches have as many rows as texts fill.
     """
@@ -26,14 +31,35 @@ def is_compiled(config: Config, mesh: Mesh) -> bool:
     return mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Have every block compiled when it first runs, once for all blocks, steps and numbers of documents."""
+def compile_layers(module: nn.Module) -> None:
+    """Have every block and the head's loss compiled when they first run.
+
+    Once for all blocks, steps, numbers of documents and of counted tokens.
+    """
     # torch's cache on disk knows the operators by name: a graph from before one changed would run, and be wrong
     torch.compiler.config.cache_key_tag = code_fingerprint()
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for layer in module.modules():
         if isinstance(layer, Block):
             layer.compile(dynamic=False)
+        if isinstance(layer, Head):
+            layer.chunk_functions = compiled_chunks()
+
+
+def compiled_chunks() -> ChunkFunctions:
+    """The functions of the loss, one graph each, which also serves the last chunk with its fewer tokens."""
+    return ChunkFunctions(*(_of_any_tokens(function) for function in EAGER))
+
+
+def _of_any_tokens(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def run(*of_tokens: torch.Tensor, **matrix: Any) -> torch.Tensor:
+        for tensor in of_tokens:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*of_tokens, **matrix)
+
+    return run
 
 
 def compile_summary() -> str:

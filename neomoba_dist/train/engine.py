@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -29,6 +30,7 @@ from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions
 from neomoba_dist.model.dropout import draws_of_tokens
 from neomoba_dist.model.init import Initializer, draw_range
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
@@ -38,7 +40,7 @@ from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.bad_steps import guard_step
-from neomoba_dist.train.compiled import compile_blocks, is_compiled
+from neomoba_dist.train.compiled import compile_layers, compiled_chunks, is_compiled
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
@@ -113,7 +115,7 @@ class Engine(ABC):
         self.forward_timer = ForwardTimer(self.module, mesh)
         self.compiled = is_compiled(config, mesh)
         if self.compiled:
-            compile_blocks(self.module)
+            compile_layers(self.module)
         declare_experts(self.module, mesh, config.zero_stage, DeepSpeedMoE, deepspeed_groups)
         self.optimizer = build_optimizer(self.module, config.phase, mesh, self.fragments)
         if config.zero_stage == 3:
@@ -475,13 +477,17 @@ class PipelineParallelEngine(Engine):
     def _deepspeed_config(self) -> dict[str, Any]:
         return {**super()._deepspeed_config(), "pipeline": dict(PIPELINE_SETTINGS)}
 
+    @cached_property
+    def _chunk_functions(self) -> ChunkFunctions:
+        return compiled_chunks() if self.compiled else EAGER
+
     def _loss(
         self, outputs: tuple[torch.Tensor, torch.Tensor, nn.Parameter], targets: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
         """The last stage's loss of one micro-batch; `targets` are the labels, the tokens that count, and the scale."""
         hidden, aux_loss, weight = outputs
         labels, counted, scale = targets
-        loss_sum = token_losses(hidden, weight, labels, self.mesh, counted).sum()
+        loss_sum = token_losses(hidden, weight, labels, self.mesh, counted, self._chunk_functions).sum()
         self._loss_sum += loss_sum.detach()
         self._aux_sum += aux_loss.detach()
         return loss_sum * scale + aux_loss

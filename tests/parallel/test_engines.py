@@ -7,6 +7,7 @@ times 1 - beta1), and the weights after the third step.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,7 @@ def compiled_rank(config: Config, backend: str) -> tuple[list[float], list[float
     torch._dynamo.reset()  # what tests before this one compiled came along with the fork
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compile_module = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend=backend, **options)  # type: ignore[method-assign]
+    torch.compile = partial(torch.compile, backend=backend)  # that of modules, too
     mesh = build_mesh(config)
     engine = build_engine(config, config.plan(torch.distributed.get_world_size()), mesh)
     dp = mesh["dp"]
@@ -278,20 +278,20 @@ def check_compiled(world: int, config: Config, backend: str) -> tuple[dict[str, 
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """neomoba.phase.compile: the same losses, no graph break, and one graph per kind of block, so no recompilation; a
-    later run compiles none of them again."""
+    """neomoba.phase.compile: the same losses, no graph break, and one graph per kind of block and for each direction of
+    the loss, so no recompilation; a later run compiles none of them again."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for kept in (0, 2):
+    for kept in (0, 4):
         graph_breaks, *numbers, summary = check_compiled(1, make_config("clm", {}, 1, compile=True), "inductor")
         assert graph_breaks == {}
-        assert numbers == [2, kept]
-        assert summary.endswith(f"s: 2 graphs, {kept} of them kept from an earlier run")
+        assert numbers == [4, kept]
+        assert summary.endswith(f"s: 4 graphs, {kept} of them kept from an earlier run")
 
 
 def test_compiled_experts_and_recomputation() -> None:
-    """No break either: dense, MoBA and recomputed; experts and MoBA; experts, full and recomputed."""
+    """No break either: dense, MoBA and recomputed; experts and MoBA; experts, full and recomputed; the loss."""
     config = make_config("mlm", {}, 1, EXPERTS, compile=True, recompute="full", recompute_every=2)
-    assert check_compiled(1, config, "aot_eager")[:2] == ({}, 3)
+    assert check_compiled(1, config, "aot_eager")[:2] == ({}, 5)
 
 
 COMPILED: dict[str, tuple[int, dict[str, Any], int, dict[str, Any], str]] = {
