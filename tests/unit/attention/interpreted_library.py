@@ -38,19 +38,20 @@ def cu(borders: list[int] | None) -> Tensor | None:
 
 
 def rows_of(routes: Routes) -> Tensor:
-    """Row of every entry, int64 [T, Hq, C], and -1 where there is none."""
+    """Row of every entry of the group's heads, int64 [T, H, C], and -1 where there is none."""
     slots, indices = routes.slots, routes.block_indices[:, :, 1:]
     lists = torch.arange(slots.shape[1])[:, None]
     row = slots + routes.shift[lists, indices.clamp(min=0).long()]
     row = torch.where(slots < 0, -1, row * routes.heads_per_row).repeat_interleave(routes.heads_per_row, 1)
-    member = torch.arange(routes.heads) % routes.heads_per_row
-    return torch.where(row < 0, -1, row + member[:, None])
+    member = torch.arange(routes.all_heads) % routes.heads_per_row
+    return torch.where(row < 0, -1, row + member[:, None])[:, routes.heads.start : routes.heads.stop]
 
 
 def plain_gather(q: Tensor, routes: Routes, *more: Tensor) -> tuple[Tensor, ...]:
     row = rows_of(routes)
     assert sorted(row[row >= 0].tolist()) == list(range(int(routes.borders[-1])))
     t, head, _ = (row >= 0).nonzero().T
+    head += routes.heads.start
     found = []
     for x in (q, *more):
         rows = x.new_full((routes.rows, *x.shape[2:]), torch.nan)
@@ -60,23 +61,30 @@ def plain_gather(q: Tensor, routes: Routes, *more: Tensor) -> tuple[Tensor, ...]
 
 
 def plain_merge(
-    out: Tensor, own_lse: Tensor, routes: Routes, part: Tensor | None, part_lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    here = routes.block_indices[:, :, 0].repeat_interleave(routes.heads_per_row, 1) >= 0
-    outs, lses = [out], [own_lse.T.masked_fill(~here, -torch.inf)]
+    own_out: Tensor,
+    own_lse: Tensor,
+    routes: Routes,
+    part: Tensor | None,
+    part_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    heads = slice(routes.heads.start, routes.heads.stop)
+    here = routes.block_indices[:, :, 0].repeat_interleave(routes.heads_per_row, 1)[:, heads] >= 0
+    outs, lses = [own_out], [own_lse.T.masked_fill(~here, -torch.inf)]
     if part is not None and part_lse is not None:
         for row in rows_of(routes).unbind(2):
             outs.append(part[row, 0].masked_fill((row < 0)[..., None], 0))
             lses.append(part_lse[0, row].masked_fill(row < 0, -torch.inf))
-    lse = torch.stack(lses).logsumexp(0)
-    weights = (torch.stack(lses) - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    return (torch.stack(outs) * weights[..., None]).sum(0), lse
+    lse[:, heads] = torch.stack(lses).logsumexp(0)
+    weights = (torch.stack(lses) - lse[:, heads].masked_fill(lse[:, heads] == -torch.inf, 0)).exp()
+    out[:, heads] = (torch.stack(outs) * weights[..., None]).sum(0)
 
 
-def plain_scatter(dq: Tensor, dq_rows: Tensor, routes: Routes) -> Tensor:
+def plain_scatter(own_dq: Tensor, dq_rows: Tensor, routes: Routes, dq: Tensor) -> None:
     for row in rows_of(routes).unbind(2):
-        dq = dq + dq_rows[row, 0].masked_fill((row < 0)[..., None], 0)
-    return dq
+        own_dq = own_dq + dq_rows[row, 0].masked_fill((row < 0)[..., None], 0)
+    dq[:, routes.heads.start : routes.heads.stop] = own_dq
 
 
 PLAIN = Movers(plain_gather, plain_merge, plain_scatter)
@@ -92,13 +100,18 @@ def assert_equals_reference(
     expected = (want, want_lse, *torch.autograd.grad(want, (q, k, v), grad))
     layout = make_layout(len(q), len(k), options["block_size"], options["cu_seqlens"], None, None, q.device)
     problem = Problem(q.detach(), k.detach(), v.detach(), block_indices, layout, options["causal"])
-    out, lse, index = attend_library(problem, REFERENCE, movers)
-    gradients = attend_library_backward(problem, out, lse, grad, index, REFERENCE, movers)
-    for got, wanted in zip((out, lse, *gradients), expected, strict=True):
+    runs = []
+    for groups in dict.fromkeys((1, k.shape[1])):
+        out, lse, index = attend_library(problem, REFERENCE, movers, groups)
+        gradients = attend_library_backward(problem, out, lse, grad, index, REFERENCE, movers, groups)
+        runs.append((out, lse, *gradients))
+    for got, wanted in zip(runs[0], expected, strict=True):
         assert got.dtype == wanted.dtype
         assert wanted.any()
         nothing = (wanted == -torch.inf) & (got == -torch.inf)  # the logsumexp of a query without keys
         assert (got - wanted).masked_fill(nothing, 0).abs().max() <= tolerance
+    for got, wanted in zip(runs[-1], runs[0], strict=True):  # one KV head at a time
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(("dtype", "movers", "tolerance"), FORMS)

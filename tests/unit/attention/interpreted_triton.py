@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neomoba_dist.model.attention.kernels import ops
+from neomoba_dist.model.attention.kernels import groups, ops
 from neomoba_dist.model.attention.kernels.cpu.select import block_means_cpu, select_blocks_cpu
 from neomoba_dist.model.attention.kernels.layout import BlockLayout, Geometry, Problem, make_layout
 from neomoba_dist.model.attention.kernels.select import best_blocks
@@ -192,6 +192,25 @@ def test_tiles_do_not_matter_and_bits_repeat() -> None:
     assert torch.equal(out, again)
     assert (out - other).abs().max() <= 1e-6
     assert (lse - other_lse).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("gate", ["per_head", "kv_group"])
+def test_heads_in_groups_change_no_bit(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, and one at a time."""
+    q, k, v, grad = (x.detach() for x in draw(64, 64, (4, 2), 16, torch.float32))
+    layout = make_layout(64, 64, 16, None, None, None, q.device)
+    selected = select_blocks(q, block_means(k, block_size=16), block_size=16, top_k=3, gate=gate)
+    problem, runs = Problem(q, k, v, selected, layout, True), []
+    part_of_a_head = 64 * 2 * (16 * 4 + 4)
+    for together in (4, 1):
+        monkeypatch.setattr(groups, "LEAST_LIMIT", together * part_of_a_head)
+        monkeypatch.setattr(groups, "LIMIT_PER_ELEMENT", 0)
+        assert groups.head_groups(q, 4, part_of_a_head) == 4 // together
+        out, lse, index = attend_triton(problem)
+        runs.append((out, lse, *attend_triton_backward(problem, out, lse, grad, None, index)))
+    for run in runs[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True))
+    assert all(x.any() for x in runs[0])
 
 
 @pytest.mark.parametrize(("heads", "gate"), [((4, 2), "per_head"), ((4, 2), "kv_group"), ((1, 1), "per_head")])

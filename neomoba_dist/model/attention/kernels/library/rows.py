@@ -2,10 +2,11 @@
 """Triton kernels around a library's: queries to the rows of the blocks that they chose, and results back.
 
 Each program takes a tile of queries of one head and finds the rows of its entries through `BlockIndex.slots`. So no
-two programs write to one row, no atomics are needed, and sums run over the columns in their order.
+two programs write to one row, no atomics are needed, and sums run over the columns in their order. One launch serves
+the heads of one group (groups.py).
 
-Legend: T queries, Hq query heads, R rows of the selection, C columns of other blocks, N blocks, P = T C Hq gathered
-rows (an upper bound), DIM head_dim, BM queries per tile.
+Legend: T queries, Hq query heads, H those of the group, R rows of the selection, C columns of other blocks, N blocks,
+P = T C H gathered rows (an upper bound), DIM head_dim, BM queries per tile.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TAIL = 256  # rows past the last one that a library's tile may read: they must b
 
 
 class Routes(NamedTuple):
-    """Where each choice of a query stands among the gathered rows.
+    """Where each choice of a query stands among the gathered rows of a group of heads.
 
     Row `(place + shift[list, block]) * heads_per_row + member` holds a query head, where `place` is its slot, `list`
     its row of the selection and `member` its number among the heads that share it.
@@ -42,16 +43,17 @@ class Routes(NamedTuple):
     slots: Tensor  # int32 [T, R, C], -1: no block
     block_indices: Tensor  # int32 [T, R, 1 + C], those of the current blocks first
     shift: Tensor  # int32 [R, N]
-    borders: Tensor  # int32 [sequences + 1]: rows of each sequence; the last is their number
-    heads: int  # Hq
+    borders: Tensor  # int32 [sequences + 1]: rows of each sequence of the group; the last is their number
+    all_heads: int  # Hq
+    heads: range  # those of the group
 
     @property
     def heads_per_row(self) -> int:
-        return self.heads // self.slots.shape[1]
+        return self.all_heads // self.slots.shape[1]
 
     @property
     def rows(self) -> int:
-        return self.slots.numel() * self.heads_per_row
+        return len(self.slots) * self.slots.shape[2] * len(self.heads)
 
 
 @triton.jit
@@ -80,12 +82,12 @@ def clear_tail(rows_pointer, total, places, DIM: tl.constexpr, BM: tl.constexpr,
 @kernel
 def gather_rows_kernel(
     q_pointer, grad_pointer, out_pointer, lse_pointer, q_rows_pointer, grad_rows_pointer, out_rows_pointer,
-    lse_rows_pointer, slots_pointer, indices_pointer, shift_pointer, borders_pointer, tokens, heads, heads_per_row,
-    columns, num_blocks, places, parts, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+    lse_rows_pointer, slots_pointer, indices_pointer, shift_pointer, borders_pointer, tokens, first_head, heads,
+    heads_per_row, columns, num_blocks, places, parts, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h,
+    DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Rows [P, DIM] of q; with grad_pointer also those of grad and out [T, Hq, DIM] and of lse [T, Hq]."""
-    head = tl.program_id(1)
+    head = first_head + tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = t < tokens
     for column in range(columns - 1):
@@ -100,7 +102,7 @@ def gather_rows_kernel(
             store_rows(out_rows_pointer, out, row, there, 0, DIM, 0, DIM, BD)
             lse = tl.load(lse_pointer + t.to(tl.int64) * heads + head, mask=valid, other=0.0)
             tl.store(lse_rows_pointer + row, lse, mask=there)
-    if (tl.program_id(0) == 0) & (head == 0):
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         total = tl.load(borders_pointer + parts)
         clear_tail(q_rows_pointer, total, places, DIM, BM, BD, TAIL)
         if grad_pointer is not None:
@@ -110,16 +112,16 @@ def gather_rows_kernel(
 
 @kernel
 def merge_rows_kernel(
-    out_pointer, own_lse_pointer, part_pointer, part_lse_pointer, lse_pointer, slots_pointer, indices_pointer,
-    shift_pointer, tokens, heads, heads_per_row, columns, num_blocks, DIM: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr,
+    own_out_pointer, own_lse_pointer, part_pointer, part_lse_pointer, out_pointer, lse_pointer, slots_pointer,
+    indices_pointer, shift_pointer, tokens, first_head, heads, heads_per_row, columns, num_blocks, DIM: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out [T, Hq, DIM], in place: that of the current blocks merged with the parts; lse [T, Hq]."""
-    head = tl.program_id(1)
+    """out [T, Hq, DIM] and lse [T, Hq] of the group's heads: own_out [T, H, DIM], own_lse [H, T] and the parts."""
+    own_head, head = tl.program_id(1), first_head + tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = t < tokens
-    out = load_rows(out_pointer, t, valid, head, heads * DIM, DIM, DIM, BD).to(tl.float32)
-    lse = tl.load(own_lse_pointer + tl.cast(head, tl.int64) * tokens + t, mask=valid, other=0.0) * LOG2E
+    out = load_rows(own_out_pointer, t, valid, own_head, tl.num_programs(1) * DIM, DIM, DIM, BD).to(tl.float32)
+    lse = tl.load(own_lse_pointer + tl.cast(own_head, tl.int64) * tokens + t, mask=valid, other=0.0) * LOG2E
     entry = t.to(tl.int64) * (heads // heads_per_row) + head // heads_per_row
     own = tl.load(indices_pointer + entry * columns, mask=valid, other=-1) >= 0
     out = tl.where(own[:, None], out, 0.0)
@@ -136,14 +138,14 @@ def merge_rows_kernel(
 
 @kernel
 def scatter_rows_kernel(
-    dq_pointer, dq_rows_pointer, slots_pointer, indices_pointer, shift_pointer, tokens, heads, heads_per_row, columns,
-    num_blocks, DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    own_dq_pointer, dq_rows_pointer, dq_pointer, slots_pointer, indices_pointer, shift_pointer, tokens, first_head,
+    heads, heads_per_row, columns, num_blocks, DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, Hq, DIM], in place: that of the current blocks plus that of the rows [P, DIM]."""
-    head = tl.program_id(1)
+    """dq [T, Hq, DIM] of the group's heads: that of the current blocks [T, H, DIM] plus that of the rows [P, DIM]."""
+    own_head, head = tl.program_id(1), first_head + tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = t < tokens
-    dq = load_rows(dq_pointer, t, valid, head, heads * DIM, DIM, DIM, BD).to(tl.float32)
+    dq = load_rows(own_dq_pointer, t, valid, own_head, tl.num_programs(1) * DIM, DIM, DIM, BD).to(tl.float32)
     for column in range(columns - 1):
         row, there = find_rows(slots_pointer, indices_pointer, shift_pointer, t, valid, head, heads, heads_per_row,
                                columns, num_blocks, column)  # fmt: skip
@@ -152,7 +154,12 @@ def scatter_rows_kernel(
 
 
 def _sizes(routes: Routes) -> tuple[int, ...]:
-    return len(routes.slots), routes.heads, routes.heads_per_row, routes.block_indices.shape[2], routes.shift.shape[1]
+    sizes = (routes.heads.start, routes.all_heads, routes.heads_per_row, routes.block_indices.shape[2])
+    return len(routes.slots), *sizes, routes.shift.shape[1]
+
+
+def _grid(routes: Routes) -> tuple[int, int]:
+    return triton.cdiv(len(routes.slots), BM), len(routes.heads)
 
 
 def _shape(dim: int) -> tuple[int, int, int]:
@@ -172,7 +179,7 @@ def gather(
     found = [torch.empty(rows, 1, dim, dtype=q.dtype, device=q.device) for _ in range(count)]
     found_lse = None if lse is None else lse.new_zeros(1, rows)
     given = (grad, out, lse) if lse is not None else (None, None, None)
-    gather_rows_kernel[(triton.cdiv(len(q), BM), routes.heads)](
+    gather_rows_kernel[_grid(routes)](
         q, *given, *found, *[None] * (3 - count), found_lse, routes.slots, routes.block_indices, routes.shift,
         routes.borders, *_sizes(routes), rows, len(routes.borders) - 1, q.stride(0), q.stride(1), grad.stride(0),
         grad.stride(1), *_shape(dim), TAIL,
@@ -182,24 +189,26 @@ def gather(
 
 @on_its_device
 def merge_parts(
-    out: Tensor, own_lse: Tensor, routes: Routes, part: Tensor | None, part_lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] and lse [T, Hq]: the current blocks' out and own_lse [Hq, T] merged with parts [P, 1, D]; None
-    where there are none."""
-    out = out.contiguous()
-    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    merge_rows_kernel[(triton.cdiv(len(out), BM), routes.heads)](
-        out, own_lse, part, part_lse, lse, routes.slots, routes.block_indices, routes.shift, *_sizes(routes),
-        *_shape(out.shape[2]),
+    own_out: Tensor,
+    own_lse: Tensor,
+    routes: Routes,
+    part: Tensor | None,
+    part_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write out [T, Hq, D] and lse [T, Hq] of the group's heads: the current blocks' own_out [T, H, D] and own_lse
+    [H, T] merged with parts [P, 1, D]; None where there are none."""
+    merge_rows_kernel[_grid(routes)](
+        own_out.contiguous(), own_lse, part, part_lse, out, lse, routes.slots, routes.block_indices, routes.shift,
+        *_sizes(routes), *_shape(out.shape[2]),
     )  # fmt: skip
-    return out, lse
 
 
 @on_its_device
-def scatter(dq: Tensor, dq_rows: Tensor, routes: Routes) -> Tensor:
-    """dq [T, Hq, D] plus the gradients of the gathered rows."""
-    dq = dq.contiguous()
-    scatter_rows_kernel[(triton.cdiv(len(dq), BM), routes.heads)](
-        dq, dq_rows, routes.slots, routes.block_indices, routes.shift, *_sizes(routes), *_shape(dq.shape[2])
-    )
-    return dq
+def scatter(own_dq: Tensor, dq_rows: Tensor, routes: Routes, dq: Tensor) -> None:
+    """Write dq [T, Hq, D] of the group's heads: own_dq [T, H, D] plus the gradients of the gathered rows."""
+    scatter_rows_kernel[_grid(routes)](
+        own_dq.contiguous(), dq_rows, dq, routes.slots, routes.block_indices, routes.shift, *_sizes(routes),
+        *_shape(dq.shape[2]),
+    )  # fmt: skip

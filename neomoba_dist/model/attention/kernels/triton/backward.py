@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.groups import head_groups
 from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
@@ -56,12 +57,13 @@ def delta_kernel(
 @kernel
 def selected_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, tiles_pointer,
-    queries_pointer, heads, group, heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t,
-    k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
+    queries_pointer, first_head, heads, group, heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Parts of dq [Hq, places, DIM], without the factor 1/sqrt(DIM), of the chosen blocks."""
-    head = tl.program_id(1)
+    """Parts of dq [H, places, DIM], without the factor 1/sqrt(DIM), of the chosen blocks, for the H heads from
+    first_head on."""
+    head = first_head + tl.program_id(1)
     count, start, stop, place, rows, valid = list_tile(tiles_pointer, queries_pointer, head // heads_per_row, places,
                                                        num_tiles, BM)  # fmt: skip
     if count > 0:
@@ -72,18 +74,19 @@ def selected_query_gradient_kernel(
         dq = query_gradient(q, grad, lse, delta, k_pointer, v_pointer, head // group, start, stop, stop, None,
                             scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
                             PRECISION)  # fmt: skip
-        store_rows(part_pointer, dq, tl.cast(head, tl.int64) * places + place, valid, 0, DIM, 0, DIM, BD)
+        at = tl.cast(tl.program_id(1), tl.int64) * places + place
+        store_rows(part_pointer, dq, at, valid, 0, DIM, 0, DIM, BD)
 
 
 @kernel
 def current_query_gradient_kernel(
     q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, part_pointer, slots_pointer, dq_pointer,
-    indices_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
-    k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr,
+    indices_pointer, tiles_pointer, first_head, heads, group, heads_per_row, columns, places, scale, q_stride_t,
+    q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, Hq, DIM]: the current blocks' share and the sum of the parts."""
-    head = tl.program_id(1)
+    """dq [T, Hq, DIM] of the heads from first_head on: the current blocks' share and the sum of the parts."""
+    head = first_head + tl.program_id(1)
     list_rows, list_head = heads // heads_per_row, head // heads_per_row
     rows, valid, start, seen_by_all, last = current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns,
                                                      CAUSAL, BM)  # fmt: skip
@@ -97,7 +100,7 @@ def current_query_gradient_kernel(
         for column in range(columns - 1):
             slot = slots_pointer + (rows.to(tl.int64) * list_rows + list_head) * (columns - 1) + column
             place = tl.load(slot, mask=valid, other=-1)
-            at = tl.cast(head, tl.int64) * places + place
+            at = tl.cast(tl.program_id(1), tl.int64) * places + place
             dq += load_rows(part_pointer, at, place >= 0, 0, DIM, 0, DIM, BD).to(tl.float32)
         store_rows(dq_pointer, dq * scale, rows, valid, head, heads * DIM, DIM, DIM, BD)
 
@@ -160,14 +163,17 @@ def attend_triton_backward(
         key_tiles,
         long_list,
     )
-    dq_parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
-    if columns > 1:
-        selected_query_gradient_kernel[(num_tiles, heads)](
-            q, k, v, grad_out, lse, delta, dq_parts, index.tiles, index.queries, heads, heads // kv_heads,
-            heads_per_row, places, num_tiles, scale, *strides, *shape, **launch,
+    together = heads // head_groups(q, heads, places * dim * q.element_size())
+    dq_parts = torch.empty(together, places, dim, dtype=q.dtype, device=q.device)
+    for first_head in range(0, heads, together):
+        if columns > 1:
+            selected_query_gradient_kernel[(num_tiles, together)](
+                q, k, v, grad_out, lse, delta, dq_parts, index.tiles, index.queries, first_head, heads,
+                heads // kv_heads, heads_per_row, places, num_tiles, scale, *strides, *shape, **launch,
+            )  # fmt: skip
+        current_query_gradient_kernel[(len(own.tiles), together)](
+            q, k, v, grad_out, lse, delta, dq_parts, index.slots, dq, block_indices, own.tiles, first_head, heads,
+            heads // kv_heads, heads_per_row, columns, places, scale, *strides, causal, dim, own.rows, *shape[2:],
+            **launch,
         )  # fmt: skip
-    current_query_gradient_kernel[(len(own.tiles), heads)](
-        q, k, v, grad_out, lse, delta, dq_parts, index.slots, dq, block_indices, own.tiles, heads, heads // kv_heads,
-        heads_per_row, columns, places, scale, *strides, causal, dim, own.rows, *shape[2:], **launch,
-    )  # fmt: skip
     return dq, dk, dv

@@ -29,8 +29,9 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # A kernel that is launched. By default Triton compiles one more variant wherever an integer becomes 1 or changes its
 # divisibility by 16; sizes vary from step to step and gain nothing from it, unlike strides, which tell alignment.
 SIZES = (
-    "block_size", "chunk", "chunks", "columns", "documents", "group", "heads", "heads_per_row", "keys", "kv_heads",
-    "num_blocks", "num_kv_heads", "num_tiles", "parts", "places", "queries", "rows_per_kv_head", "section", "tokens",
+    "block_size", "chunk", "chunks", "columns", "documents", "first_head", "group", "heads", "heads_per_row", "keys",
+    "kv_heads", "num_blocks", "num_kv_heads", "num_tiles", "parts", "places", "queries", "rows_per_kv_head", "section",
+    "tokens",
 )  # fmt: skip
 kernel = triton.jit(do_not_specialize=SIZES)
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels.groups import head_groups
 from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
@@ -70,12 +71,13 @@ def current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns, 
 
 @kernel
 def selected_forward_kernel(
-    q_pointer, k_pointer, v_pointer, part_pointer, lse_pointer, tiles_pointer, queries_pointer, heads, group,
+    q_pointer, k_pointer, v_pointer, part_pointer, lse_pointer, tiles_pointer, queries_pointer, first_head, group,
     heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Parts [Hq, places, DIM] and their logsumexp float32 [Hq, places] (powers of two) of the chosen blocks."""
-    head = tl.program_id(1)
+    """Parts [H, places, DIM] and their logsumexp float32 [H, places] (powers of two) of the chosen blocks, for the H
+    heads from first_head on."""
+    head = first_head + tl.program_id(1)
     count, start, stop, place, rows, valid = list_tile(tiles_pointer, queries_pointer, head // heads_per_row, places,
                                                        num_tiles, BM)  # fmt: skip
     if count > 0:
@@ -83,7 +85,7 @@ def selected_forward_kernel(
         q = load_rows(q_pointer, rows, None, head, q_stride_t, q_stride_h, DIM, BD)
         out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, stop, stop, None, scale * LOG2E,
                                k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD, PRECISION)  # fmt: skip
-        at = tl.cast(head, tl.int64) * places + place
+        at = tl.cast(tl.program_id(1), tl.int64) * places + place
         store_rows(part_pointer, out, at, valid, 0, DIM, 0, DIM, BD)
         tl.store(lse_pointer + at, lse, mask=valid)
 
@@ -91,12 +93,13 @@ def selected_forward_kernel(
 @kernel
 def current_forward_kernel(
     q_pointer, k_pointer, v_pointer, part_pointer, part_lse_pointer, slots_pointer, out_pointer, lse_pointer,
-    indices_pointer, tiles_pointer, heads, group, heads_per_row, columns, places, scale, q_stride_t, q_stride_h,
-    k_stride_t, k_stride_h, v_stride_t, v_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    indices_pointer, tiles_pointer, first_head, heads, group, heads_per_row, columns, places, scale, q_stride_t,
+    q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, CAUSAL: tl.constexpr, DIM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the current blocks, merge with the parts, write out [T, Hq, DIM] and the natural lse [T, Hq]."""
-    head = tl.program_id(1)
+    """Attend to the current blocks, merge with the parts, write out [T, Hq, DIM] and the natural lse [T, Hq] of the
+    heads from first_head on."""
+    head = first_head + tl.program_id(1)
     list_rows, list_head = heads // heads_per_row, head // heads_per_row
     rows, valid, start, seen_by_all, last = current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns,
                                                      CAUSAL, BM)  # fmt: skip
@@ -109,7 +112,7 @@ def current_forward_kernel(
             slot = slots_pointer + (rows.to(tl.int64) * list_rows + list_head) * (columns - 1) + column
             place = tl.load(slot, mask=valid, other=-1)
             there = place >= 0
-            at = tl.cast(head, tl.int64) * places + place
+            at = tl.cast(tl.program_id(1), tl.int64) * places + place
             part = load_rows(part_pointer, at, there, 0, DIM, 0, DIM, BD).to(tl.float32)
             out, lse = merge(part, tl.load(part_lse_pointer + at, mask=there, other=float("-inf")), out, lse)
         store_rows(out_pointer, out, rows, valid, head, heads * DIM, DIM, DIM, BD)
@@ -143,15 +146,17 @@ def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor,
     buffer = build_index(block_indices, own.blocks, tiles.rows)
     index = indexed.view(buffer)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
-    parts = torch.empty(heads, places, dim, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(heads, places, dtype=torch.float32, device=q.device)
-    if columns > 1:
-        selected_forward_kernel[(num_tiles, heads)](
-            q, k, v, parts, part_lse, index.tiles, index.queries, heads, group, heads_per_row, places, num_tiles,
-            dim**-0.5, *strides, *shape, **launch,
+    together = heads // head_groups(q, heads, places * (dim * q.element_size() + 4))
+    parts = torch.empty(together, places, dim, dtype=q.dtype, device=q.device)
+    part_lse = torch.empty(together, places, dtype=torch.float32, device=q.device)
+    for first_head in range(0, heads, together):
+        if columns > 1:
+            selected_forward_kernel[(num_tiles, together)](
+                q, k, v, parts, part_lse, index.tiles, index.queries, first_head, group, heads_per_row, places,
+                num_tiles, dim**-0.5, *strides, *shape, **launch,
+            )  # fmt: skip
+        current_forward_kernel[(len(own.tiles), together)](
+            q, k, v, parts, part_lse, index.slots, out, lse, block_indices, own.tiles, first_head, heads, group,
+            heads_per_row, columns, places, dim**-0.5, *strides, causal, dim, own.rows, *shape[2:], **launch,
         )  # fmt: skip
-    current_forward_kernel[(len(own.tiles), heads)](
-        q, k, v, parts, part_lse, index.slots, out, lse, block_indices, own.tiles, heads, group, heads_per_row, columns,
-        places, dim**-0.5, *strides, causal, dim, own.rows, *shape[2:], **launch,
-    )  # fmt: skip
     return out, lse, buffer
