@@ -205,7 +205,7 @@ def _tune(result: dict[str, Any]) -> list[list[str]]:
 
     rows = (cells(row) for row in result["rows"])
     return [
-        [f"  {key}", f"{best}, {milliseconds} ms", f"others: {others[:60]}"] for key, best, milliseconds, others in rows
+        [f"  {what}", f"{best}: {figures} (ms, MiB)", f"others: {others[:60]}"] for what, best, figures, others in rows
     ]
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evals.cli import print_table, write_json
+from evals.cli import list_of, positive_int, print_table, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +22,21 @@ if TYPE_CHECKING:
     from evals.bench._attention_timing import Setting
 
 Work = Callable[[], "tuple[Tensor, ...]"]
-Timer = Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]]
 
 # rows, keys, warps, stages: what fits an SM of an H100 at D 64 and 128
 TILES = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2))
 KEY_TILES = ((32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2))
+SHORT = 32768  # tokens; a longer row is timed so many times less often
 LARGEST_DIFFERENCE = 4e-2  # of the largest value, as the tests on a GPU allow in bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m evals bench tune`."""
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=list_of(positive_int), default=[32768, 131072, 8192], metavar="N,...",
+        help="lengths, of which the nearest counts (default: 32768,131072,8192)",
+    )  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--table", type=Path, metavar="DIR", help="default: where the code reads it")
     parser.add_argument("--output", type=Path, default=Path("runs/bench-gpu"), metavar="DIR")
@@ -46,16 +49,24 @@ class Variant(NamedTuple):
     work: Work
 
 
+class Clocks(NamedTuple):
+    """Seconds of some works, which take turns; the most bytes that one holds beside its inputs."""
+
+    seconds: Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]]
+    peak_bytes: Callable[[Callable[[], Any]], int]
+
+
 class Found(NamedTuple):
-    """Of one key: seconds of each variant that ran and agreed, why others did not, and the fastest."""
+    """Of one key: seconds and bytes of each variant that ran and agreed, why others did not, and the fastest."""
 
     key: str
     seconds: dict[str, float]
+    peak_bytes: dict[str, int]
     left_out: dict[str, str]
     fastest: Any
 
 
-def fastest(key: str, variants: list[Variant], timer: Timer) -> Found:
+def fastest(key: str, variants: list[Variant], clocks: Clocks) -> Found:
     """Time the variants of a key; the first is the built-in choice, which the others must agree with."""
     works: dict[str, Work] = {}
     left_out: dict[str, str] = {}
@@ -72,9 +83,11 @@ def fastest(key: str, variants: list[Variant], timer: Timer) -> Found:
             left_out[str(choice)] = difference
         else:
             works[str(choice)] = work
-    seconds = timer(works) if works else {}
+    del want
+    held = {name: clocks.peak_bytes(work) for name, work in works.items()}
+    seconds = clocks.seconds(works) if works else {}
     best = min(seconds, key=seconds.__getitem__, default=None)
-    return Found(key, seconds, left_out, next((choice for choice, _ in variants if str(choice) == best), None))
+    return Found(key, seconds, held, left_out, next((choice for choice, _ in variants if str(choice) == best), None))
 
 
 def disagreement(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str:
@@ -86,31 +99,32 @@ def disagreement(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def settings(tokens: int, device: str) -> list[Setting]:
-    """Phase 3's shape, and the one that other kernels publish; on a CPU one small shape."""
+def settings(lengths: list[int], device: str) -> list[Setting]:
+    """Phase 3's shape and the one that other kernels publish, at every length; on a CPU one small shape."""
     from evals.bench._attention_timing import Setting
 
     if device == "cpu":
         return [Setting(256, 4, 2, 16, 32, 3, True, "float32", device, 1)]
     return [
-        Setting(tokens, 12, 4, 64, 512, 3, False, "bfloat16", device, 1),
-        Setting(tokens, 16, 16, 128, 512, 3, True, "bfloat16", device, 1),
+        Setting(tokens, *shape, "bfloat16", device, 1)
+        for tokens in lengths
+        for shape in ((12, 4, 64, 512, 3, False), (16, 16, 128, 512, 3, True))
     ]
 
 
-def tune(setting: Setting, timer: Timer) -> list[Found]:
+def tune(setting: Setting, clocks: Clocks) -> list[Found]:
     """Everything that the code asks `tuned` for with this shape."""
-    found = [full_attention_kernels(setting, packed, timer) for packed in (True, False)]
+    found = [full_attention_kernels(setting, packed, clocks) for packed in (True, False)]
     tiles = key_tiles = None
     if setting.device == "cuda":
-        found.append(triton_tiles(setting, timer))
+        found.append(triton_tiles(setting, clocks))
         tiles = found[-1].fastest
-        found.append(triton_key_tiles(setting, tiles, timer))
+        found.append(triton_key_tiles(setting, tiles, clocks))
         key_tiles = found[-1].fastest
-    return [*found, moba_kernels(setting, tiles, key_tiles, timer)]
+    return [*found, moba_kernels(setting, tiles, key_tiles, clocks)]
 
 
-def full_attention_kernels(setting: Setting, packed: bool, timer: Timer) -> Found:
+def full_attention_kernels(setting: Setting, packed: bool, clocks: Clocks) -> Found:
     """The kernels of choice.FULL_ATTENTION that take the shape, on eight documents or one."""
     import torch
 
@@ -127,33 +141,33 @@ def full_attention_kernels(setting: Setting, packed: bool, timer: Timer) -> Foun
     masked = {"sdpa"} if packed else set()  # a [T, T] mask
     names = [name for name, takes in FULL_ATTENTION.items() if takes(call) and name not in masked]
     variants = [Variant(name, partial(_full, RUN[name], q, k, v, grad, setting.causal, documents)) for name in names]
-    return fastest(full_key(q.dtype, setting.head_dim, packed), variants, timer)
+    return fastest(full_key(q.dtype, setting.head_dim, packed), variants, clocks)
 
 
-def triton_tiles(setting: Setting, timer: Timer) -> Found:
+def triton_tiles(setting: Setting, clocks: Clocks) -> Found:
     """Tiles of the forward pass and of dq."""
     from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_tiles
 
     problem, grad = _problem(setting)
-    default = choose_tiles(setting.head_dim, grad.dtype, setting.block_size)
+    default = choose_tiles(setting.head_dim, grad.dtype, setting.block_size, setting.length)
     candidates = [default, *(Tiles(*tiles) for tiles in TILES if Tiles(*tiles) != default)]
     variants = [Variant(list(tiles), partial(_triton, problem, grad, tiles, None)) for tiles in candidates]
-    return fastest(_key("tiles", setting), variants, timer)
+    return fastest(_key("tiles", setting), variants, clocks)
 
 
-def triton_key_tiles(setting: Setting, tiles: list[int] | None, timer: Timer) -> Found:
+def triton_key_tiles(setting: Setting, tiles: list[int] | None, clocks: Clocks) -> Found:
     """Tiles of dk and dv, with the fastest others."""
     from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_key_tiles
 
     problem, grad = _problem(setting)
-    default = choose_key_tiles(setting.head_dim, grad.dtype, setting.block_size)
+    default = choose_key_tiles(setting.head_dim, grad.dtype, setting.block_size, setting.length)
     candidates = [default, *(Tiles(*tiles) for tiles in KEY_TILES if Tiles(*tiles) != default)]
     others = None if tiles is None else Tiles(*tiles)
     variants = [Variant(list(chosen), partial(_triton, problem, grad, others, chosen)) for chosen in candidates]
-    return fastest(_key("key_tiles", setting), variants, timer)
+    return fastest(_key("key_tiles", setting), variants, clocks)
 
 
-def moba_kernels(setting: Setting, tiles: list[int] | None, key_tiles: list[int] | None, timer: Timer) -> Found:
+def moba_kernels(setting: Setting, tiles: list[int] | None, key_tiles: list[int] | None, clocks: Clocks) -> Found:
     """The kernels of choice.MOBA that take the shape, Triton with its fastest tiles."""
     from neomoba_dist.model.attention.kernels import ops
     from neomoba_dist.model.attention.kernels.choice import MOBA, MobaCall
@@ -171,7 +185,7 @@ def moba_kernels(setting: Setting, tiles: list[int] | None, key_tiles: list[int]
         elif takes(MobaCall.of(problem)) and (name != "torch" or setting.device == "cpu"):
             operands = (problem.q, problem.k, problem.v, problem.block_indices, *geometry, name)
             variants.append(Variant(name, partial(_operator, ops, operands, grad)))
-    return fastest(_key("moba", setting), variants, timer)
+    return fastest(_key("moba", setting), variants, clocks)
 
 
 def _key(what: str, setting: Setting) -> str:
@@ -221,11 +235,11 @@ def run(args: argparse.Namespace) -> int:
     """Time, write, print."""
     import torch
 
+    from evals.bench._memory import peak_above
     from evals.bench._timing import least
     from neomoba_dist.model.attention.kernels.tuned import FOLDER, versions, write_table
 
     torch.set_num_threads(1)
-    timer = partial(least, device=args.device, threads=1, repetitions=args.repetitions)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "evals", "bench", "tune", *sys.argv[3:]]),
@@ -235,21 +249,25 @@ def run(args: argparse.Namespace) -> int:
     }
     written = None
     for setting in settings(args.tokens, args.device):
-        found = tune(setting, timer)
+        repetitions = max(1, args.repetitions * SHORT // max(SHORT, setting.length))
+        timer = partial(least, device=args.device, threads=1, repetitions=repetitions)
+        found = tune(setting, Clocks(timer, partial(peak_above, device=args.device)))
         result["rows"] += [{"setting": setting._asdict(), **row._asdict()} for row in found]
         write_json(args.output, "tune", result)
         if args.device == "cuda":
             chosen = {row.key: row.fastest for row in found if row.fastest is not None}
-            written = write_table(device, args.table or FOLDER, chosen)
+            written = write_table(device, args.table or FOLDER, setting.length, chosen)
         print(f"{setting.length} tokens x {setting.heads}, D {setting.head_dim}: tuned", file=sys.stderr, flush=True)
-    print_table([["what", "fastest", "ms", "others, ms"], *(cells(row) for row in result["rows"])])
+    print_table([["what", "fastest", "ms, MiB", "others, ms, MiB"], *(cells(row) for row in result["rows"])])
     print(f"{device}, torch {torch.__version__}" + (f"; the code reads {written}" if written else ""))
     return 0
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    best, seconds = str(row["fastest"]), row["seconds"]
-    others = [f"{name} {1e3 * seconds[name]:.3g}" for name in sorted(seconds, key=seconds.__getitem__) if name != best]
+    best, seconds, held = str(row["fastest"]), row["seconds"], row["peak_bytes"]
+    figures = {name: f"{1e3 * seconds[name]:.3g}, {held[name] / 2**20:.0f}" for name in seconds}
+    others = [f"{name} {figures[name]}" for name in sorted(seconds, key=seconds.__getitem__) if name != best]
     others += [f"{name}: {why}" for name, why in row["left_out"].items()]
-    return [row["key"], best, f"{1e3 * seconds[best]:.3g}" if best in seconds else "-", "; ".join(others)]
+    what = f"{row['key']}, {row['setting']['length']} tokens"
+    return [what, best, figures.get(best, "-"), "; ".join(others)]

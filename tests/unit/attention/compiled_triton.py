@@ -82,7 +82,8 @@ def attention_constants(tiles: Tiles, dim: int, dtype: str) -> dict[str, Any]:
 def main(cases: list[str]) -> None:
     """Each case is a dtype and a head_dim, such as "bf16:128"."""
     for dtype, dim in ((case.split(":")[0], int(case.split(":")[1])) for case in cases):
-        tiles, key_tiles = choose_tiles(dim, DTYPES[dtype], 512), choose_key_tiles(dim, DTYPES[dtype], 512)
+        sizes = (dim, DTYPES[dtype], 512, 32768)
+        tiles, key_tiles = choose_tiles(*sizes), choose_key_tiles(*sizes)
         constants = attention_constants(tiles, dim, dtype)
         launch = (tiles.warps, tiles.stages)
         compile_kernel(triton_forward.selected_forward_kernel, dtype, *launch, **constants)

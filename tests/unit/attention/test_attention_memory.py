@@ -26,7 +26,7 @@ from neomoba_dist.model.attention.kernels.library.moba import (
 )
 from neomoba_dist.model.attention.kernels.library.varlen import Varlen
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
-from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
+from neomoba_dist.model.attention.kernels.triton.common import tiles_of
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton, index_length
 from neomoba_dist.model.attention.kernels.triton.layout import own_tiles
 
@@ -142,8 +142,8 @@ def kept_bytes(problem: Problem) -> int:
 def test_triton_holds_what_the_formula_says(shape: Shape) -> None:
     """docs/kernels.md, "Memory"."""
     problem, _ = problem_of(shape)
-    (tokens, heads, _, dim, block_size, top_k), q = shape, problem.q
-    own = own_tiles(problem.layout, choose_tiles(dim, q.dtype, block_size).rows)
+    (tokens, heads, _, dim, _, top_k), q = shape, problem.q
+    own = own_tiles(problem.layout, tiles_of(problem).rows)
     places = 20 * (problem.layout.num_blocks + own[2])  # CurrentBlocks
     out, dq = (tokens * (top_k - 1) * (2 * dim + extra) for extra in (4, 0))  # the parts of one head
     forward = kept_bytes(problem) + heads // head_groups(q, heads, out) * out + places

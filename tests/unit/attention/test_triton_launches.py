@@ -49,7 +49,7 @@ def steps(tokens: int, cu_seqlens: Tensor | None, known: bool = False) -> tuple[
     q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
     k = q[:, :2]
     whole = make_layout(tokens, tokens, 512, cu_seqlens, None, None, q.device)
-    placed = place_blocks_triton(whole, choose_tiles(64, q.dtype, 512).rows) if known else None
+    placed = place_blocks_triton(whole, choose_tiles(64, q.dtype, 512, tokens).rows) if known else None
 
     def layout(queries: int) -> BlockLayout:
         return make_layout(queries, tokens, 512, cu_seqlens, None, None, q.device, placed)

@@ -72,7 +72,8 @@ FULL_ATTENTION: dict[str, Callable[[Call], bool]] = {
 
 def full_attention_kernel(call: Call) -> str:
     """The kernel of FULL_ATTENTION that runs this call; logged once per device and dtype, except in compiled layers."""
-    measured = tuned(full_key(call.dtype, call.head_dim, call.packed)) if call.device.type == "cuda" else None
+    on_gpu, key = call.device.type == "cuda", full_key(call.dtype, call.head_dim, call.packed)
+    measured = tuned(key, call.tokens) if on_gpu else None
     if measured in FULL_ATTENTION and FULL_ATTENTION[measured](call):
         return measured
     name = next(name for name, takes in FULL_ATTENTION.items() if takes(call))
@@ -93,6 +94,7 @@ class MobaCall(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     block_size: int = 0
+    tokens: int = 0
     gathered: int = 0
     ordinary: bool = True
     lse_gradient: bool = False
@@ -103,7 +105,8 @@ class MobaCall(NamedTuple):
         q, layout = problem.q, problem.layout
         others = 0 if problem.block_indices is None else problem.block_indices.shape[2] - 1
         ordinary = layout.spans is None and layout.cu_seqlens_k is None and layout.offsets is None and len(q) > 0
-        return cls(q.device, q.dtype, q.shape[2], layout.block_size, q.numel() * others, ordinary, lse_gradient)
+        gathered = q.numel() * others
+        return cls(q.device, q.dtype, q.shape[2], layout.block_size, len(q), gathered, ordinary, lse_gradient)
 
 
 def _runs_triton(call: MobaCall) -> bool:
@@ -142,7 +145,7 @@ def moba_kernel(call: MobaCall, impl: str = "auto") -> str:
         return "triton"
     if impl != "auto":
         return gate_kernel(call.dtype, call.device, impl)
-    measured = tuned(moba_key("moba", call.dtype, call.head_dim, call.block_size))
+    measured = tuned(moba_key("moba", call.dtype, call.head_dim, call.block_size), call.tokens)
     if measured in MOBA and MOBA[measured](call):
         return measured
     name = next(name for name, takes in MOBA.items() if takes(call))

@@ -35,13 +35,13 @@ from neomoba_dist.model.attention.kernels.select import (
 
 def place_blocks(layout: BlockLayout, head_dim: int, dtype: torch.dtype, impl: str) -> PlacedBlocks:
     """See moba.place_blocks."""
-    kernel = moba_kernel(MobaCall(layout.device, dtype, head_dim, layout.block_size), impl)
+    kernel = moba_kernel(MobaCall(layout.device, dtype, head_dim, layout.block_size, layout.num_queries), impl)
     if kernel == "torch":
         return PlacedBlocks(layout.table)
     from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
     from neomoba_dist.model.attention.kernels.triton.layout import place_blocks_triton
 
-    placed = place_blocks_triton(layout, choose_tiles(head_dim, dtype, layout.block_size).rows)
+    placed = place_blocks_triton(layout, choose_tiles(head_dim, dtype, layout.block_size, layout.num_queries).rows)
     if kernel in LIBRARIES:
         from neomoba_dist.model.attention.kernels.library.moba import block_borders
 

@@ -1,8 +1,9 @@
 """What was the fastest on this card, as `python -m evals bench gpu --only tune` found it.
 
 One JSON file per card in the folder `tuned` beside this file: {"device", "torch", "triton", "fastest"}. "fastest" maps
-a key (below) to the name of a kernel, or to the four numbers of `triton.common.Tiles`. A file counts for the versions
-of torch and triton that it was measured with; without one the built-in order and tiles stand.
+a key (below) to what was the fastest at each length that was measured: the name of a kernel, or the four numbers of
+`triton.common.Tiles`. The nearest length counts, by its ratio. A file counts for the versions of torch and triton that
+it was measured with; without one the built-in order and tiles stand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -33,19 +35,21 @@ def moba_key(what: str, dtype: torch.dtype, head_dim: int, block_size: int) -> s
 
 
 @torch.compiler.assume_constant_result
-def tuned(key: str) -> Any:
-    """What was the fastest on the current GPU, None where that was not measured."""
+def tuned(key: str, tokens: int) -> Any:
+    """What was the fastest on the current GPU for about so many tokens, None where that was not measured."""
     if not torch.cuda.is_available():
         return None
-    found = fastest(torch.cuda.get_device_name(), FOLDER).get(key)
-    if found is not None:
-        _log(key, str(found))
-    return found
+    lengths = fastest(torch.cuda.get_device_name(), FOLDER).get(key)
+    if not lengths:
+        return None
+    nearest = min(lengths, key=lambda length: abs(math.log(int(length) / max(1, tokens))))
+    _log(key, nearest, str(lengths[nearest]))
+    return lengths[nearest]
 
 
 @functools.cache
-def _log(key: str, found: str) -> None:
-    logger.info("%s: %s, the fastest when this card was tuned", key, found)
+def _log(key: str, length: str, found: str) -> None:
+    logger.info("%s: %s, the fastest for %s tokens when this card was tuned", key, found, length)
 
 
 def table_path(device: str, folder: Path) -> Path:
@@ -54,8 +58,9 @@ def table_path(device: str, folder: Path) -> Path:
 
 
 @functools.cache
-def fastest(device: str, folder: Path) -> dict[str, Any]:
-    """The table of a card; empty where there is none, or one of other versions, which is logged."""
+def fastest(device: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """What was the fastest on a card, key -> tokens -> choice; empty where there is no file, or one of other versions,
+    which is logged."""
     path = table_path(device, folder)
     if not path.exists():
         return {}
@@ -67,12 +72,14 @@ def fastest(device: str, folder: Path) -> dict[str, Any]:
     return table["fastest"]
 
 
-def write_table(device: str, folder: Path, found: dict[str, Any]) -> Path:
-    """Write what was found for a card over what the file had of it; returns the file."""
+def write_table(device: str, folder: Path, tokens: int, found: dict[str, Any]) -> Path:
+    """Write what was found by key for a card and a length over what the file had of it; returns the file."""
     path = table_path(device, folder)
     folder.mkdir(parents=True, exist_ok=True)
     fastest.cache_clear()
-    table = {"device": device, **versions(), "fastest": dict(sorted({**fastest(device, folder), **found}.items()))}
+    known = fastest(device, folder)
+    merged = known | {key: known.get(key, {}) | {str(tokens): choice} for key, choice in found.items()}
+    table = {"device": device, **versions(), "fastest": dict(sorted(merged.items()))}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     fastest.cache_clear()
     return path

@@ -24,7 +24,7 @@ from neomoba_dist.model.attention.kernels.layout import Problem
 from neomoba_dist.model.attention.kernels.library.rows import Routes, gather, merge_parts, scatter
 from neomoba_dist.model.attention.kernels.library.varlen import Varlen
 from neomoba_dist.model.attention.kernels.select import score_dtype
-from neomoba_dist.model.attention.kernels.triton.common import choose_tiles, with_current_column
+from neomoba_dist.model.attention.kernels.triton.common import tiles_of, with_current_column
 from neomoba_dist.model.attention.kernels.triton.index import BlockIndex, build_index, index_shape
 from neomoba_dist.model.attention.kernels.triton.layout import find_current_blocks
 
@@ -55,7 +55,7 @@ def find_index(problem: Problem, buffer: Tensor | None) -> tuple[BlockIndex, Ten
     """The index, its buffer (of an earlier call for the same problem, or made), borders of the blocks [N + 1]."""
     assert problem.block_indices is not None
     layout = problem.layout
-    list_tile = choose_tiles(problem.q.shape[2], problem.q.dtype, layout.block_size).rows
+    list_tile = tiles_of(problem).rows
     blocks = find_current_blocks(layout, list_tile).blocks
     if buffer is None:
         buffer = build_index(problem.block_indices, blocks, list_tile)

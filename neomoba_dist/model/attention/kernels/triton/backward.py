@@ -20,7 +20,6 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
     Tiles,
     choose_key_tiles,
-    choose_tiles,
     kernel,
     last_contiguous,
     load_rows,
@@ -28,6 +27,7 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     padded,
     query_gradient,
     store_rows,
+    tiles_of,
     with_current_column,
 )
 from neomoba_dist.model.attention.kernels.triton.forward import current_tile, list_tile
@@ -124,8 +124,8 @@ def attend_triton_backward(
     q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
     block_indices = with_current_column(problem)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
-    key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size) if key_tiles is None else key_tiles
-    tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
+    key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size, tokens) if key_tiles is None else key_tiles
+    tiles = tiles_of(problem) if tiles is None else tiles
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.empty if layout.spans is None else torch.zeros  # given spans may leave keys out
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))

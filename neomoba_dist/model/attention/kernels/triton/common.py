@@ -45,12 +45,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
+def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int, tokens: int) -> Tiles:
     """Tiles that fit the registers and shared memory of one SM; keys never exceed the block (padded to 16).
 
-    Where this card was tuned, those that were the fastest.
+    Where this card was tuned, those that were the fastest for about so many queries.
     """
-    measured = tuned(moba_key("tiles", dtype, head_dim, block_size))
+    measured = tuned(moba_key("tiles", dtype, head_dim, block_size), tokens)
     if measured is not None:
         return Tiles(*measured)
     keys = min(64, max(16, triton.next_power_of_2(block_size)))
@@ -63,9 +63,15 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
     return Tiles(128, keys, 8 if head_dim > 64 else 4, 3)
 
 
-def choose_key_tiles(head_dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
+def tiles_of(problem: Problem) -> Tiles:
+    """`choose_tiles` for a call."""
+    tokens, _, head_dim = problem.q.shape
+    return choose_tiles(head_dim, problem.q.dtype, problem.layout.block_size, tokens)
+
+
+def choose_key_tiles(head_dim: int, dtype: torch.dtype, block_size: int, tokens: int) -> Tiles:
     """The same for the gradients of keys and values, which keep two sums of [keys, BD] in registers."""
-    measured = tuned(moba_key("key_tiles", dtype, head_dim, block_size))
+    measured = tuned(moba_key("key_tiles", dtype, head_dim, block_size), tokens)
     if measured is not None:
         return Tiles(*measured)
     edge = max(16, triton.next_power_of_2(block_size))

@@ -22,7 +22,6 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     LOG2E,
     Tiles,
     attend_keys,
-    choose_tiles,
     kernel,
     last_contiguous,
     load_rows,
@@ -30,6 +29,7 @@ from neomoba_dist.model.attention.kernels.triton.common import (
     on_its_device,
     padded,
     store_rows,
+    tiles_of,
     with_current_column,
 )
 from neomoba_dist.model.attention.kernels.triton.index import build_index, index_shape
@@ -121,8 +121,8 @@ def current_forward_kernel(
 
 def index_length(problem: Problem) -> int:
     """Elements of the third result of `attend_triton`."""
-    rows = choose_tiles(problem.q.shape[2], problem.q.dtype, problem.layout.block_size).rows
-    return index_shape(with_current_column(problem), problem.layout.num_blocks, rows).length()
+    block_indices = with_current_column(problem)
+    return index_shape(block_indices, problem.layout.num_blocks, tiles_of(problem).rows).length()
 
 
 @on_its_device
@@ -132,7 +132,7 @@ def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor,
     q, k, v = (last_contiguous(x) for x in (problem.q, problem.k, problem.v))
     block_indices = with_current_column(problem)
     tokens, heads, dim = q.shape
-    tiles = choose_tiles(dim, q.dtype, layout.block_size) if tiles is None else tiles
+    tiles = tiles_of(problem) if tiles is None else tiles
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     indexed = index_shape(block_indices, layout.num_blocks, tiles.rows)
