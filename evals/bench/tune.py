@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 Work = Callable[[], "tuple[Tensor, ...]"]
 
-# rows, keys, warps, stages: what fits an SM of an H100 at D 64 and 128
-TILES = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2))
+# rows, keys, warps, stages, loads by descriptors: what fits an SM of an H100 at D 64 and 128
+TILES: tuple[tuple[Any, ...], ...] = (
+    (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2),
+    (128, 64, 8, 3, True), (128, 128, 8, 2, True), (64, 64, 4, 3, True),
+)  # fmt: skip
 KEY_TILES = ((32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2))
 SHORT = 32768  # tokens; a longer row is timed so many times less often
 LARGEST_DIFFERENCE = 4e-2  # of the largest value, as the tests on a GPU allow in bfloat16
@@ -145,7 +148,7 @@ def full_attention_kernels(setting: Setting, packed: bool, clocks: Clocks) -> Fo
 
 
 def triton_tiles(setting: Setting, clocks: Clocks) -> Found:
-    """Tiles of the forward pass and of dq."""
+    """Tiles of the forward pass, with and without descriptors, and of dq."""
     from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_tiles
 
     problem, grad = _problem(setting)
@@ -155,7 +158,7 @@ def triton_tiles(setting: Setting, clocks: Clocks) -> Found:
     return fastest(_key("tiles", setting), variants, clocks)
 
 
-def triton_key_tiles(setting: Setting, tiles: list[int] | None, clocks: Clocks) -> Found:
+def triton_key_tiles(setting: Setting, tiles: list[Any] | None, clocks: Clocks) -> Found:
     """Tiles of dk and dv, with the fastest others."""
     from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_key_tiles
 
@@ -167,7 +170,7 @@ def triton_key_tiles(setting: Setting, tiles: list[int] | None, clocks: Clocks) 
     return fastest(_key("key_tiles", setting), variants, clocks)
 
 
-def moba_kernels(setting: Setting, tiles: list[int] | None, key_tiles: list[int] | None, clocks: Clocks) -> Found:
+def moba_kernels(setting: Setting, tiles: list[Any] | None, key_tiles: list[Any] | None, clocks: Clocks) -> Found:
     """The kernels of choice.MOBA that take the shape, Triton with its fastest tiles."""
     from neomoba_dist.model.attention.kernels import ops
     from neomoba_dist.model.attention.kernels.choice import MOBA, MobaCall

@@ -44,12 +44,14 @@ ONLY_BACKWARD = (
 )  # fmt: skip
 
 
-def argument_type(name: str, dtype: str) -> str:
-    """Triton's type of a kernel argument, which its name tells."""
+def argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
+    """Triton's type of a kernel argument, which its name tells, beside these constants."""
     if name == "scale":
         return "fp32"
     if name in SIZES or "stride" in name:
         return "i32"
+    if name in ("k_tiles", "v_tiles"):
+        return f"tensordesc<{dtype}[{constants['BN']}, 1, {constants['DIM']}]>"
     if name in FLOAT32:
         return "*fp32"
     if name in INT64:
@@ -57,10 +59,10 @@ def argument_type(name: str, dtype: str) -> str:
     return f"*{dtype}" if name.removesuffix("_pointer").removesuffix("_rows") in TENSORS else "*i32"
 
 
-def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> None:
-    """Down to machine code, with the alignment of pointers and strides that real calls have."""
+def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> str:
+    """Down to machine code, with the alignment of pointers and strides that real calls have. Returns the PTX."""
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    signature = {n: "constexpr" if n in constants else argument_type(n, dtype, constants) for n in names}
     aligned = [i for i, n in enumerate(names) if n not in constants and ("pointer" in n or "stride" in n)]
     source = ASTSource(
         kernel,
@@ -72,6 +74,7 @@ def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **c
     assert "cubin" in compiled.asm
     assert compiled.metadata.shared <= SHARED_MEMORY, (kernel.__name__, dtype, compiled.metadata.shared)
     print(kernel.__name__, dtype, constants.get("DIM", ""), compiled.metadata.shared, flush=True)
+    return compiled.asm["ptx"]
 
 
 def attention_constants(tiles: Tiles, dim: int, dtype: str) -> dict[str, Any]:
@@ -86,7 +89,9 @@ def main(cases: list[str]) -> None:
         tiles, key_tiles = choose_tiles(*sizes), choose_key_tiles(*sizes)
         constants = attention_constants(tiles, dim, dtype)
         launch = (tiles.warps, tiles.stages)
-        compile_kernel(triton_forward.selected_forward_kernel, dtype, *launch, **constants)
+        for given in ({"k_tiles": None, "v_tiles": None}, *([{}] * (dim == padded(dim)))):
+            assembly = compile_kernel(triton_forward.selected_forward_kernel, dtype, *launch, **given, **constants)
+            assert ("cp.async.bulk.tensor" in assembly) == (not given)
         compile_kernel(triton_forward.current_forward_kernel, dtype, *launch, **constants, CAUSAL=True)
         launch = (tiles.warps, max(1, tiles.stages - 1))
         compile_kernel(triton_backward.selected_query_gradient_kernel, dtype, *launch, **constants)

@@ -37,12 +37,17 @@ kernel = triton.jit(do_not_specialize=SIZES)
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut and launched."""
+    """How a kernel is cut and launched.
+
+    descriptors: `selected_forward_kernel` loads whole tiles of keys and values by tensor descriptors, which is the
+    tensor memory accelerator's work from Hopper on, and not by one pointer per row.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int, tokens: int) -> Tiles:
@@ -166,6 +171,8 @@ def attend_keys(
     q,
     k_pointer,
     v_pointer,
+    k_tiles,
+    v_tiles,
     head,
     first,
     seen_by_all,
@@ -184,8 +191,10 @@ def attend_keys(
 ):
     """Online softmax of the rows q [BM, BD] over the keys first..last, each row seeing those before its row_last.
 
-    seen_by_all: every row sees the keys before it; whole tiles of those pass without masks. row_last: None where rows
-    differ in nothing but `last`. Returns the normalised output [BM, BD] and the logsumexp [BM] in powers of two, both
+    seen_by_all: every row sees the keys before it; whole tiles of those pass without masks, by the descriptors k_tiles
+    and v_tiles (tiles [BN, 1, BD]) where given. The rest is masked as it is loaded: a descriptor would read keys of the
+    next document, and weights of 0 times not-a-number reach all. row_last: None where rows differ in nothing but
+    `last`. Returns the normalised output [BM, BD] and the logsumexp [BM] in powers of two, both
     float32.
     """
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -193,9 +202,13 @@ def attend_keys(
     acc = tl.zeros([BM, BD], tl.float32)
     masked = first + tl.maximum(seen_by_all - first, 0) // BN * BN
     for start in range(first, masked, BN):
-        n = start + tl.arange(0, BN)
-        k = load_rows(k_pointer, n, None, head, k_stride_t, k_stride_h, DIM, BD)
-        v = load_rows(v_pointer, n, None, head, v_stride_t, v_stride_h, DIM, BD)
+        if k_tiles is not None:
+            k = tl.reshape(k_tiles.load([start, head, 0]), (BN, BD))
+            v = tl.reshape(v_tiles.load([start, head, 0]), (BN, BD))
+        else:
+            n = start + tl.arange(0, BN)
+            k = load_rows(k_pointer, n, None, head, k_stride_t, k_stride_h, DIM, BD)
+            v = load_rows(v_pointer, n, None, head, v_stride_t, v_stride_h, DIM, BD)
         peak, total, acc = attend_tile(q, peak, total, acc, k, v, None, scale, PRECISION)
     for start in range(masked, last, BN):
         n = start + tl.arange(0, BN)

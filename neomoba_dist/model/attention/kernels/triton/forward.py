@@ -11,6 +11,8 @@ queries, BN keys per tile.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,9 +73,10 @@ def current_tile(tiles_pointer, indices_pointer, list_rows, list_head, columns, 
 
 @kernel
 def selected_forward_kernel(
-    q_pointer, k_pointer, v_pointer, part_pointer, lse_pointer, tiles_pointer, queries_pointer, first_head, group,
-    heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, k_tiles, v_tiles, part_pointer, lse_pointer, tiles_pointer, queries_pointer,
+    first_head, group, heads_per_row, places, num_tiles, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+    v_stride_t, v_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts [H, places, DIM] and their logsumexp float32 [H, places] (powers of two) of the chosen blocks, for the H
     heads from first_head on."""
@@ -83,8 +86,9 @@ def selected_forward_kernel(
     if count > 0:
         # rows that do not exist compute something of query 0, which is not stored
         q = load_rows(q_pointer, rows, None, head, q_stride_t, q_stride_h, DIM, BD)
-        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, stop, stop, None, scale * LOG2E,
-                               k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD, PRECISION)  # fmt: skip
+        out, lse = attend_keys(q, k_pointer, v_pointer, k_tiles, v_tiles, head // group, start, stop, stop, None,
+                               scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
+                               PRECISION)  # fmt: skip
         at = tl.cast(tl.program_id(1), tl.int64) * places + place
         store_rows(part_pointer, out, at, valid, 0, DIM, 0, DIM, BD)
         tl.store(lse_pointer + at, lse, mask=valid)
@@ -105,9 +109,9 @@ def current_forward_kernel(
                                                      CAUSAL, BM)  # fmt: skip
     if tl.max(valid.to(tl.int32), 0) > 0:
         q = load_rows(q_pointer, rows, valid, head, q_stride_t, q_stride_h, DIM, BD)
-        out, lse = attend_keys(q, k_pointer, v_pointer, head // group, start, seen_by_all, tl.max(last, 0), last,
-                               scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h, DIM, BM, BN, BD,
-                               PRECISION)  # fmt: skip
+        out, lse = attend_keys(q, k_pointer, v_pointer, None, None, head // group, start, seen_by_all,
+                               tl.max(last, 0), last, scale * LOG2E, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+                               DIM, BM, BN, BD, PRECISION)  # fmt: skip
         for column in range(columns - 1):
             slot = slots_pointer + (rows.to(tl.int64) * list_rows + list_head) * (columns - 1) + column
             place = tl.load(slot, mask=valid, other=-1)
@@ -117,6 +121,20 @@ def current_forward_kernel(
             out, lse = merge(part, tl.load(part_lse_pointer + at, mask=there, other=float("-inf")), out, lse)
         store_rows(out_pointer, out, rows, valid, head, heads * DIM, DIM, DIM, BD)
         tl.store(lse_pointer + rows.to(tl.int64) * heads + head, lse / LOG2E, mask=valid)
+
+
+def whole_tiles(x: Tensor, tiles: Tiles) -> Any:
+    """A descriptor of x [S, Hkv, D] in tiles [keys, 1, D], None where loads go by pointers.
+
+    The hardware asks for a start and strides of whole 16 bytes; D must be a power of two, as a tile of Triton is.
+    """
+    tokens_stride, heads_stride, _ = x.stride()
+    aligned = all(value * x.element_size() % 16 == 0 for value in (tokens_stride, heads_stride))
+    if not (tiles.descriptors and aligned and x.data_ptr() % 16 == 0 and x.shape[2] == padded(x.shape[2])):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tiles.keys, 1, x.shape[2]])
 
 
 def index_length(problem: Problem) -> int:
@@ -149,11 +167,13 @@ def attend_triton(problem: Problem, tiles: Tiles | None = None) -> tuple[Tensor,
     together = heads // head_groups(q, heads, places * (dim * q.element_size() + 4))
     parts = torch.empty(together, places, dim, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(together, places, dtype=torch.float32, device=q.device)
+    by_tiles = (whole_tiles(k, tiles), whole_tiles(v, tiles))
+    by_tiles = by_tiles if None not in by_tiles else (None, None)
     for first_head in range(0, heads, together):
         if columns > 1:
             selected_forward_kernel[(num_tiles, together)](
-                q, k, v, parts, part_lse, index.tiles, index.queries, first_head, group, heads_per_row, places,
-                num_tiles, dim**-0.5, *strides, *shape, **launch,
+                q, k, v, *by_tiles, parts, part_lse, index.tiles, index.queries, first_head, group, heads_per_row,
+                places, num_tiles, dim**-0.5, *strides, *shape, **launch,
             )  # fmt: skip
         current_forward_kernel[(len(own.tiles), together)](
             q, k, v, parts, part_lse, index.slots, out, lse, block_indices, own.tiles, first_head, heads, group,
