@@ -212,9 +212,11 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
-        merged = Merged(q)
+        merged, around = Merged(q), _around(k, v, exchange)
+        rectangles, _ = next(around)  # from here on the first keys travel
         merged.add(slice(None), *exchange.once(local_attention).forward(q, k, v))
-        for rectangles, (keys, values) in _around(k, v, exchange):
+        add_rectangles(merged, rectangles, q, k, v)
+        for rectangles, (keys, values) in around:
             add_rectangles(merged, rectangles, q, keys, values)
         out = merged.out.to(q.dtype)
         ctx.exchange = exchange
@@ -225,13 +227,13 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse), exchange = ctx.saved_tensors, ctx.exchange
         grad, dtype, travelling = grads[0].contiguous(), score_dtype(q.dtype), None
+        around = _around(k, v, exchange)
+        rectangles, _ = next(around)  # from here on the first keys travel
         dq, dk, dv = (x.to(dtype) for x in exchange.once(local_attention).backward(q, k, v, out, lse, grad))
-        for rectangles, (keys, values) in _around(k, v, exchange):
-            here = keys is k
-            totals = (dq, dk, dv) if here else (dq, *zeros_like_all(keys, values))
+        add_rectangle_gradients((dq, dk, dv), rectangles, q, k, v, out, lse, grad)
+        for rectangles, (keys, values) in around:
+            totals = (dq, *zeros_like_all(keys, values))
             add_rectangle_gradients(totals, rectangles, q, keys, values, out, lse, grad)
-            if here:
-                continue
             part = list(totals[1:])
             if travelling is not None:
                 part = [a + b for a, b in zip(travelling.wait(), part, strict=True)]
