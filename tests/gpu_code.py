@@ -17,6 +17,7 @@ import torch
 import torch._inductor.scheduler
 import torch.utils._triton
 from torch._dynamo.device_interface import CudaInterface
+from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, record_original_output_strides
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
@@ -44,6 +45,7 @@ class Graph:
     """One lowered graph. kernels: the Triton kernels in the order of their launch, named by the operators that each
     fuses. products: calls of matrix products. moved: bytes that its kernels and calls read and write."""
 
+    is_backward: bool
     kernels: list[str]
     products: int
     moved: int
@@ -63,19 +65,25 @@ class GPUCode:
         moved = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
         record_original_output_strides(moved)
         _recursive_post_grad_passes(moved, is_inference=kind["is_inference"])
-        with V.fake_mode:
+        mode = detect_fake_mode(inputs)
+        assert mode is not None
+        with mode:
             for node in moved.graph.nodes:
                 node.meta["val"] = tree_map(_on_gpu, node.meta.get("val"))
                 if node.kwargs.get("device") is not None:
                     node.kwargs = {**node.kwargs, "device": GPU}
             on_gpu = [_on_gpu(value) for value in inputs]
-        lowering = GraphLowering(moved, example_inputs=on_gpu, shape_env=V.fake_mode.shape_env, **kind)
-        with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()), _described_gpu():
+        lowering = GraphLowering(moved, example_inputs=on_gpu, shape_env=mode.shape_env, **kind)
+        with ExitStack() as stack:
+            for handler in (V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()), V.set_fake_mode(mode)):
+                stack.enter_context(handler)
+            stack.enter_context(_described_gpu())
             lowering.run(*on_gpu)
             code = str(lowering.codegen()[0].value)
             num_bytes = lowering.count_bytes()[0]
         kernels = re.findall(r"^ +(triton_\w+)\.run\(", code, re.MULTILINE)
-        self.graphs.append(Graph(kernels, len(re.findall(r"extern_kernels\.\w*mm\(", code)), num_bytes))
+        products = len(re.findall(r"extern_kernels\.\w*mm\(", code))
+        self.graphs.append(Graph(kind["is_backward"], kernels, products, num_bytes))
 
         def run(arguments: list[Any]) -> Any:
             values = tuple(arguments)

@@ -1,5 +1,6 @@
 """torch.compile of whole blocks, as `neomoba.phase.compile` does it: no graph break, nothing compiled after step 1,
-whatever the number of document borders that `Batch.trimmed` leaves."""
+whatever the number of document borders that `Batch.trimmed` leaves. What stands between products is fused on a GPU.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from tests.gpu_code import GPUCode, Graph
 from tests.models import tiny_batch, tiny_model
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -45,3 +47,56 @@ def test_one_graph_for_all_steps(name: str, objective: str) -> None:
     assert counts[0] <= 2  # blocks of one kind share their graph
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
+# what the names of the kernels of a block say, in the order of their launch; a kernel may say more
+FORWARD = [
+    ("mul", "rsqrt"),  # the first norm
+    ("cat", "mul"),  # rotation of queries, with its casts
+    ("cat", "mul"),  # of keys
+    ("add", "rsqrt"),  # the residual and the second norm
+    ("mul", "silu"),  # SwiGLU; the last residual is added by the product before it
+]
+BACKWARD = [
+    ("mul", "silu", "silu_backward", "cat"),  # SwiGLU, both halves
+    ("add", "mul", "sum"),  # the second norm, with the residual's gradient
+    ("cat", "mul"),  # the rotation of one of queries and keys
+    ("cat", "mul"),  # of the other
+    ("cat",),  # gradients of q, k and v side by side
+    ("mul", "sum"),  # the norms' weights, each in two stages
+    ("mul", "sum"),
+    ("mul", "sum"),
+    ("add", "mul", "sum"),  # the first norm, with the residual's gradient
+]
+
+
+def gpu_graphs() -> list[Graph]:
+    """Forward and backward of a MoBA and of a full block, as a GPU would run them in bfloat16."""
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = NeoBERT(tiny_model(**sizes, qk_norm=False), Mesh.single(), seed=5, dtype=torch.bfloat16)
+    gpu = GPUCode()
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=gpu)
+    model(tiny_batch(0, rows=16))[0].backward()
+    return gpu.graphs
+
+
+def test_what_stands_between_products_is_fused() -> None:
+    graphs = gpu_graphs()
+    assert sorted(graph.is_backward for graph in graphs) == [False, False, True, True]
+    for graph in graphs:
+        expected = BACKWARD if graph.is_backward else FORWARD
+        assert graph.products == (8 if graph.is_backward else 4)
+        assert len(graph.kernels) == len(expected), graph.kernels
+        for kernel, words in zip(graph.kernels, expected, strict=True):
+            assert all(f"_{word}_" in kernel for word in words), (kernel, words)
+
+
+def test_the_count_of_kernels_sees_what_is_not_fused() -> None:
+    fused = gpu_graphs()
+    with torch._inductor.config.patch(max_fusion_size=1):
+        apart = gpu_graphs()
+    for graph, other in zip(fused, apart, strict=True):
+        assert len(graph.kernels) < len(other.kernels)
+        assert graph.moved < other.moved
