@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neomoba_dist.model.attention.kernels import groups
 from neomoba_dist.model.attention.kernels.choice import FULL_ATTENTION, MOBA, Call, MobaCall
 from neomoba_dist.model.attention.kernels.full import RUN, Documents, full_attention
 from neomoba_dist.model.attention.kernels.library.varlen import LIBRARIES
@@ -103,3 +104,11 @@ def test_moba(
     want, want_lse = attend(*exact, blocks.cpu(), cu_seqlens=there, **options)
     expected = (want, want_lse, *torch.autograd.grad(want, exact, grad.cpu().double()))
     assert_close(got, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", list(LIBRARIES))
+def test_moba_one_kv_head_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with much longer rows: the library gets slices of q, k, v, the output and its gradient."""
+    monkeypatch.setattr(groups, "LEAST_LIMIT", 0)
+    monkeypatch.setattr(groups, "LIMIT_PER_ELEMENT", 0)
+    test_moba(name, (4, 2), "per_head", 64, 128, BORDERS, causal=True)
