@@ -20,6 +20,7 @@ from neomoba_dist.config.distill import as_teacher, teacher_problems
 from neomoba_dist.config.rules import check_rules
 
 if TYPE_CHECKING:
+    from neomoba_dist.checkpoint.load import CheckpointReader
     from neomoba_dist.parallel.mesh import Mesh
     from neomoba_dist.train.engine import Engine
 
@@ -50,16 +51,38 @@ def load(arguments: argparse.Namespace) -> Config:
     return config
 
 
+def require_same_tokenizer(config: Config, teacher: "CheckpointReader") -> None:
+    """Refuse a teacher of other tokens than the student's corpora hold, where its tokenizer is still at hand. Raises
+    ConfigError and DataError."""
+    from neomoba_dist.checkpoint.tokenizer import tokenizer_of
+    from neomoba_dist.train.assemble import open_corpora
+
+    corpora = open_corpora(config)
+    theirs = tokenizer_of(teacher)
+    if theirs is None:
+        return
+    for source in corpora.train:
+        entry = source.corpus.index.tokenizer
+        if entry.sha256 != theirs.sha256:
+            raise ConfigError(
+                f"--teacher {teacher.folder}: its tokenizer (sha256 {theirs.sha256[:12]}) is not that of "
+                f"{source.corpus.name} (sha256 {entry.sha256[:12]}); tokenize the text with the teacher's"
+            )
+
+
 def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
     """As in pretraining, with the engine of a student."""
+    from neomoba_dist.checkpoint.hf import open_checkpoint
+
+    assert config.distill.teacher is not None
+    require_same_tokenizer(config, open_checkpoint(config.distill.teacher))
 
     def build(config: Config, plan: BatchPlan, mesh: "Mesh") -> "Engine":
-        from neomoba_dist.checkpoint.hf import open_checkpoint
-        from neomoba_dist.train.distill import DistillEngine
+        from neomoba_dist.train.distill import build_distill_engine
 
         assert config.distill.teacher is not None
         teacher = open_checkpoint(config.distill.teacher)
-        engine = DistillEngine(config, plan, mesh, teacher)
+        engine = build_distill_engine(config, plan, mesh, teacher)
         if mesh.rank == 0:
             print(f"taught by {teacher.folder}")
         return engine

@@ -15,6 +15,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launc
 from launch.pretrain import INTERRUPTED, REFUSED, UNLIKE, leave, run, shared_parser
 from neomoba_dist.config import Config, ConfigError, load_config
 from neomoba_dist.config.finetune import for_task
+from neomoba_dist.config.load import read_tree
 from neomoba_dist.config.paths import folder_problem
 from neomoba_dist.config.text_tasks import TEXT_TASKS, names_of
 
@@ -44,12 +46,28 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def begun_run(arguments: argparse.Namespace, name: str) -> Path | None:
+    """A run folder of an earlier start, which knows the network and keeps the tokenizer. None: all begins with
+    --init_from."""
+    from neomoba_dist.checkpoint.layout import complete_checkpoints
+
+    if arguments.resume == "none":
+        return None
+    folders = sorted(Path(arguments.output_dir or Path("runs") / name).glob("*/seed_*"))
+    begun = (folder for folder in folders if (folder / RESULT).is_file() or complete_checkpoints(folder))
+    return next((folder for folder in begun if (folder / "config.json").is_file()), None)
+
+
 def load(arguments: argparse.Namespace) -> Config:
     """The configuration, with the checkpoint's model for what the file does not say of it."""
     from neomoba_dist.checkpoint.hf import open_checkpoint
 
     overrides = [*arguments.set, *([f"neomoba.data.train={arguments.data_dir}"] if arguments.data_dir else [])]
-    model = open_checkpoint(arguments.init_from).index["config"]["neomoba"]["model"]
+    phase = read_tree(arguments.ds_config, overrides)["neomoba"].get("phase")
+    if begun := begun_run(arguments, str(phase.get("name") if isinstance(phase, dict) else None)):
+        model: Mapping[str, Any] = vars(load_config(begun / "config.json").model)
+    else:
+        model = open_checkpoint(arguments.init_from).index["config"]["neomoba"]["model"]
     config = load_config(arguments.ds_config, overrides, model)
     if config.finetune.tasks is None:
         raise ConfigError(f"{config.source}: neomoba.finetune.tasks is null; name tasks, for example sst2,rte")
@@ -91,6 +109,7 @@ def read_splits(config: Config, task: str, tokenizer: "Tokenizer") -> dict[str, 
 def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
     """All tasks and seeds, in one process of the launch; returns the exit code."""
     from neomoba_dist.checkpoint.hf import open_checkpoint
+    from neomoba_dist.checkpoint.layout import CheckpointError
     from neomoba_dist.checkpoint.tokenizer import tokenizer_of
     from neomoba_dist.data.tokenizer import load_tokenizer
     from neomoba_dist.parallel.comm import on_first_rank
@@ -104,11 +123,18 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int
     output = Path(arguments.output_dir or Path("runs") / config.phase.name)
     if problem := folder_problem(output):
         raise ConfigError(f"--output_dir {output}: {problem}; give a folder of your own that can be written")
-    start = open_checkpoint(arguments.init_from)
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else tokenizer_of(start)
+    begun, start = begun_run(arguments, config.phase.name), Path(arguments.init_from)
+    try:
+        pretrained = open_checkpoint(start)
+        start = pretrained.folder
+    except CheckpointError:
+        if begun is None:
+            raise
+    kept = arguments.tokenizer or begun
+    tokenizer = load_tokenizer(kept) if kept else tokenizer_of(pretrained)
     if tokenizer is None or tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"--init_from {start.folder}: its tokenizer is not here, or is another one; name it with --tokenizer"
+            f"--init_from {start}: its tokenizer is not here, or is another one; name it with --tokenizer"
         )
     splits = {task: read_splits(config, task, tokenizer) for task in names_of(config.finetune.tasks)}
     device = initialize_process_group()
@@ -123,7 +149,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int) -> int
                 folder = output / task / f"seed_{seed}"
                 own = for_task(config, task, seed, len(examples["train"]))
                 transferred = task in names_of(config.finetune.transfer)
-                source = output / "mnli" / f"seed_{seed}" if transferred else start.folder
+                source = output / "mnli" / f"seed_{seed}" if transferred else start
                 code = finetune(arguments, own, mesh, examples, tokenizer, source, folder, watchdog)
                 if code is not None:
                     return code

@@ -10,18 +10,13 @@ from neomoba_dist.config.schema import ModelConfig
 
 def distillation(config: Config) -> Iterator[str]:
     """Refuse what no student learns from, or on."""
-    settings, stages = config.distill, config.parallel.pipeline_model_parallel_size
+    settings = config.distill
     if settings.teacher is None:
         return
     if not (settings.logit_weight or settings.hidden_weight or settings.label_weight):
         yield (
             "neomoba.distill.logit_weight, hidden_weight and label_weight are all 0, so nothing is learned; set "
             "logit_weight to 1"
-        )
-    if stages > 1:
-        yield (
-            f"neomoba.parallel.pipeline_model_parallel_size {stages} cannot distill: a teacher has other stages than "
-            "its student; set it to 1 and use tensor_model_parallel_size, context_parallel_size and ZeRO"
         )
     if config.finetune.tasks is not None:
         yield "neomoba.distill.teacher teaches no neomoba.finetune.tasks; set one of the two to null"

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
-from neomoba_dist.model.block import State
+from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.cross_entropy import chunk_logits, chunks, local_targets
 from neomoba_dist.model.init import Initializer, shard_of
-from neomoba_dist.model.neobert import IGNORE_INDEX, Head, Inputs, NeoBERT
+from neomoba_dist.model.neobert import IGNORE_INDEX, Head, Inputs, NeoBERT, layer_list
 from neomoba_dist.parallel.comm import all_reduce, sum_gradient
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel
@@ -59,6 +60,55 @@ class Teacher(NeoBERT):
         return hidden_TK.index_select(0, batch.counted), found
 
 
+class TeacherStage(nn.Module):
+    """The part of a frozen model that lies on a pipeline stage: layers beside the student's blocks.
+
+    Block i of the student's n has the teacher's blocks from i N / n to (i + 1) N / n of N beside it, rounded down, so
+    that states are compared where both are at hand. blocks: the student's on this stage, of `of` ones in all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, blocks: Sequence[int], of: int, dtype: torch.dtype, row_length: int
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh, self.dtype, self.of = config, mesh, dtype, of
+        init = Initializer(mesh, 0, config.initializer_range, dtype, deferred=True)
+        layers = layer_list(config, init, row_length=row_length)
+        first = next(place for place, layer in enumerate(layers) if issubclass(layer.cls, Block))
+        numbers = [number for index in blocks for number in self._beside(index)]
+        self.start, self.end = nn.ModuleList(), nn.ModuleList()
+        if mesh["pp"].index == 0:
+            self.start.extend(layer.cls(**layer.kwargs) for layer in layers[:first])
+        kept = {str(number): layers[first + number] for number in numbers}
+        self.blocks = nn.ModuleDict({name: layer.cls(**layer.kwargs) for name, layer in kept.items()})
+        if mesh["pp"].index == mesh["pp"].size - 1:
+            self.end.extend(layer.cls(**layer.kwargs) for layer in layers[-2:])
+
+    def _beside(self, index: int) -> range:
+        return range(*(place * self.config.num_hidden_layers // self.of for place in (index, index + 1)))
+
+    def arrive(self, inputs: tuple[torch.Tensor, ...]) -> State:
+        """The state on this stage. inputs: ids on the first one, hidden states elsewhere; positions, borders."""
+        arrived, position_ids, cu_seqlens = inputs
+        packed = PackedTokens.of(position_ids, cu_seqlens, self.config, self.mesh, self.dtype, None)
+        if not self.start:
+            return arrived, torch.zeros((), device=arrived.device), position_ids, cu_seqlens, packed
+        state: Any = (arrived, position_ids, cu_seqlens, packed)
+        for layer in self.start:
+            state = layer(state)
+        return state
+
+    def follow(self, index: int, state: State) -> State:
+        """Past the blocks beside the student's block `index`."""
+        for number in self._beside(index):
+            state = self.blocks[str(number)](state)
+        return state
+
+    def leave(self, state: State) -> torch.Tensor:
+        """What goes on from this stage, [S, K]: hidden states, on the last one after the final norm."""
+        return self.end[0](state)[0] if self.end else state[0]
+
+
 class Projection(nn.Module):
     """The student's width to the teacher's, one matrix [K, H] for all layers."""
 
@@ -87,10 +137,7 @@ class TaughtHead(Head):
         if lesson is None:
             return super().forward(state, labels_T, counted_C)
         assert counted_C is not None
-        hidden_CH = enter_tensor_parallel(state[0], self.mesh).index_select(0, counted_C)
-        labels_C = labels_T.index_select(0, counted_C)
-        losses = taught_cross_entropy(hidden_CH, self.weight, labels_C.clamp(min=0), lesson, self.mesh)
-        return losses.where(labels_C != IGNORE_INDEX, 0).sum(dim=1)
+        return taught_losses(state[0], self.weight, labels_T, counted_C, lesson, self.mesh)
 
 
 class Student(NeoBERT):
@@ -121,21 +168,40 @@ class Student(NeoBERT):
         for number, state in enumerate(self.block_states(batch)):
             last = state
             if lesson.layers_SK:
-                apart.append(self._distance(state[0], lesson.layers_SK[number], batch.position_ids))
+                taught = lesson.layers_SK[number]
+                apart.append(distance(self.projection, state[0], taught, batch.position_ids, self.mesh))
         last = self.final_norm(last)
         hidden = torch.stack(apart).mean() if apart else torch.zeros_like(last[1])
         return (*self.head(last, batch.labels, batch.counted, lesson), hidden), last[1]
 
-    def _distance(self, x_SH: torch.Tensor, taught_SK: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Mean square over the width, summed over the tokens: a scalar, alike on all tp ranks."""
-        exact = torch.promote_types(x_SH.dtype, torch.float32)
-        squares_S = (self.projection(x_SH).to(exact) - taught_SK.to(exact)).square().mean(dim=-1)
-        first = self.mesh["tp"].index * len(squares_S) if self.mesh.sequence_parallel else 0
-        own = squares_S.where(position_ids.narrow(0, first, len(squares_S)) >= 0, 0).sum()
-        if not self.mesh.sequence_parallel:
-            return own
-        others = all_reduce(own, self.mesh, "tp") - own.detach()
-        return own + others  # whose gradient the other ranks have
+
+def distance(
+    projection: nn.Module, x_SH: torch.Tensor, taught_SK: torch.Tensor, position_ids: torch.Tensor, mesh: Mesh
+) -> torch.Tensor:
+    """Mean square over the width of the difference, summed over the tokens: a scalar, alike on all tp ranks."""
+    exact = torch.promote_types(x_SH.dtype, torch.float32)
+    squares_S = (projection(x_SH).to(exact) - taught_SK.to(exact)).square().mean(dim=-1)
+    first = mesh["tp"].index * len(squares_S) if mesh.sequence_parallel else 0
+    own = squares_S.where(position_ids.narrow(0, first, len(squares_S)) >= 0, 0).sum()
+    if not mesh.sequence_parallel:
+        return own
+    others = all_reduce(own, mesh, "tp") - own.detach()
+    return own + others  # whose gradient the other ranks have
+
+
+def taught_losses(
+    hidden_SH: torch.Tensor,
+    weight_vH: nn.Parameter,
+    labels_T: torch.Tensor,
+    counted_C: torch.Tensor,
+    lesson: Lesson,
+    mesh: Mesh,
+) -> torch.Tensor:
+    """Cross entropy and divergence summed over the tokens that count, [2]."""
+    hidden_CH = enter_tensor_parallel(hidden_SH, mesh).index_select(0, counted_C)
+    labels_C = labels_T.index_select(0, counted_C)
+    losses = taught_cross_entropy(hidden_CH, weight_vH, labels_C.clamp(min=0), lesson, mesh)
+    return losses.where(labels_C != IGNORE_INDEX, 0).sum(dim=1)
 
 
 def taught_cross_entropy(

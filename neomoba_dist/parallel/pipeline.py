@@ -21,20 +21,30 @@ from neomoba_dist.parallel.mesh import Mesh
 PIPELINE_SETTINGS = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
 
 
-class PipelineStage(PipelineModule):
-    """A stage whose layers also share what follows from the inputs: every stage makes its own, as messages are tensors.
+Run = Callable[[Sequence[Callable[[Any], Any]], tuple[Any, ...], torch.dtype], tuple[Any, ...]]
 
-    share: the inputs of a stage and the dtype of its weights -> what its layers get behind them; the first four outputs
-    go on.
+
+class PipelineStage(PipelineModule):
+    """A stage of which the caller says how its layers run.
+
+    run: the stage's layers, its inputs and the dtype of its weights -> its outputs, of which two have a gradient, the
+    first ones. everywhere: a module that every stage has a copy of; its weights are trained as one.
     """
 
-    def __init__(self, *args: Any, share: Callable[[tuple[Any, ...], torch.dtype], Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mesh: Mesh, run: Run, everywhere: nn.Module | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.share = share
+        self.mesh, self.run = mesh, run
+        self.everywhere = everywhere or nn.Identity()
+        for weight in self.everywhere.parameters():
+            weight.ds_pipe_replicated = mesh["pp"].index > 0  # type: ignore[attr-defined]  # DeepSpeed's mark
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        shared = self.share(inputs, next(self.parameters()).dtype)
-        return super().forward((*inputs, shared))[:4]
+        outputs = self.run(self.forward_funcs, inputs, next(self.parameters()).dtype)
+        if not torch.is_grad_enabled() or self.mesh["pp"].index == self.mesh["pp"].size - 1:
+            return outputs
+        first, second, *others = outputs
+        sent = first.detach().requires_grad_()
+        return sent, _Together.apply(second, first, sent), *others
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """Of each tied weight something with its gradient as `grad`, None if it has none; and the stages' group.
@@ -42,10 +52,30 @@ class PipelineStage(PipelineModule):
         In half precision ZeRO-1 moves each micro-batch's gradient to a float32 sum, and leaves none in the weight
         itself, which is where the pipeline engine looks.
         """
+        tied = super().get_tied_weights_and_groups()
+        tied += [(weight, self.mesh["pp"].group) for weight in self.everywhere.parameters()]
         return [
             (SimpleNamespace(grad=weight.grad if weight.grad_accum is None else weight.grad_accum), group)
-            for weight, group in super().get_tied_weights_and_groups()
+            for weight, group in tied
         ]
+
+
+class _Together(torch.autograd.Function):
+    """One backward pass for two outputs of a stage.
+
+    DeepSpeed runs one for each, so that a stage whose second output depends on its layers too (balance losses) would go
+    through them twice. Here the first pass ends in the leaf `sent`, and the second one takes its gradient along.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, second: torch.Tensor, first: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+        ctx.sent = sent
+        return second.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad, ctx.sent.grad = ctx.sent.grad, None
+        return grads[0], grad, None
 
 
 class LayerLike(Protocol):
@@ -66,10 +96,11 @@ def build_pipeline(
     mesh: Mesh,
     loss_fn: Callable[[Any, Any], Any],
     balance: str,
-    share: Callable[[tuple[Any, ...], torch.dtype], Any],
+    run: Run,
+    everywhere: nn.Module | None = None,
 ) -> PipelineModule:
     """This rank's stage of `layers`. balance: class name of the layers of which every stage gets an equal number.
-    share: see `PipelineStage`.
+    run, everywhere: see `PipelineStage`.
 
     Rank order is the mesh's: pipe is the slowest axis, tp the fastest, dp x cp between them.
     """
@@ -84,5 +115,11 @@ def build_pipeline(
     )
     with redirect_stdout(StringIO()):  # it prints its whole plan; our rank map says the same
         return PipelineStage(
-            specs, topology=topology, loss_fn=loss_fn, partition_method=f"type:{balance}$", share=share
+            specs,
+            topology=topology,
+            loss_fn=loss_fn,
+            partition_method=f"type:{balance}$",
+            mesh=mesh,
+            run=run,
+            everywhere=everywhere,
         )

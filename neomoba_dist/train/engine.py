@@ -460,7 +460,22 @@ class PipelineParallelEngine(Engine):
             recompute_every=phase.recompute_every,
             row_length=phase.sequence_length,
         )
-        return build_pipeline(layers, self.mesh, self._loss, balance="Block", share=self._packed)
+        return build_pipeline(
+            layers, self.mesh, self._loss, balance="Block", run=self._run_stage, everywhere=self._build_everywhere()
+        )
+
+    def _build_everywhere(self) -> nn.Module | None:
+        """What every stage has a copy of, if anything."""
+        return None
+
+    def _run_stage(
+        self, layers: Sequence[Callable[[Any], Any]], inputs: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, ...]:
+        """The layers of this stage; what they share every stage makes for itself, as messages are tensors."""
+        state: tuple[Any, ...] = (*inputs, self._packed(inputs, dtype))
+        for layer in layers:
+            state = layer(state)
+        return state[:4]
 
     def _packed(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedTokens:
         """What the blocks of a stage share; the last two inputs are the positions and borders."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 from launch.pretrain import MISTAKE
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.config import parse_config
+from neomoba_dist.data.check import open_corpus
+from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.checkpoint.test_resume import folder_state
+from tests.corpora import make_tokenizer
 from tests.programs import run_program
 from tests.ranks import run_ranks
 from tests.runs import metrics, run_config, train_here
@@ -89,7 +93,6 @@ def _validated(line: dict, run: Path) -> dict:
         (["--set", "neomoba.model.vocab_size=1300"], "its vocab_size is 1200, and neomoba.model.vocab_size is 1300"),
         (["--set", "neomoba.model.objective=clm"], "its objective is mlm"),
         (["--set", "neomoba.model.num_hidden_layers=4"], "set neomoba.model.num_hidden_layers to one of [1, 2, 3, 6]"),
-        (["--set", "neomoba.parallel.pipeline_model_parallel_size=2"], "cannot distill"),
         (["--set", "neomoba.distill.temperature=0"], "neomoba.distill.temperature"),
         (
             [
@@ -117,6 +120,17 @@ def test_a_layout_that_does_not_divide_the_teacher_is_refused(config_file: Path,
     )
     assert found.returncode == MISTAKE
     assert found.stderr.startswith(f"error: --teacher {teacher}: neomoba.model.num_attention_heads 4 is not a multiple")
+
+
+def test_a_teacher_of_other_tokens_is_refused(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    """As many of them, and one line names both tokenizers. The teacher's own corpus is the student's in other tests."""
+    other = load_tokenizer(make_tokenizer(shutil.copytree(teacher, tmp_path / "other"), "wordpiece"))
+    found = distill("--ds_config", config_file, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "other")
+    assert found.returncode == MISTAKE
+    assert len(found.stderr.splitlines()) == 1
+    ours = open_corpus(parse_config(json.loads(config_file.read_text())).data.train).index.tokenizer.sha256
+    assert f"its tokenizer (sha256 {other.sha256[:12]}) is not that of" in found.stderr
+    assert f"(sha256 {ours[:12]}); tokenize the text with the teacher's" in found.stderr
 
 
 def test_pretraining_refuses_a_configuration_of_distillation(config_file: Path) -> None:

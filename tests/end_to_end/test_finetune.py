@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,18 +59,25 @@ def test_learns_resumes_and_writes_a_submission(pretrained: Path, tmp_path: Path
     assert found[best] == max(value for value in found.values() if value is not None)
     assert min(step for step, value in found.items() if value == found[best]) == best
 
-    part = finetune(pretrained, *words, "--output_dir", tmp_path / "part", "--max_steps", 4)
+    original = shutil.copytree(pretrained, tmp_path / "original")
+    part = finetune(original, *words, "--output_dir", tmp_path / "part", "--max_steps", 4)
     assert part.returncode == 0, part.stderr
     resumed = tmp_path / "part" / "sst2" / "seed_1234"
     assert not (resumed / "result.json").exists()
-    assert finetune(pretrained, *words, "--output_dir", tmp_path / "part").returncode == 0
+    shutil.rmtree(original)  # what goes on needs it no more
+    rest = finetune(original, *words, "--output_dir", tmp_path / "part")
+    assert rest.returncode == 0, rest.stderr
     assert metrics(resumed) == metrics(run)
     again = json.loads((resumed / "result.json").read_text())
-    assert again == result
+    assert again | {"init_from": result["init_from"]} == result
     assert (resumed / "test.tsv").read_text() == (run / "test.tsv").read_text()
-    done = finetune(pretrained, *words, "--output_dir", tmp_path / "part")
+    done = finetune(original, *words, "--output_dir", tmp_path / "part")
     assert done.returncode == 0
     assert "steps" not in done.stdout
+    fresh = finetune(original, *words, "--output_dir", tmp_path / "part", "--resume", "none")
+    assert fresh.returncode == MISTAKE
+    assert fresh.stderr.startswith(f"error: {original}: no checkpoint here; ")
+    assert len(fresh.stderr.splitlines()) == 1
 
 
 @pytest.mark.full

@@ -23,7 +23,7 @@ from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.distill import DistillEngine
+from neomoba_dist.train.distill import DistillEngine, FlatDistillEngine, build_distill_engine
 from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces, state_pieces
 from tests.evals.runs import write_run
@@ -50,6 +50,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
         4,
         {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
         2,
+    ),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, 1),
+    "pp3": (3, {"pipeline_model_parallel_size": 3}, 1),
+    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}, 1),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+    "cp2_pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+    "tp2_sp_pp2_dp2": (
+        8,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        1,
     ),
 }
 
@@ -191,7 +201,9 @@ def references(teachers: dict[str, Path]) -> dict[str, Run]:
 def train_rank(config: Config) -> tuple[list[float], list[float], Pieces, Pieces, list[dict[str, float]], float, float]:
     mesh = build_mesh(config)
     assert config.distill.teacher is not None
-    engine = DistillEngine(config, config.plan(mesh["world"].size), mesh, CheckpointReader(config.distill.teacher))
+    engine = build_distill_engine(
+        config, config.plan(mesh["world"].size), mesh, CheckpointReader(config.distill.teacher)
+    )
     engine.set_full_attention(False)
     gc.collect()  # DeepSpeed takes its hooks away with an engine that nobody holds
     dp, losses, norms, parts, first_moment = mesh["dp"], [], [], [], []
@@ -213,10 +225,11 @@ def train_rank(config: Config) -> tuple[list[float], list[float], Pieces, Pieces
 def teacher_bytes(engine: DistillEngine) -> list[bytes]:
     """All that this rank holds of the teacher."""
     held = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.teacher.parameters()]
-    return [tensor.detach().numpy().tobytes() for tensor in (*held, engine._output)]
+    output = [engine._output] if isinstance(engine, FlatDistillEngine) else []
+    return [tensor.detach().numpy().tobytes() for tensor in (*held, *output)]
 
 
-QUICK = {("dp2_zero3", "clm"), ("tp2_sp_dp2_zero2", "mlm"), ("cp2_zero2", "clm")}
+QUICK = {("dp2_zero3", "clm"), ("tp2_sp_dp2_zero2", "mlm"), ("cp2_zero2", "clm"), ("tp2_pp2", "mlm"), ("pp2", "clm")}
 
 
 @pytest.mark.parametrize(
@@ -245,9 +258,13 @@ def test_three_steps(layout: str, objective: str, teachers: dict[str, Path], ref
     assert_same(assemble([r[2] for r in results]), moments, rtol=2e-5)
     assert_same(assemble([r[3] for r in results]), weights, rtol=2e-4)
     assert len({r[5] for r in results}) == 1, "validation is the same everywhere"
+    teacher = NeoBERT(teacher_config(objective).model, Mesh.single())
+    whole = sum(parameter.numel() for parameter in teacher.parameters())
     if stage == 3:
-        whole = sum(p.numel() for p in NeoBERT(teacher_config(objective).model, Mesh.single()).parameters())
         assert results[0][6] <= 0.51 * whole, "each rank holds its part of the teacher"
+    if layout in ("pp2", "pp3"):
+        tied = teacher.embedding.weight.numel() if teacher.config.tie_word_embeddings else 0
+        assert sum(r[6] for r in results) == whole + tied, "each stage holds its part, both ends a tied matrix"
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "router_scoring": "sigmoid"}
@@ -256,8 +273,13 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "router_scoring": "sig
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "stage"),
-    [({}, 3), ({"expert_model_parallel_size": 2}, 2), ({"tensor_model_parallel_size": 2}, 2)],
-    ids=["dp2_zero3", "ep2", "tp2"],
+    [
+        ({}, 3),
+        ({"expert_model_parallel_size": 2}, 2),
+        ({"tensor_model_parallel_size": 2}, 2),
+        ({"pipeline_model_parallel_size": 2}, 1),
+    ],
+    ids=["dp2_zero3", "ep2", "tp2", "pp2"],
 )
 def test_mixtures_of_experts(layout: dict[str, Any], stage: int, tmp_path: Path) -> None:
     """Both are some: as in one process."""
@@ -269,8 +291,22 @@ def test_mixtures_of_experts(layout: dict[str, Any], stage: int, tmp_path: Path)
         tree["neomoba"]["parallel"] |= layout
         return parse_config(tree)
 
-    (one,) = run_ranks(1, train_rank, config({}, 1))
-    for found in run_ranks(2, train_rank, config(layout, stage)):
+    compare_with_one(config({}, 1), config(layout, stage))
+
+
+def test_a_teacher_whose_layers_are_no_multiple(tmp_path: Path) -> None:
+    """Of logits alone, in a pipeline: each of the student's blocks has 2, 1 and 2 of the teacher's 5 beside it."""
+    tree = teacher_config("mlm").to_dict()
+    tree["neomoba"]["model"] |= {"num_hidden_layers": 5}
+    folder = write_run(tmp_path / "teacher", parse_config(tree))
+    layouts: tuple[dict[str, Any], ...] = ({}, {"pipeline_model_parallel_size": 2})
+    compare_with_one(*(student_config("mlm", layout, 1, folder, hidden_weight=0.0) for layout in layouts))
+
+
+def compare_with_one(alone: Config, both: Config) -> None:
+    """Losses, their parts, gradient norms on two ranks are those of one."""
+    (one,) = run_ranks(1, train_rank, alone)
+    for found in run_ranks(2, train_rank, both):
         for i in (0, 1):
             assert found[i][:2] == pytest.approx(one[i][:2], rel=1e-5)
             assert found[i] == pytest.approx(one[i], rel=2e-4)
