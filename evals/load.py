@@ -22,6 +22,7 @@ from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.data.tokenizer import Tokenizer, load_tokenizer
 from neomoba_dist.generate.stage import Stage
+from neomoba_dist.model.int8 import quantize_projections
 from neomoba_dist.parallel.launcher import joined_world_size
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -157,12 +158,22 @@ def load_subject(
     )
 
 
-def load_stage(reader: CheckpointReader, config: Config, mesh: Mesh, text_head: HeadConfig | None = None) -> Stage:
-    """This rank's layers of a checkpoint on its device, in eval mode; `config` is that of the layout."""
+def load_stage(
+    reader: CheckpointReader, config: Config, mesh: Mesh, text_head: HeadConfig | None = None, *, int8: bool = False
+) -> Stage:
+    """This rank's layers of a checkpoint on its device, in eval mode; `config` is that of the layout.
+
+    int8: their projections in int8 (model/int8.py). Raises EvalError where that does not run.
+    """
+    if int8 and (mesh["world"].size > 1 or mesh.device.type != "cpu"):
+        raise EvalError("--int8 runs in one process on a CPU; start one, or leave --int8 out")
     dtype = torch.float32 if mesh.device.type == "cpu" else getattr(torch, config.dtype_name)
     stage = Stage.build(config.model, mesh, dtype=dtype, text_head=text_head)
     load_weights(reader, stage)
-    return stage.to(mesh.device).eval()
+    stage = stage.to(mesh.device).eval()
+    if int8:
+        quantize_projections(stage)
+    return stage
 
 
 def build_mesh(config: Config, device: str) -> Mesh:

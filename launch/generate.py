@@ -3,6 +3,7 @@
     python launch/generate.py --checkpoint runs/mine --prompt "import os"
     python launch/generate.py --checkpoint runs/phase4_sft --chat --prompt "What is a list?"
     python launch/generate.py --checkpoint runs/mine --prompt-file prompts.jsonl --output out.jsonl --temperature 0.8
+    python launch/generate.py --checkpoint runs/student_pruned --int8 --prompt "import os"
     torchrun --nproc-per-node 4 launch/generate.py --checkpoint runs/mine --tp 2 --cp 2 --prompt-file prompts.txt
 
 By default the likeliest token is taken; --temperature draws. The text appears as it is made. On one process, or on
@@ -56,6 +57,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="attention of the MoBA layers: full, as MoBA's authors generate (default), or moba",
     )  # fmt: skip
     add("tokenizer", metavar="DIR", help="default: the one that the model was trained with")
+    add("int8", action="store_true", help="projections in int8, in one process on a CPU")
     for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
         add(axis, type=int, default=1, metavar="N", help=f"{what}-parallel ranks")
     return parser.parse_args(arguments)
@@ -153,9 +155,9 @@ def run(arguments: argparse.Namespace) -> None:
     prompts, end = encode_prompts(records, tokenizer, template)
     check_length(config.model, max(map(len, prompts)), arguments.max_new_tokens)
     join_world()
-    mesh = build_mesh(config, "auto")
+    mesh = build_mesh(config, "cpu" if arguments.int8 else "auto")
     require_whole_weights(reader, mesh)
-    stage = load_stage(reader, config, mesh)
+    stage = load_stage(reader, config, mesh, int8=arguments.int8)
     speaks = mesh.rank == 0
     live = speaks and not arguments.output and len(records) == 1
     shown = Shown(tokenizer, records, arguments.stop, live=live, chat=arguments.chat)

@@ -10,15 +10,19 @@ import torch
 from torch import nn
 
 from neomoba_dist.model.attention.layer import Attention
-from neomoba_dist.model.mlp import SwiGLU
+from neomoba_dist.model.mlp import GatedMLP, PlainMLP
 
-PROJECTIONS = {Attention: ("qkv_proj", "o_proj"), SwiGLU: ("gate_up_proj", "down_proj")}
+PROJECTIONS: tuple[tuple[type[nn.Module], tuple[str, str]], ...] = (
+    (Attention, ("qkv_proj", "o_proj")),
+    (GatedMLP, ("gate_up_proj", "down_proj")),
+    (PlainMLP, ("up_proj", "down_proj")),
+)
 
 
 def quantize_projections(model: nn.Module) -> None:
     """In place; a model in eval mode, which is not trained or saved any more."""
     for module in model.modules():
-        for name in PROJECTIONS.get(type(module), ()):
+        for name in (name for kind, names in PROJECTIONS if isinstance(module, kind) for name in names):
             setattr(module, name, int8_weight(getattr(module, name)))
 
 

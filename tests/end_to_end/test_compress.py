@@ -13,9 +13,11 @@ from launch.pretrain import MISTAKE
 from neomoba_dist.checkpoint.convert import read_whole
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.checkpoint.prune import prune
+from neomoba_dist.checkpoint.tokenizer import tokenizer_of
 from neomoba_dist.model.int8 import num_bytes, quantize_projections
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from tests.decoding import greedy_by_recomputing
 from tests.evals.runs import EXPERTS, make_config, write_run
 from tests.models import tiny_batch, tiny_model
 from tests.programs import run_program
@@ -89,6 +91,39 @@ def test_int8_is_near_float(objective: str) -> None:
     assert whole == block.mlp.down_proj.numel() * 4
     assert num_bytes(quantised.mlp.down_proj) < 0.35 * whole
     assert type(models[1].head.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
+def test_all_feed_forward_layers_are_quantised(activation: str) -> None:
+    model = NeoBERT(tiny_model(mlp_activation=activation), Mesh.single()).eval()
+    before = {name: num_bytes(weight) for name, weight in model.named_parameters()}
+    quantize_projections(model)
+    smaller = {name for name, weight in model.named_parameters() if num_bytes(weight) < before[name]}
+    assert smaller == {name for name in before if name.endswith("_proj")}
+
+
+def test_a_compressed_decoder_writes_text_in_int8(tmp_path: Path) -> None:
+    """Pruned by this command, then continued by launch/generate.py as the quantised model would."""
+    folder = write_run(tmp_path / "run", make_config(shared_corpus(), objective="clm"))
+    small = tmp_path / "small"
+    found = compress("--checkpoint", folder, "--rows", 2, "--repeats", 1, "--prune", 0.3, "--int8", "--output", small)
+    assert found.returncode == 0, found.stderr
+    prompt = "def main(argument"
+    written = run_program(
+        *("launch/generate.py", "--checkpoint", small, "--prompt", prompt, "--max_new_tokens", 4, "--int8"),
+        *("--output", tmp_path / "out.jsonl"),
+    )
+    assert written.returncode == 0, written.stderr
+    tokenizer = tokenizer_of(CheckpointReader(small))
+    assert tokenizer is not None
+    model, _ = load_model(small)
+    quantize_projections(model)
+    ids = tokenizer.wrap_document(tokenizer.encode(prompt))[:-1]
+    with torch.inference_mode():
+        expected = greedy_by_recomputing(model, ids, 4, "full")
+    together = tokenizer.decode([*tokenizer.encode(prompt), *expected])
+    text = together.removeprefix(tokenizer.decode(tokenizer.encode(prompt)))
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == text
 
 
 @pytest.mark.parametrize(
