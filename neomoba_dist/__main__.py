@@ -55,7 +55,8 @@ def main() -> None:
     if completion.asked():
         completion.answer(names_after)
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help") or words == ["data"]:
+    asked = words[1:] if words[:1] == ["data"] else words
+    if not asked or asked[0] in ("-h", "--help"):
         print(usage())
         return
     name, rest = words[0], words[1:]

@@ -22,7 +22,7 @@ def test_every_program_has_a_name() -> None:
     assert all(importlib.util.find_spec(module) for module, _ in COMMANDS.values())
 
 
-@pytest.mark.parametrize("words", [(), ("--help",), ("data",)])
+@pytest.mark.parametrize("words", [(), ("--help",), ("data",), ("data", "--help")])
 def test_it_lists_them(words: tuple[str, ...]) -> None:
     result = run_program("-m", "neomoba_dist", *words)
     assert (result.returncode, result.stdout) == (0, usage() + "\n")
