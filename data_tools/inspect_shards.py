@@ -17,7 +17,9 @@ from data_tools.cli import command_parser, positive_int, run
 from neomoba_dist.data.errors import DataError
 
 if TYPE_CHECKING:
-    from neomoba_dist.data.batch import Batch
+    from torch import Tensor
+
+    from neomoba_dist.data.batch import Batch, EncoderTokens
     from neomoba_dist.data.corpus import Corpus
     from neomoba_dist.data.tokenizer import Tokenizer
 
@@ -56,19 +58,31 @@ def counted_lines(corpus: Corpus) -> list[str]:
 
 
 def row_lines(batch: Batch, tokenizer: Tokenizer, objective: str, max_characters: int, block_size: int) -> list[str]:
-    """One row: a line for each document, and below it one for each of its blocks where it has several."""
-    used = batch.cu_seqlens[: int((batch.cu_seqlens < batch.length).sum()) + 1].tolist()
+    """One row: a line for each document, and below it one for each of its blocks where it has several. Of a pair what
+    the encoder reads, then what the decoder does."""
     lines = [f"row {int(batch.row_ids[0])}: {batch.local_valid()} of {batch.length} tokens have a label"]
-    padding = tokenizer.special.padding
-    for start, stop in itertools.pairwise(used):
-        if set(batch.input_ids[start:stop].tolist()) == {padding}:
+    labels = batch.labels if objective == "mlm" else None
+    if batch.encoder is None:
+        return lines + document_lines(batch, labels, tokenizer, max_characters, block_size)
+    for name, side in (("encoder", batch.encoder), ("decoder", batch)):
+        lines += [f" {name}", *document_lines(side, None, tokenizer, max_characters, block_size)]
+    return lines
+
+
+def document_lines(
+    side: Batch | EncoderTokens, labels: Tensor | None, tokenizer: Tokenizer, max_characters: int, block_size: int
+) -> list[str]:
+    """Of the documents of one row. labels: of its tokens, to be marked."""
+    lines, padding = [], tokenizer.special.padding
+    for start, stop in ((a, b) for a, b in itertools.pairwise(side.cu_seqlens.tolist()) if a < b):
+        if set(side.input_ids[start:stop].tolist()) == {padding}:
             lines.append(f"  [{start}, {stop}) padding")
             continue
         texts = []
         for first in range(start, stop, block_size):
             span = slice(first, min(first + block_size, stop))
-            ids, labels = batch.input_ids[span].tolist(), batch.labels[span].tolist()
-            text = marked_text(ids, labels, tokenizer) if objective == "mlm" else tokenizer.decode(ids)
+            ids = side.input_ids[span].tolist()
+            text = tokenizer.decode(ids) if labels is None else marked_text(ids, labels[span].tolist(), tokenizer)
             texts.append(repr(text if len(text) <= max_characters else text[:max_characters] + " ..."))
         lines.append(f"  [{start}, {stop}) document of {stop - start} tokens" + f": {texts[0]}" * (len(texts) == 1))
         if len(texts) > 1:
@@ -120,7 +134,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rows_of_step", type=positive_int, metavar="N", help="of the run: what step N consists of")
     parser.add_argument("--rows", type=positive_int, default=2, help="rows to show (default: 2)")
     parser.add_argument("--sequence_length", type=positive_int, default=1024, help="tokens in a row (default: 1024)")
-    parser.add_argument("--objective", choices=("mlm", "clm"), default="mlm", help="labels to show (default: mlm)")
+    parser.add_argument(
+        "--objective", choices=("mlm", "clm", "span_corruption"), default="mlm", help="labels to show (default: mlm)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="order and masks (default: 1234)")
     parser.add_argument("--max_characters", type=positive_int, default=400, help="of each block (default: 400)")
     parser.add_argument("--block_size", type=positive_int, default=512, help="MoBA's, in tokens (default: 512)")

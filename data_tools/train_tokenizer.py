@@ -6,7 +6,8 @@
   bpe        SentencePiece BPE, kept likewise
   byte_bpe   byte-level BPE (GPT-2's kind), exact on every text
 
-All have [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4. Writes OUTPUT/tokenizer.json or OUTPUT/tokenizer.model and, last,
+All have [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4, and from 5 on <extra_id_0>, <extra_id_1>, ... as --sentinels
+says, which span corruption needs (docs/parts.md). Writes OUTPUT/tokenizer.json or OUTPUT/tokenizer.model and, last,
 OUTPUT/manifest.json with its sha256. The same text and settings give the same bytes.
 """
 
@@ -38,7 +39,7 @@ _SENTENCE_CHARACTERS = 1000
 _LINE_ENDS = ["\n" * n for n in range(1, 9)]
 
 
-def train_wordpiece(texts: list[str], vocab_size: int) -> bytes:
+def train_wordpiece(texts: list[str], vocab_size: int, sentinels: Sequence[str] = ()) -> bytes:
     """BERT's WordPiece as a tokenizer.json.
 
     The library walks hash maps with random seeds (huggingface/tokenizers #1794): over characters, of which the rarest
@@ -48,18 +49,19 @@ def train_wordpiece(texts: list[str], vocab_size: int) -> bytes:
     from tokenizers import BertWordPieceTokenizer, decoders
 
     bert = BertWordPieceTokenizer(lowercase=True)
+    special = [*SPECIAL_TOKENS, *sentinels]
     alphabet, inner = _characters(map(bert.normalize, texts))
     bert.train_from_iterator(
         texts,
         vocab_size=vocab_size,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in inner)],
+        special_tokens=[*special, *(f"##{character}" for character in inner)],
         show_progress=True,
     )
     bert.decoder = decoders.WordPiece(cleanup=False)
     trained = json.loads(bert.to_str())
-    trained["added_tokens"] = trained["added_tokens"][: len(SPECIAL_TOKENS)]  # "##a" in a text is no token
+    trained["added_tokens"] = trained["added_tokens"][: len(special)]  # "##a" in a text is no token
     return json.dumps(trained, ensure_ascii=False).encode("utf-8")
 
 
@@ -81,7 +83,7 @@ def _ends_word(character: str) -> bool:
     return character.isspace() or symbol or unicodedata.category(character).startswith("P")
 
 
-def train_byte_bpe(texts: list[str], vocab_size: int) -> bytes:
+def train_byte_bpe(texts: list[str], vocab_size: int, sentinels: Sequence[str] = ()) -> bytes:
     """Byte-level BPE as a tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -90,7 +92,7 @@ def train_byte_bpe(texts: list[str], vocab_size: int) -> bytes:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *sentinels],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
@@ -111,7 +113,7 @@ def _sentences(texts: list[str]) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _train_sentencepiece(texts: list[str], vocab_size: int, model_type: str) -> bytes:
+def _train_sentencepiece(texts: list[str], vocab_size: int, sentinels: Sequence[str], model_type: str) -> bytes:
     import io
 
     import sentencepiece
@@ -125,7 +127,7 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, model_type: str) -> 
             model_type=model_type,
             vocab_size=vocab_size,
             pad_id=0, unk_id=1, bos_id=2, eos_id=3,
-            pad_piece=pad, unk_piece=unk, bos_piece=cls, eos_piece=sep, control_symbols=[mask],
+            pad_piece=pad, unk_piece=unk, bos_piece=cls, eos_piece=sep, control_symbols=[mask, *sentinels],
             user_defined_symbols=_LINE_ENDS,
             # the library's defaults lose newlines and double spaces and put a space before the text
             normalization_rule_name="identity",
@@ -145,17 +147,17 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, model_type: str) -> 
     return model.getvalue()
 
 
-def train_unigram(texts: list[str], vocab_size: int) -> bytes:
+def train_unigram(texts: list[str], vocab_size: int, sentinels: Sequence[str] = ()) -> bytes:
     """SentencePiece unigram as a tokenizer.model."""
-    return _train_sentencepiece(texts, vocab_size, "unigram")
+    return _train_sentencepiece(texts, vocab_size, sentinels, "unigram")
 
 
-def train_bpe(texts: list[str], vocab_size: int) -> bytes:
+def train_bpe(texts: list[str], vocab_size: int, sentinels: Sequence[str] = ()) -> bytes:
     """SentencePiece BPE as a tokenizer.model."""
-    return _train_sentencepiece(texts, vocab_size, "bpe")
+    return _train_sentencepiece(texts, vocab_size, sentinels, "bpe")
 
 
-KINDS: dict[str, Callable[[list[str], int], bytes]] = {
+KINDS: dict[str, Callable[..., bytes]] = {  # (texts, vocab_size, sentinels) -> the file
     "wordpiece": train_wordpiece,
     "unigram": train_unigram,
     "bpe": train_bpe,
@@ -208,6 +210,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--kind", choices=KINDS, default="wordpiece", help="default: wordpiece")
     parser.add_argument("--vocab_size", type=positive_int, default=30_522, help="default: 30522")
+    parser.add_argument("--sentinels", type=positive_int, default=0, help="for span corruption, default: 0")
     parser.add_argument("--max_mb", type=positive_float, default=500.0, help="train on this much text, default: 500")
     add_strict(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in OUTPUT")
@@ -215,14 +218,18 @@ def main(argv: Sequence[str]) -> None:
     check_output(args.output)
 
     from neomoba_dist.data.index import write_atomically
+    from neomoba_dist.data.span_corruption import SENTINEL_NAMES
 
     texts, text_sha256 = read_texts(args.input, args.max_mb * 1e6, args.strict)
     wanted = {"kind": args.kind, "vocab_size": args.vocab_size, "text_sha256": text_sha256}
+    if args.sentinels:
+        wanted["sentinels"] = args.sentinels
     tokenizer = finished_tokenizer(args.output, wanted, args.overwrite)
     if tokenizer is None:
         pace = ", about 5 CPU seconds a million" if args.kind == "unigram" else ""
         print(f"training {args.kind} on {sum(map(len, texts)) / 1e6:.1f} M characters{pace} ...", flush=True)
-        payload = KINDS[args.kind](texts, args.vocab_size)
+        sentinels = [SENTINEL_NAMES[0].format(number) for number in range(args.sentinels)]
+        payload = KINDS[args.kind](texts, args.vocab_size, sentinels)
         args.output.mkdir(parents=True, exist_ok=True)
         for stale in ("manifest.json", "tokenizer.json", "tokenizer.model"):
             (args.output / stale).unlink(missing_ok=True)

@@ -238,7 +238,8 @@ def active_parameters(config: Config) -> int:
     model = config.model
     assert model.head_dim is not None  # resolved by ModelConfig
     attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
-    return model.num_hidden_layers * attention + feed_forward_weights(model)
+    layers = model.num_layers + model.num_decoder_layers  # cross attention has as many weights
+    return layers * attention + feed_forward_weights(model)
 
 
 def table(found: dict[str, list[dict[str, float]]], metrics: Sequence[Grid.Metric]) -> list[list[str]]:

@@ -62,6 +62,8 @@ def validation_rows(reader: "CheckpointReader", data: str | None, rows: int) -> 
     from neomoba_dist.data.validation import validation_batches
 
     config = reader.config
+    if config.model.num_decoder_layers:
+        raise ConfigError(f"{reader.folder}: of an encoder-decoder, which is not compressed; give another run")
     location = data or config.data.validation
     if location is None:
         raise ConfigError(f"{reader.folder}: its run had no validation corpus; name one with --data")

@@ -13,6 +13,7 @@ from data_tools.sources import input_files
 from data_tools.train_tokenizer import KINDS
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.data.span_corruption import SENTINEL_NAMES
 from neomoba_dist.data.tokenizer import load_tokenizer
 
 # Larger texts beside the clone, where there are any; no test needs them. `.ci/run` points this at nothing.
@@ -37,18 +38,19 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path, kind: str, vocab_size: int = 1200) -> Path:
+def make_tokenizer(folder: Path, kind: str, vocab_size: int = 1200, sentinels: int = 0) -> Path:
     """Trains a tokenizer on the modules."""
-    payload = KINDS[kind](list(standard_library_texts().values()), vocab_size)
+    names = [SENTINEL_NAMES[0].format(number) for number in range(sentinels)]
+    payload = KINDS[kind](list(standard_library_texts().values()), vocab_size, names)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ("tokenizer.json" if payload.startswith(b"{") else "tokenizer.model")).write_bytes(payload)
     return folder
 
 
-def make_corpus(folder: Path, kind: str = "byte_bpe", shard_bytes: int = 200_000) -> Corpus:
+def make_corpus(folder: Path, kind: str = "byte_bpe", shard_bytes: int = 200_000, sentinels: int = 0) -> Corpus:
     """A corpus of several shards with many short and some long documents."""
     texts = write_texts(folder / "text")
-    tokenizer = load_tokenizer(make_tokenizer(folder / "tokenizer", kind))
+    tokenizer = load_tokenizer(make_tokenizer(folder / "tokenizer", kind, sentinels=sentinels))
     command.tokenize_corpus(input_files([texts]), tokenizer, folder / "shards", 1, shard_bytes)
     return open_corpus(folder / "shards")
 

@@ -10,9 +10,9 @@ from neomoba_dist.checkpoint.layout import boxes_of_part
 from neomoba_dist.config import ModelConfig, ParallelConfig
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.init import ShardedTensorSpec, views_of
 from neomoba_dist.model.moe.layer import saved_buffers
-from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
@@ -69,7 +69,7 @@ def single_process(
     config: ModelConfig, batches: list[Batch], full: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the yardstick in float64: sum over the valid tokens of all batches / their number."""
-    model = NeoBERT(config, Mesh.single(), dtype=torch.float64, seed=5)
+    model = MODELS[config.objective](config, Mesh.single(), dtype=torch.float64, seed=5)
     set_full_attention(model, full)
     num_valid = sum(batch.local_valid() for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
@@ -85,7 +85,7 @@ def parallel_rank(
 ) -> tuple[float, Pieces]:
     """The same in one rank of a tensor- and context-parallel world: the sums over its context-parallel ranks."""
     mesh = Mesh.build(parallel, num_key_value_heads=config.num_key_value_heads)
-    model = NeoBERT(config, mesh, dtype=torch.float64, seed=5, recompute=recompute)
+    model = MODELS[config.objective](config, mesh, dtype=torch.float64, seed=5, recompute=recompute)
     set_full_attention(model, full)
     num_valid = sum(batch.local_valid() for batch in batches)
     total = torch.zeros((), dtype=torch.float64)

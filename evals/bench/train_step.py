@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace, world: int) -> tuple[Config, BatchPlan]:
-    """The phase with updates of --micro-batches on `world` ranks; on one without its layout. Raises ConfigError."""
+    """The phase with updates of --micro-batches on `world` ranks; on one without its layout. Raises ConfigError,
+    EvalError."""
     from neomoba_dist.config import load_config
 
     changes = list(args.set)
@@ -61,6 +62,8 @@ def read_config(args: argparse.Namespace, world: int) -> tuple[Config, BatchPlan
 
         changes += [f"neomoba.model.{key}" for key in QWEN3]
     config = load_config(args.ds_config, changes)
+    if config.model.num_decoder_layers:
+        raise EvalError(f"--ds-config {args.ds_config}: an encoder-decoder, which is not timed here; give another one")
     tokens = args.micro_batches * config.micro_batch_size * config.phase.sequence_length
     if world == 1:
         axes = ("tensor_model", "pipeline_model", "context")

@@ -290,6 +290,8 @@ def _own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_config(model: ModelConfig) -> dict[str, Any]:
+    if model.num_decoder_layers:
+        raise CheckpointError("neomoba has no counterpart of an encoder-decoder (neomoba.model.num_decoder_layers)")
     plain = {"num_shared_experts": 0, "n_group": 1, "moe_capacity_factor": None}
     for key, value in plain.items() if model.num_experts else ():
         if (own := getattr(model, key)) != value:

@@ -27,6 +27,7 @@ from neomoba_dist.checkpoint.rank_file import STREAMS, RankFile, Slice
 from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.checkpoint.verify import checksums_of_share, refuse_damage
 from neomoba_dist.config import Config, parse_config
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.init import ShardedTensorSpec, views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
@@ -238,6 +239,6 @@ def load_model(
     reader = CheckpointReader(path)
     refuse_damage(reader.folder, ("model",))
     config = reader.config
-    model = NeoBERT(config.model, mesh or Mesh.single(device), dtype=dtype)
+    model = MODELS[config.model.objective](config.model, mesh or Mesh.single(device), dtype=dtype)
     load_weights(reader, model)
     return model.to(device).eval(), config

@@ -1,20 +1,27 @@
 """The key `neomoba.model.attention`: one kind for all layers, or a list such as "moba*25,full*3"."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 KINDS: Final = ("moba", "full", "sliding_window")
 
 
-def expand_attention(attention: str, layers: int, hybrid_layer_count: int) -> tuple[str, ...]:
-    """Kind of every layer, first to last.
+def expand_attention(attention: str, layers: int, hybrid_layer_count: int, decoder_layers: int = 0) -> tuple[str, ...]:
+    """Kind of every layer, first to last, those of a decoder after those of its encoder.
 
-    A single kind is that of all but the last `hybrid_layer_count` layers, which are "full". A list says it for every
-    layer. `attention_problems` tells whether the value can be used at all.
+    A single kind is that of all but the last `hybrid_layer_count` layers, which are "full", in both alike. A list says
+    it for every layer. `attention_problems` tells whether the value can be used at all.
     """
     if is_list(attention):
         return tuple(kind for kind, count in _items(attention) for _ in range(count))
-    return (attention,) * (layers - hybrid_layer_count) + ("full",) * hybrid_layer_count
+    full = [min(hybrid_layer_count, count) for count in (layers, decoder_layers)]
+    kinds = zip((layers, decoder_layers), full, strict=True)
+    return tuple(kind for count, last in kinds for kind in (attention,) * (count - last) + ("full",) * last)
+
+
+def list_attention(kinds: Sequence[str]) -> str:
+    """The list that expands to these kinds."""
+    return ",".join(f"{kind}*1" for kind in kinds)
 
 
 def is_list(attention: str) -> bool:
@@ -22,7 +29,7 @@ def is_list(attention: str) -> bool:
     return "," in attention or "*" in attention
 
 
-def attention_problems(attention: str, layers: int, hybrid_layer_count: int) -> Iterator[str]:
+def attention_problems(attention: str, layers: int, hybrid_layer_count: int, decoder_layers: int = 0) -> Iterator[str]:
     """What is wrong with the value, in words that follow its name and name a value that works."""
     wrong = [item for item in attention.split(",") if not _is_item(item)]
     if wrong or (not is_list(attention) and attention not in KINDS):
@@ -33,9 +40,10 @@ def attention_problems(attention: str, layers: int, hybrid_layer_count: int) -> 
         return
     if not is_list(attention):
         return
-    kinds = expand_attention(attention, layers, hybrid_layer_count)
-    if len(kinds) != layers:
-        yield f'"{attention}" makes {len(kinds)} layers, but num_hidden_layers is {layers}; let the counts add up to it'
+    kinds, total = expand_attention(attention, layers, hybrid_layer_count), layers + decoder_layers
+    if len(kinds) != total:
+        key = "num_hidden_layers + num_decoder_layers" if decoder_layers else "num_hidden_layers"
+        yield f'"{attention}" makes {len(kinds)} layers, but {key} is {total}; let the counts add up to it'
     at_end = len(kinds) - len("".join("f" if kind == "full" else "-" for kind in kinds).rstrip("f"))
     if hybrid_layer_count not in (0, at_end):
         yield (

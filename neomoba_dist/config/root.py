@@ -18,6 +18,7 @@ from neomoba_dist.config.schema import (
     ParallelConfig,
     PhaseConfig,
 )
+from neomoba_dist.config.span_corruption import PairLengths, pair_lengths
 
 DEFAULT_GRADIENT_CLIPPING: Final = 1.0  # DeepSpeed 0.19's own default; earlier versions took 0
 
@@ -73,6 +74,16 @@ class Config:
     def gradient_clipping(self) -> float:
         """Largest gradient norm; 0 = no clipping."""
         return float(self.deepspeed.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING))
+
+    @property
+    def pair_lengths(self) -> PairLengths:
+        """Of an encoder-decoder: tokens of a row of each of the two, and how many sentinels a document may need."""
+        return pair_lengths(self.phase.sequence_length, self.data.max_documents_per_row)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest rows that the model reads; those of an encoder-decoder are its encoder's."""
+        return self.pair_lengths.encoder if self.model.num_decoder_layers else self.phase.sequence_length
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole JSON again with every default resolved; `parse_config` of it gives an equal Config."""

@@ -11,6 +11,7 @@ from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
 from neomoba_dist.config.distill import distillation
+from neomoba_dist.config.encoder_decoder import encoder_decoder
 from neomoba_dist.config.errors import ConfigError
 from neomoba_dist.config.expert_rules import expert_engine, experts
 from neomoba_dist.config.finetune import finetuning
@@ -93,7 +94,8 @@ def model_shape(config: Config) -> Iterator[str]:
 def attention(config: Config) -> Iterator[str]:
     """Refuse kinds of attention that do not fill the layers, and settings that no layer reads."""
     model = config.model
-    for problem in attention_problems(model.attention, model.num_hidden_layers, model.hybrid_layer_count):
+    layers = (model.num_hidden_layers, model.hybrid_layer_count, model.num_decoder_layers)
+    for problem in attention_problems(model.attention, *layers):
         yield f"neomoba.model.attention {problem}"
     if model.global_tokens and "sliding_window" not in model.layer_attentions:
         yield (
@@ -109,8 +111,8 @@ def attention(config: Config) -> Iterator[str]:
         )
     if not model.causal and model.key_conv_width % 2 == 0 and model.key_conv_width:
         yield (
-            f"neomoba.model.key_conv_width {model.key_conv_width} has no middle, and with objective mlm the "
-            f"convolution is centred on its key; set it to {model.key_conv_width + 1}"
+            f"neomoba.model.key_conv_width {model.key_conv_width} has no middle, and with objective "
+            f"{model.objective} the convolution is centred on its key; set it to {model.key_conv_width + 1}"
         )
 
 
@@ -296,6 +298,7 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     zero_stage,
     precision,
     model_shape,
+    encoder_decoder,
     attention,
     positions,
     tensor_parallel,

@@ -4,10 +4,10 @@ ds_configs/README.md explains each key. A field without a default must be given 
 check.py holds every value against.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
-from neomoba_dist.config.attention import expand_attention
+from neomoba_dist.config.attention import expand_attention, list_attention
 from neomoba_dist.config.sources import SourceEntry, parse_sources
 from neomoba_dist.config.text_tasks import TEXT_TASKS, HeadConfig, names_of
 from neomoba_dist.config.types import (
@@ -29,10 +29,11 @@ from neomoba_dist.config.types import (
 class ModelConfig:
     """The network, independent of how it is cut over ranks. Sizes count elements, `rope_theta` is the RoPE base."""
 
-    objective: Literal["mlm", "clm"] = "mlm"
+    objective: Literal["mlm", "clm", "span_corruption"] = "mlm"
     vocab_size: Size = 30522
     hidden_size: Size = 768
     num_hidden_layers: Parts = 28
+    num_decoder_layers: OptionalParts = 0
     num_attention_heads: Parts = 12
     num_key_value_heads: Parts = 4
     head_dim: Size | None = None
@@ -97,7 +98,32 @@ class ModelConfig:
     @property
     def layer_attentions(self) -> tuple[str, ...]:
         """Kind of attention of every layer, first to last: "moba", "full" or "sliding_window"."""
-        return expand_attention(self.attention, self.num_hidden_layers, self.hybrid_layer_count)
+        return expand_attention(
+            self.attention, self.num_hidden_layers, self.hybrid_layer_count, self.num_decoder_layers
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model; those of a decoder follow those of its encoder, and are numbered on."""
+        return self.num_hidden_layers + self.num_decoder_layers
+
+    @property
+    def encoder(self) -> Self:
+        """The encoder of an encoder-decoder, as a model of its own."""
+        kinds = self.layer_attentions[: self.num_hidden_layers]
+        return replace(self, objective="mlm", num_decoder_layers=0, attention=list_attention(kinds))
+
+    @property
+    def decoder(self) -> Self:
+        """The decoder of an encoder-decoder, but for its cross attention, as a model of its own."""
+        kinds = self.layer_attentions[self.num_hidden_layers :]
+        return replace(
+            self,
+            objective="clm",
+            num_hidden_layers=self.num_decoder_layers,
+            num_decoder_layers=0,
+            attention=list_attention(kinds),
+        )
 
     @property
     def mlp_matrices(self) -> int:

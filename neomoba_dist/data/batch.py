@@ -6,6 +6,7 @@ D = most documents a batch can hold (padding at a row's end counts as a document
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,18 @@ IGNORE_LABEL = -100
 PADDING_POSITION = -1
 LEAST_DOCUMENTS = 16  # that `Batch.trimmed` keeps room for
 COUNTED_STEPS = 32  # numbers of tokens that `Batch.with_counted` may come to
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTokens:
+    """What the encoder of an encoder-decoder reads beside a Batch, which is its decoder's; T and D as there.
+
+    Document i of the encoder is document i of the decoder; a document may have no token in the decoder.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,7 @@ class Batch:
     num_valid    counted labels of the whole update: all dp ranks, all micro-batches
     token_type_ids int64 [T] or None
     counted      int64 [C] or None: tokens whose losses are computed, see `with_counted`
+    encoder      what an encoder-decoder's encoder reads, or None
     """
 
     input_ids: torch.Tensor
@@ -40,6 +54,7 @@ class Batch:
     num_valid: int
     token_type_ids: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    encoder: EncoderTokens | None = None
 
     @property
     def rows(self) -> int:
@@ -56,9 +71,10 @@ class Batch:
 
         A GPU starts work for every document, empty or not. What stays is a power of two, so that there are few shapes.
         """
-        documents = int((self.cu_seqlens < len(self.input_ids)).sum())
+        documents = max(int((part.cu_seqlens < len(part.input_ids)).sum()) for part in (self, self.encoder) if part)
         kept = max(LEAST_DOCUMENTS, 1 << (documents - 1).bit_length())
-        return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1])
+        encoder = self.encoder and replace(self.encoder, cu_seqlens=self.encoder.cu_seqlens[: kept + 1])
+        return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1], encoder=encoder)
 
     def with_counted(self) -> Batch:
         """The same with `counted`: the tokens whose label counts, then others; for a batch on the host.
@@ -74,12 +90,22 @@ class Batch:
         """Counted labels of this micro-batch alone."""
         return int((self.labels != IGNORE_LABEL).sum())
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All of them."""
+        for part in (self, self.encoder):
+            yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor)) if part else ()
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; from the host to a GPU while the host goes on."""
-        to_gpu = torch.device(device).type == "cuda"
-        moved: dict[str, Any] = {
-            name: (value.pin_memory() if to_gpu and value.is_cpu else value).to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        encoder = self.encoder and replace(self.encoder, **_moved(self.encoder, device))
+        return replace(self, **_moved(self, device), encoder=encoder)
+
+
+def _moved(part: Batch | EncoderTokens, device: torch.device | str) -> dict[str, Any]:
+    """Its tensors on `device`."""
+    to_gpu = torch.device(device).type == "cuda"
+    return {
+        name: (value.pin_memory() if to_gpu and value.is_cpu else value).to(device, non_blocking=True)
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,19 +25,51 @@ def max_documents(settings: DataConfig, rows: int) -> int:
     return rows * (settings.max_documents_per_row * (2 if settings.align > 1 else 1) + 1)
 
 
-class BatchBuilder:
-    """Turns rows into a Batch with labels of one objective, "mlm" or "clm".
+class Builder(ABC):
+    """Turns rows into a Batch with labels of its objective.
 
-    DataError before the first row: unknown objective or scheme, no token to hide others behind.
+    `corpus` gives the vocabulary, `length` is that of a row. With `pin_memory` the tensors lie where a GPU can fetch
+    them by itself.
     """
 
     def __init__(
         self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
     ) -> None:
-        """`corpus` gives the vocabulary. With `pin_memory` the tensors lie where a GPU can fetch them by itself."""
-        self._pin_memory = pin_memory
-        self._settings = settings
-        self._ramp = np.arange(length)
+        self._settings, self._pin_memory, self._ramp = settings, pin_memory, np.arange(length)
+
+    @abstractmethod
+    def build(self, block: RowBlock) -> Batch:
+        """The Batch of these rows, T = rows * length; `num_valid` is its own count."""
+
+    def build_update(self, block: RowBlock, micro_batch_size: int) -> list[Batch]:
+        """The rows as micro-batches; `num_valid` of each is the count over all of them."""
+        starts = range(0, len(block.row_ids), micro_batch_size)
+        batches = [self.build(block.rows(first, first + micro_batch_size)) for first in starts]
+        num_valid = sum(batch.num_valid for batch in batches)
+        return [replace(batch, num_valid=num_valid) for batch in batches]
+
+    def _empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=self._pin_memory)
+
+    def _borders(self, borders: np.ndarray | Sequence[int], rows: int, total: int) -> torch.Tensor:
+        """`Batch.cu_seqlens` of these borders, of its fixed length."""
+        cu_seqlens = self._empty(max_documents(self._settings, rows) + 1, torch.int32)
+        cu_seqlens[: len(borders)] = torch.as_tensor(borders)
+        cu_seqlens[len(borders) :] = total
+        check_cu_seqlens(cu_seqlens, total)
+        return cu_seqlens
+
+
+class BatchBuilder(Builder):
+    """Rows as they are, with labels of one objective, "mlm" or "clm".
+
+    DataError before the first row: unknown scheme, no token to hide others behind.
+    """
+
+    def __init__(
+        self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
+    ) -> None:
+        super().__init__(corpus, settings, objective=objective, length=length, seed=seed, pin_memory=pin_memory)
         self._masks: MaskedLanguageModel | None = None
         self._dropout: TokenDropout | None = None
         special = corpus.special
@@ -49,8 +83,6 @@ class BatchBuilder:
             self._masks = MaskedLanguageModel(
                 seed, settings.mlm_probability, settings.mlm_scheme, special.mask, corpus.ordinary, words
             )
-        elif objective != "clm":
-            raise DataError(f"objective {objective!r}: choose mlm or clm")
         if settings.token_dropout:
             hidden = special.mask if special.mask is not None else special.unk
             if hidden is None:
@@ -61,7 +93,6 @@ class BatchBuilder:
             self._dropout = TokenDropout(seed, settings.token_dropout, hidden, corpus.ordinary)
 
     def build(self, block: RowBlock) -> Batch:
-        """The Batch of these rows, T = rows * length; `num_valid` is its own count."""
         rows, total = len(block.row_ids), len(block.tokens_T)
         input_ids, labels, position_ids = (self._empty(total, torch.int64) for _ in range(3))
         input_ids_T, labels_T, position_ids_T = (t.numpy() for t in (input_ids, labels, position_ids))
@@ -80,25 +111,11 @@ class BatchBuilder:
             position_ids_T[start:stop] = PADDING_POSITION
         row_starts = np.arange(rows) * block.length
         borders = np.unique(np.concatenate([row_starts, block.piece_start, block.piece_start + block.piece_length]))
-        cu_seqlens = self._empty(max_documents(self._settings, rows) + 1, torch.int32)
-        cu_seqlens[: len(borders)] = torch.from_numpy(borders)
-        cu_seqlens[len(borders) :] = total
-        check_cu_seqlens(cu_seqlens, total)
         return Batch(
             input_ids=input_ids,
             labels=labels,
             position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=self._borders(borders, rows, total),
             row_ids=torch.from_numpy(block.row_ids),
             num_valid=num_valid,
         )
-
-    def build_update(self, block: RowBlock, micro_batch_size: int) -> list[Batch]:
-        """The rows as micro-batches; `num_valid` of each is the count over all of them."""
-        starts = range(0, len(block.row_ids), micro_batch_size)
-        batches = [self.build(block.rows(first, first + micro_batch_size)) for first in starts]
-        num_valid = sum(batch.num_valid for batch in batches)
-        return [replace(batch, num_valid=num_valid) for batch in batches]
-
-    def _empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, pin_memory=self._pin_memory)

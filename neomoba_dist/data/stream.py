@@ -18,7 +18,7 @@ import numpy as np
 
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.data.build import BatchBuilder
+from neomoba_dist.data.builders import builder_of
 from neomoba_dist.data.errors import AgreedError, DataError
 from neomoba_dist.data.job import Job
 from neomoba_dist.data.pack import Packing
@@ -64,7 +64,7 @@ class UpdateStream:
     `num_valid` of each Batch is this rank's count over all its micro-batches of the update; with more than one
     data-parallel rank the trainer sums it over them and sets it with `dataclasses.replace`. `skipped_rows` counts the
     rows of the last update, over all ranks, that were damaged and turned into padding (`on_corrupt` "skip").
-    DataError before the first row: see `Rows`, `BatchBuilder`, and fewer rows than one update takes; DataError at a
+    DataError before the first row: see `Rows`, the builder, and fewer rows than one update takes; DataError at a
     row that is damaged (`on_corrupt` "raise").
     """
 
@@ -99,7 +99,7 @@ class UpdateStream:
             cache=None if settings.cache is None else Path(settings.cache),
             job=job,
         )
-        self._builder = BatchBuilder(
+        self._builder = builder_of(objective)(
             sources[0].corpus, settings, objective=objective, length=sequence_length, seed=seed, pin_memory=pin_memory
         )
         self.rows_per_update = micro_batch_size * accumulation * dp_size

@@ -9,7 +9,7 @@ import numpy as np
 
 from neomoba_dist.config import DataConfig
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.data.build import BatchBuilder
+from neomoba_dist.data.builders import builder_of
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.job import Job
@@ -40,7 +40,7 @@ def validation_batches(
     settings = replace(settings, token_dropout=0.0)
     cache = None if settings.cache is None else Path(settings.cache)
     source = Rows([Source(corpus)], make_packing(settings, sequence_length), VALIDATION_SEED, cache=cache, job=job)
-    builder = BatchBuilder(corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED)
+    builder = builder_of(objective)(corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED)
     rows = min(rows, source.total)
     batches = []
     step = micro_batch_size * dp_size

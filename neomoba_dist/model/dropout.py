@@ -65,11 +65,11 @@ class Dropout(nn.Module):
 
 
 class EmbeddingDropout(nn.Module):
-    """Dropout of the embedding with its positions: State -> State (model/block.py)."""
+    """Dropout of the embedding with its positions: State -> State (model/block.py). name: whose masks these are."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, name: str = "embedding") -> None:
         super().__init__()
-        self.dropout = Dropout("embedding", config.dropout)
+        self.dropout = Dropout(name, config.dropout)
 
     def forward(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest, packed = state

@@ -33,21 +33,28 @@ IGNORE_INDEX = -100
 VOCAB_MULTIPLE = 128  # rows per tp rank: whole tensor-core tiles
 
 
-class Inputs(Protocol):
-    """What the model reads of a data.Batch."""
+class Tokens(Protocol):
+    """Packed tokens, as a data.Batch has them."""
 
     @property
     def input_ids(self) -> torch.Tensor: ...
     @property
-    def labels(self) -> torch.Tensor: ...
-    @property
     def position_ids(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
+
+
+class Inputs(Tokens, Protocol):
+    """What the model reads of a data.Batch."""
+
+    @property
+    def labels(self) -> torch.Tensor: ...
     @property
     def row_ids(self) -> torch.Tensor: ...
     @property
     def counted(self) -> torch.Tensor | None: ...
+    @property
+    def encoder(self) -> Tokens | None: ...
 
 
 def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
@@ -80,10 +87,10 @@ class Embedding(nn.Module):
 class FinalNorm(nn.Module):
     """The norm after the last block, none where blocks end with their own: State -> State."""
 
-    def __init__(self, config: ModelConfig, init: Initializer) -> None:
+    def __init__(self, config: ModelConfig, init: Initializer, name: str = "final_norm") -> None:
         super().__init__()
         is_last_norm = config.norm_placement == "pre"
-        self.norm = residual_norm("final_norm", config, init) if is_last_norm else nn.Identity()
+        self.norm = residual_norm(name, config, init) if is_last_norm else nn.Identity()
 
     def forward(self, state: State) -> State:
         hidden, *rest = state
@@ -239,7 +246,10 @@ class NeoBERT(nn.Module):
         assert isinstance(embedding, Embedding)
         self.embedding, self.final_norm = embedding, final_norm
         self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
-        self.dropout = blocks.pop(0) if isinstance(blocks[0], EmbeddingDropout) else None
+        self.dropout: EmbeddingDropout | None = None
+        if isinstance(dropout := blocks[0], EmbeddingDropout):
+            self.dropout = dropout
+            del blocks[0]
         self.blocks = nn.ModuleList(blocks)
         self.head: Head | TextHead
         if text_head:
@@ -249,20 +259,30 @@ class NeoBERT(nn.Module):
 
     def block_states(self, batch: Inputs) -> Iterator[State]:
         """The state after every block, first to last."""
-        places = (batch.position_ids, batch.cu_seqlens)
-        draws = None
-        if self.dropout is not None and self.training:
-            key, count = (self.seed, self.step), len(batch.input_ids)
-            draws = draws_of_tokens(batch.row_ids, count, self.row_length, self.config, self.mesh, key)
-        packed = PackedTokens.of(*places, self.config, self.mesh, self.embedding.weight.dtype, draws)
-        state = self.embedding((batch.input_ids, *places, packed))
-        if self.positions is not None:
-            state = self.positions(state)
-        if self.dropout is not None:
-            state = self.dropout(state)
+        state = self.first_state(batch, batch.row_ids, self.row_length, self.config, self.dropout)
         for block in self.blocks:
             state = block(state)
             yield state
+
+    def first_state(
+        self,
+        tokens: Tokens,
+        row_ids: torch.Tensor,
+        row_length: int | None,
+        config: ModelConfig,
+        dropout: EmbeddingDropout | None,
+    ) -> State:
+        """What the first block of the layers of `config` takes."""
+        places = (tokens.position_ids, tokens.cu_seqlens)
+        draws = None
+        if dropout is not None and self.training:
+            key, count = (self.seed, self.step), len(tokens.input_ids)
+            draws = draws_of_tokens(row_ids, count, row_length, config, self.mesh, key)
+        packed = PackedTokens.of(*places, config, self.mesh, self.embedding.weight.dtype, draws)
+        state = self.embedding((tokens.input_ids, *places, packed))
+        if self.positions is not None:
+            state = self.positions(state)
+        return state if dropout is None else dropout(state)
 
     def states(self, batch: Inputs) -> State:
         """The state after the final norm: hidden [S, H] and the sum of auxiliary losses."""

@@ -80,8 +80,8 @@ def open_corpora(config: Config) -> Corpora:
         corpus.require_vocabulary(config.model.vocab_size)
         if corpus.has_loss_spans and not config.model.causal:
             raise DataError(
-                f"{key}: {corpus.name} holds prompts and responses, and neomoba.model.objective is mlm; start from a "
-                "decoder with --init_from, or set neomoba.model.objective=clm"
+                f"{key}: {corpus.name} holds prompts and responses, and neomoba.model.objective is "
+                f"{config.model.objective}; start from a decoder with --init_from, or set neomoba.model.objective=clm"
             )
         return corpus
 

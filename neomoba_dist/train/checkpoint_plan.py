@@ -23,9 +23,10 @@ from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.checkpoint.write import manifest_text, note_path, note_text, rank_files
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
-from neomoba_dist.model.neobert import Layer, NeoBERT, layer_list
+from neomoba_dist.model.neobert import Layer, layer_list
 from neomoba_dist.parallel.comm import num_bytes
 from neomoba_dist.parallel.mesh import AXES, Axis, Mesh
 from neomoba_dist.train.fragments import Fragment, by_part, is_copy
@@ -167,7 +168,7 @@ def stage_module(config: Config, tp: Axis, pp: Axis, ep: Axis) -> nn.Module:
     mesh = Mesh({name: Axis() for name in AXES} | {"tp": tp, "pp": pp, "ep": ep}, device=torch.device("meta"))
     with mesh.device:
         if pp.size == 1:
-            module: nn.Module = NeoBERT(config.model, mesh)
+            module: nn.Module = MODELS[config.model.objective](config.model, mesh)
         else:
             layers = _stage_layers(config, mesh)
             layers.sort(key=lambda layer: layer.tied is None)  # PipelineModule makes those first

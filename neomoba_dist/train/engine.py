@@ -32,6 +32,7 @@ from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions
 from neomoba_dist.model.dropout import draws_of_tokens
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.init import Initializer, draw_range
 from neomoba_dist.model.moe.layer import moe_layers, saved_buffers
 from neomoba_dist.model.neobert import NeoBERT, layer_list, token_losses
@@ -130,7 +131,7 @@ class Engine(ABC):
             dtypes = getattr(torch, config.dtype_name), self.engine.communication_data_type
             _average_in(torch.promote_types(*dtypes), self.engine.optimizer)
         self.gradient_norms = GradientNorms(
-            self.engine.optimizer, config.zero_stage, self.module, config.model.num_hidden_layers, mesh
+            self.engine.optimizer, config.zero_stage, self.module, config.model.num_layers, mesh
         )
         self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # fp16: the judge sees to it
         self._judge: Judge = not_finite
@@ -398,7 +399,8 @@ class FlatEngine(Engine):
     """pp = 1: the whole model in every process (but for tp), ZeRO 1, 2 or 3 over dp x cp."""
 
     def _build_module(self) -> nn.Module:
-        return NeoBERT(self.config.model, self.mesh, **self._model_settings()).to(self.mesh.device)
+        build = MODELS[self.config.model.objective]
+        return build(self.config.model, self.mesh, **self._model_settings()).to(self.mesh.device)
 
     def _model_settings(self) -> dict[str, Any]:
         """Arguments of a model that this engine trains."""
@@ -407,7 +409,7 @@ class FlatEngine(Engine):
             "seed": phase.seed,
             "recompute": phase.recompute,
             "recompute_every": phase.recompute_every,
-            "row_length": phase.sequence_length,
+            "row_length": self.config.row_length,
             "text_head": self.config.finetune.head,
             "deferred": self.config.zero_stage == 3,
         }
@@ -443,7 +445,9 @@ class FlatEngine(Engine):
         """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
         local = self._local(batch.trimmed())
         if self.compiled:
-            torch._dynamo.maybe_mark_dynamic(local.cu_seqlens, 0)
+            for part in (local, local.encoder):
+                if part is not None:
+                    torch._dynamo.maybe_mark_dynamic(part.cu_seqlens, 0)
         return local
 
 

@@ -106,7 +106,7 @@ def window_pairs(lengths: torch.Tensor, config: ModelConfig) -> int:
 def feed_forward_weights(config: ModelConfig) -> int:
     """Weights of all feed-forward parts that one token passes: of a mixture its router, its experts and shared ones."""
     sparse = len(config.moe_layers)
-    weights = (config.num_hidden_layers - sparse) * config.mlp_matrices * config.hidden_size * config.intermediate_size
+    weights = (config.num_layers - sparse) * config.mlp_matrices * config.hidden_size * config.intermediate_size
     if sparse:
         assert config.moe_intermediate_size is not None  # resolved by ModelConfig
         active = (config.num_experts_per_tok + config.num_shared_experts) * config.moe_intermediate_size
@@ -114,11 +114,32 @@ def feed_forward_weights(config: ModelConfig) -> int:
     return weights
 
 
-def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: bool) -> int:
+def step_flops(
+    config: ModelConfig, lengths: torch.Tensor, counted: int, full: bool, encoder_lengths: torch.Tensor | None = None
+) -> int:
     """Operations of forward and backward over documents of `lengths` tokens, `counted` of which enter the loss.
 
-    lengths: int64 [documents]. full: whether the MoBA layers run full attention in this step.
+    lengths: int64 [documents]. full: whether the MoBA layers run full attention in this step. encoder_lengths: of an
+    encoder-decoder, whose decoder's `lengths` then are, document by document.
     """
+    if encoder_lengths is None:
+        forward = layers_flops(config, lengths, full)
+    else:
+        forward = layers_flops(config.encoder, encoder_lengths, full) + layers_flops(config.decoder, lengths, full)
+        forward += cross_flops(config, lengths, encoder_lengths)
+    return 3 * (forward + 2 * counted * config.hidden_size * config.vocab_size)
+
+
+def cross_flops(config: ModelConfig, lengths: torch.Tensor, encoder_lengths: torch.Tensor) -> int:
+    """Operations of the forward pass of all cross attention: four projections, and every pair of a document."""
+    assert config.head_dim is not None  # resolved by ModelConfig
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    projections = 4 * config.hidden_size * (queries * int(lengths.sum()) + keys * int(encoder_lengths.sum()))
+    return config.num_decoder_layers * (projections + 4 * queries * int((lengths * encoder_lengths).sum()))
+
+
+def layers_flops(config: ModelConfig, lengths: torch.Tensor, full: bool) -> int:
+    """Operations of the forward pass of all layers, but for the head and cross attention."""
     tokens = int(lengths.sum())
     hidden, head_dim = config.hidden_size, config.head_dim
     assert head_dim is not None  # resolved by ModelConfig
@@ -135,7 +156,4 @@ def step_flops(config: ModelConfig, lengths: torch.Tensor, counted: int, full: b
         )
         for kind, count in kinds.items()
     )
-    forward = 2 * tokens * matrices
-    forward += 4 * pairs * queries
-    forward += 2 * counted * hidden * config.vocab_size
-    return 3 * forward
+    return 2 * tokens * matrices + 4 * pairs * queries

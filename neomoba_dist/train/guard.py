@@ -96,9 +96,8 @@ def update_crc32(batches: Sequence[Batch]) -> int:
     """crc32 over all tensors of an update's micro-batches, which lie on the CPU."""
     crc32 = 0
     for batch in batches:
-        for value in vars(batch).values():
-            if isinstance(value, torch.Tensor):
-                crc32 = zlib.crc32(value.numpy().data, crc32)
+        for value in batch.tensors():
+            crc32 = zlib.crc32(value.numpy().data, crc32)
     return crc32
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from neomoba_dist.config import Config, ModelConfig
 from neomoba_dist.data.batch import COUNTED_STEPS
+from neomoba_dist.model.attention.cross import CrossAttention
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.cross_entropy import CHUNK_TOKENS
+from neomoba_dist.model.encoder_decoder import DecoderBlock
 from neomoba_dist.model.mlp import MLP
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.parallel.context_cost import AttentionShape, choose, kept_bytes, passing_bytes
@@ -29,16 +31,24 @@ class Tokens:
     element: int
 
     @classmethod
-    def of(cls, config: Config, mesh: Mesh) -> "Tokens":
-        """Of the rank at `mesh`."""
-        here = config.micro_batch_size * config.phase.sequence_length
+    def of(cls, config: Config, mesh: Mesh, *, encoder: bool = False) -> "Tokens":
+        """Of the rank at `mesh`; in an encoder-decoder those of the decoder, or of the encoder."""
+        length = config.phase.sequence_length
+        if config.model.num_decoder_layers:
+            length = config.pair_lengths.encoder if encoder else config.pair_lengths.decoder
+        here = config.micro_batch_size * length
         if mesh["cp"].size > 1:
             here = padded_split(here, mesh, config.model).local_tokens
         between = here // mesh["tp"].size if mesh.sequence_parallel else here
         step = max(1, here // COUNTED_STEPS)  # Batch.with_counted brings them to whole steps, mostly the next one
         masked = (int(here * config.data.mlm_probability) // step + 1) * step
-        counted = here if config.model.causal else min(here, masked)
+        counted = min(here, masked) if config.model.objective == "mlm" else here
         return cls(here, between, counted, 4 if config.dtype_name == "float32" else 2)
+
+    @classmethod
+    def of_block(cls, block: Block, config: Config, mesh: Mesh) -> "Tokens":
+        """Those that pass a block."""
+        return cls.of(config, mesh, encoder=not isinstance(block, DecoderBlock))
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,17 @@ def block_memory(block: Block, config: Config, mesh: Mesh, tokens: Tokens, recom
     residual = tokens.element * tokens.between * config.model.hidden_size
     attention = attention_memory(block.attention, config, mesh, tokens)
     mlp = mlp_memory(block.mlp, config.model, tokens)
-    norms = 2 * (residual_norm_memory(config.model, mesh, tokens) + residual)
-    dropped = 2 * tokens.between * config.model.hidden_size * (config.model.dropout > 0)  # a byte each, of two layers
-    kept = norms + attention.kept + mlp.kept + dropped
-    # what the feed-forward part kept is gone when attention's turn comes
-    passing = max(attention.passing - mlp.kept, mlp.passing) + 2 * residual
-    again = {"none": 0.0, "selective": attention.core, "full": kept - residual}[recompute]
+    cross = Held(0, 0)
+    if isinstance(block, DecoderBlock):
+        cross = cross_memory(block.cross_attention, config, mesh, tokens)
+    layers = 2 + isinstance(block, DecoderBlock)
+    norms = layers * (residual_norm_memory(config.model, mesh, tokens) + residual)
+    dropped = layers * tokens.between * config.model.hidden_size * (config.model.dropout > 0)  # a byte each
+    kept = norms + attention.kept + cross.kept + mlp.kept + dropped
+    # what later layers kept is gone when attention's turn comes
+    passing = max(attention.passing - cross.kept - mlp.kept, cross.passing - mlp.kept, mlp.passing) + 2 * residual
+    core = attention.core + cross.core
+    again = {"none": 0.0, "selective": core, "full": kept - residual}[recompute]
     return Held(kept - again, passing + again)
 
 
@@ -108,6 +123,28 @@ def attention_memory(layer: Attention, config: Config, mesh: Mesh, tokens: Token
     gradients = tokens.here * (element * (2 * queries + 2 * keys) + 12 * queries)  # RoPE's are in float32
     put_together = weights * layer.replicate_kv  # of two parameters, in every pass
     return Held(put_together + product + kept, passing + gradients + weights, core)
+
+
+def cross_memory(layer: CrossAttention, config: Config, mesh: Mesh, tokens: Tokens) -> Held:
+    """Cross attention; the encoder's states are kept once for all layers. tokens: of the decoder."""
+    shape, element, there = AttentionShape.of(config), tokens.element, Tokens.of(config, mesh, encoder=True).here
+    queries, keys = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    weights = element * config.model.hidden_size * 2 * keys
+    operands = element * (tokens.here * queries + 2 * there * keys)
+    core = 4 * tokens.here * shape.query_heads
+    kept: float = operands + element * tokens.here * queries + core + weights * layer.replicate_kv
+    if config.model.qk_norm:
+        kept += rms_norm_memory(tokens.here * shape.query_heads, shape.head_dim, element, mesh)
+        kept += rms_norm_memory(there * shape.kv_heads, shape.head_dim, element, mesh)
+    states = element * there * config.model.hidden_size  # their gradient, and that of all layers so far
+    return Held(kept, operands + element * tokens.here * queries + weights + 2 * states, core)
+
+
+def encoder_end_memory(config: Config, mesh: Mesh) -> float:
+    """The final norm of an encoder, and its result, to which all layers of the decoder attend."""
+    tokens = Tokens.of(config, mesh, encoder=True)
+    norm = residual_norm_memory(config.model, mesh, tokens) * (config.model.norm_placement == "pre")
+    return norm + tokens.element * tokens.between * config.model.hidden_size
 
 
 def mlp_memory(layer: MLP | MoE, model: ModelConfig, tokens: Tokens) -> Held:

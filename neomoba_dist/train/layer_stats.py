@@ -37,7 +37,7 @@ class LayerStatistics:
 
         float64 [layers of the whole model, 2 + 4 + E]; the sum over the world is that over all tokens.
         """
-        part = self.sums.new_zeros(self.config.num_hidden_layers, self.sums.shape[1])
+        part = self.sums.new_zeros(self.config.num_layers, self.sums.shape[1])
         if self.mesh.sequence_parallel or self.mesh["tp"].index == 0:  # the others hold the same tokens
             part[self._indices] = self.sums
         self.sums.zero_()

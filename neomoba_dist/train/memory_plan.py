@@ -17,7 +17,7 @@ from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import parts_of
 from neomoba_dist.model.neobert import Embedding, Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.layer_memory import Tokens, block_memory, head_memory
+from neomoba_dist.train.layer_memory import Tokens, block_memory, encoder_end_memory, head_memory
 from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
 from neomoba_dist.train.optim import moments_of, parameter_groups
 
@@ -95,11 +95,12 @@ class Stage:
     def of(cls, module: nn.Module, optimizer: str) -> "Stage":
         """Of a rank's part of the model."""
         groups = [Group.of(group) for group in parameter_groups(module.parameters(), 0.0, optimizer)]
-        alike: dict[tuple[str, type], tuple[Block, list[int]]] = {}
+        alike: dict[tuple[str, type, type], tuple[Block, list[int]]] = {}
         head_rows = 0
         for part in module.modules():
             if isinstance(part, Block):
-                alike.setdefault((part.attention.kind, type(part.mlp)), (part, []))[1].append(part.index)
+                kind = part.attention.kind, type(part.mlp), type(part)
+                alike.setdefault(kind, (part, []))[1].append(part.index)
             elif isinstance(part, Head) or (isinstance(part, Embedding) and alike):  # a tied one comes again at the end
                 head_rows = len(part.weight)
         return cls(groups, list(alike.values()), head_rows)
@@ -187,12 +188,17 @@ def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage)
     kept, passing = 0.0, 0.0
     if config.model.position_embedding == "rope":
         kept += 4 * tokens.here * (config.model.head_dim or 0)  # cos and sin of half a head's features
+    if config.model.num_decoder_layers:
+        encoder = Tokens.of(config, mesh, encoder=True)
+        kept += encoder_end_memory(config, mesh)
+        kept += 4 * encoder.here * (config.model.head_dim or 0) * (config.model.position_embedding == "rope")
+        kept += encoder.between * config.model.hidden_size * (config.model.dropout > 0)
     if config.model.dropout and pp.index == 0:
         kept += tokens.between * config.model.hidden_size  # a byte each: which of the embedding are kept
     for block, indices in stage.blocks:
         ways = Counter(recompute_of(index, phase.recompute, phase.recompute_every) for index in indices)
         for way, number in ways.items():
-            held = block_memory(block, config, mesh, tokens, way)
+            held = block_memory(block, config, mesh, Tokens.of_block(block, config, mesh), way)
             kept, passing = kept + number * held.kept, max(passing, held.passing)
     if pp.size > 1:
         output = tokens.element * tokens.between * config.model.hidden_size

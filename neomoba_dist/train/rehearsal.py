@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from neomoba_dist.config import BatchPlan, Config
-from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+from neomoba_dist.data.batch import IGNORE_LABEL, Batch, EncoderTokens
 from neomoba_dist.data.build import max_documents
 from neomoba_dist.train.compiled import compile_summary
 from neomoba_dist.train.engine import Engine
@@ -32,21 +32,35 @@ def rehearse(engine: Engine) -> None:
 
 
 def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
-    """The micro-batches of a rank: rows without padding, each one document, with about as many labels as training."""
-    rows, length = plan.micro_batch_size, config.phase.sequence_length
+    """The micro-batches of a rank: rows without padding, each one document, with about as many labels as training.
+
+    An encoder-decoder's have all tokens of the decoder as labels.
+    """
+    rows, length, encoder = plan.micro_batch_size, config.phase.sequence_length, None
+    if config.model.num_decoder_layers:
+        length = config.pair_lengths.decoder
+        encoder = EncoderTokens(**_full_rows(config, rows, config.pair_lengths.encoder))
+    tokens = _full_rows(config, rows, length)
+    labels = tokens["input_ids"].clone()
+    if config.model.objective == "mlm":
+        labels[torch.arange(rows * length) % round(1 / config.data.mlm_probability) != 0] = IGNORE_LABEL
+    batch = Batch(
+        **tokens,
+        labels=labels,
+        row_ids=torch.arange(rows),
+        num_valid=int((labels != IGNORE_LABEL).sum()) * plan.gradient_accumulation_steps * plan.data_parallel_size,
+        encoder=encoder,
+    )
+    return [batch] * plan.gradient_accumulation_steps
+
+
+def _full_rows(config: Config, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Tokens of rows of one document each."""
     generator = torch.Generator().manual_seed(0)
     borders = torch.full((max_documents(config.data, rows) + 1,), rows * length, dtype=torch.int32)
     borders[:rows] = torch.arange(0, rows * length, length, dtype=torch.int32)
-    input_ids = torch.randint(config.model.vocab_size, (rows * length,), generator=generator)
-    labels = input_ids.clone()
-    if not config.model.causal:
-        labels[torch.arange(rows * length) % round(1 / config.data.mlm_probability) != 0] = IGNORE_LABEL
-    batch = Batch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=torch.arange(length).repeat(rows),
-        cu_seqlens=borders,
-        row_ids=torch.arange(rows),
-        num_valid=int((labels != IGNORE_LABEL).sum()) * plan.gradient_accumulation_steps * plan.data_parallel_size,
-    )
-    return [batch] * plan.gradient_accumulation_steps
+    return {
+        "input_ids": torch.randint(config.model.vocab_size, (rows * length,), generator=generator),
+        "position_ids": torch.arange(length).repeat(rows),
+        "cu_seqlens": borders,
+    }

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from neomoba_dist.config import BatchPlan, Config
+from neomoba_dist.config.span_corruption import decoder_tokens, encoder_tokens
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.encoder_decoder import DecoderBlock
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.parallel.context_cost import AttentionShape, received_bytes
 from neomoba_dist.parallel.mesh import Mesh
@@ -52,9 +54,12 @@ def update_flops(config: Config, plan: BatchPlan) -> float:
     """Operations of an update whose rows are one document each, the mean over the phase's full and sparse steps."""
     length, fraction = config.phase.sequence_length, config.phase.full_attention_fraction
     counted = length if config.model.causal else round(length * config.data.mlm_probability)
-    row, rows = torch.tensor([length]), plan.rows_per_update
+    row, encoder, rows = torch.tensor([length]), None, plan.rows_per_update
+    if config.model.num_decoder_layers:
+        counted = decoder_tokens(length)
+        row, encoder = torch.tensor([counted]), torch.tensor([encoder_tokens(length)])
     return rows * sum(
-        part * step_flops(config.model, row, counted, full)
+        part * step_flops(config.model, row, counted, full, encoder)
         for part, full in ((1 - fraction, False), (fraction, True))
         if part
     )
@@ -64,7 +69,7 @@ def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine
     """A step of the rank at `mesh`; that of a stage with most blocks is the slowest. flops: see `update_flops`."""
     micro_batches, pp = plan.gradient_accumulation_steps, mesh["pp"].size
     again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
-    share = stage.num_blocks * pp / config.model.num_hidden_layers  # 1, but for stages with more blocks than others
+    share = stage.num_blocks * pp / config.model.num_layers  # 1, but for stages with more blocks than others
     compute = flops * (1 + again) * share / plan.world_size / (machine.peak * machine.share)
     received = Counter(layer_bytes(config, mesh, stage, micro_batches))
     received.update(zero_bytes(config, mesh, stage, micro_batches))
@@ -96,19 +101,35 @@ def layer_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) ->
     tp, ep, pp = (mesh[axis].size for axis in ("tp", "ep", "pp"))
     hidden = tokens.element * model.hidden_size
     forward = 1 + 1 / phase.recompute_every if phase.recompute == "full" else 1
-    # without sequence parallelism two all-reduces each way; with it gathers and scatters, the gathers once more
-    passes = (4 * forward + (6 if mesh.sequence_parallel else 4)) * stage.num_blocks
-    ends = 2 * (1 + (pp == 1))  # the embedding's sum, and the head's where it is here too
+    passed = sum(len(indices) * passed_tokens(block, config, mesh, forward) for block, indices in stage.blocks)
+    passed += 2 * tokens.here * (1 + (pp == 1))  # the embedding's sum, and the head's where it is here too
+    if model.num_decoder_layers:
+        passed += 2 * Tokens.of(config, mesh, encoder=True).here
     rows = tokens.between * model.num_experts_per_tok * 2 * (forward + 1)
     mixtures = sum(len(indices) for block, indices in stage.blocks if isinstance(block.mlp, MoE))
     exchanged = sum(len(indices) * exchange_bytes(block, config, mesh, tokens) for block, indices in stage.blocks)
     received = {
-        "tp": hidden * tokens.here * (tp - 1) / tp * (passes + ends),
+        "tp": hidden * passed * (tp - 1) / tp,
         "cp": exchanged,
         "ep": hidden * rows * (ep - 1) / ep * mixtures,
         "pp": hidden * tokens.between * min(pp - 1, 2),
     }
     return {axis: moved * micro_batches for axis, moved in received.items()}
+
+
+def passed_tokens(block: Block, config: Config, mesh: Mesh, forward: float) -> float:
+    """Tokens whose states a block's gathers and scatters bring over tp in a micro-batch. forward: passes, recomputed
+    ones too.
+
+    Of each of its layers: without sequence parallelism an all-reduce each way; with it gathers and scatters, the
+    gathers once more.
+    """
+    again = mesh.sequence_parallel
+    each = 2 * forward + 2 + again
+    if not isinstance(block, DecoderBlock):
+        return 2 * each * Tokens.of_block(block, config, mesh).here
+    memory = Tokens.of(config, mesh, encoder=True).here * (forward + 2 if again else 2)
+    return 3 * each * Tokens.of_block(block, config, mesh).here + memory
 
 
 def exchange_bytes(block: Block, config: Config, mesh: Mesh, tokens: Tokens) -> float:

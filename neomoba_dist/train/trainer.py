@@ -290,7 +290,10 @@ class Trainer:
         return {"validation_loss": self.engine.evaluate(self.validation) / self._validation_count}
 
     def _flops(self, batches: Sequence[Batch], counted: int, full: bool) -> int:
-        lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches])
+        lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).long()
+        encoders = [batch.encoder.cu_seqlens.diff() for batch in batches if batch.encoder]
+        if encoders:
+            return step_flops(self.config.model, lengths, counted, full, torch.cat(encoders).long())
         return step_flops(self.config.model, lengths[lengths > 0], counted, full)
 
     def _sum_over_replicas(self, value: int) -> int:

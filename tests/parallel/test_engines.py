@@ -17,6 +17,8 @@ import torch
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
+from neomoba_dist.model.block import Block
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
@@ -96,7 +98,7 @@ def reference(config: Config, full: bool) -> Reference:
 
 def plain_loop(config: Config, full: bool, steps: Sequence[int] = range(STEPS)) -> Reference:
     """The same over some of the updates alone."""
-    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
+    model = MODELS[config.model.objective](config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
     statistics = LayerStatistics(model, config.model, model.mesh)
     optimizer = plain_optimizer(model, config.phase, RATE)
@@ -118,10 +120,11 @@ def plain_loop(config: Config, full: bool, steps: Sequence[int] = range(STEPS)) 
 
 def activation_rms(config: Config, full: bool) -> list[float]:
     """Root mean square of every layer's output over the first update, before the optimizer's first step."""
-    model = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
+    model = MODELS[config.model.objective](config.model, Mesh.single(), seed=config.phase.seed, row_length=LENGTH)
     set_full_attention(model, full)
-    outputs: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-    for block, found in zip(model.blocks, outputs, strict=True):
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
+    for block, found in zip(blocks, outputs, strict=True):
         block.register_forward_hook(lambda module, inputs, output, found=found: found.append(output[0].detach()))
     for batch in updates(config.model.objective)[0]:
         model(batch)
@@ -159,7 +162,7 @@ def check(world: int, config: Config, full: bool = False) -> None:
     losses, norms, gradients, weights = reference(config, full)
     assert abs(losses[0] - reference(config, not full)[0][0]) > 1e-3, "sparse must differ from full"
     results = run_ranks(world, train_rank, config, full)
-    fresh = NeoBERT(config.model, Mesh.single(), seed=config.phase.seed)
+    fresh = MODELS[config.model.objective](config.model, Mesh.single(), seed=config.phase.seed)
     initial = assemble([r[2] for r in results])
     assert all(torch.equal(initial.pop(name), value) for name, value in all_state(fresh).items())
     assert not initial

@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.runs import build_mesh
 
 TP, PP, CP, EP = (f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context", "expert_model"))
+PAIR = {"objective": "span_corruption", "num_decoder_layers": 3}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 128}
 # ranks, axes, ZeRO stage, recomputation, changes of the model, other settings
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str, Any]]] = {
@@ -39,6 +40,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "dropout": (1, {}, 1, "none", {"dropout": 0.1}, {}),
     "gelu": (1, {}, 1, "none", {"mlp_activation": "gelu"}, {}),
     "relu": (1, {}, 1, "none", {"mlp_activation": "relu", "intermediate_size": 512}, {}),
+    "encoder_decoder": (1, {}, 1, "none", PAIR, {}),
+    "encoder_decoder_tp2_sp": (2, {TP: 2, "sequence_parallel": True}, 2, "none", {**PAIR, "qk_norm": True}, {}),
+    "encoder_decoder_zero3": (2, {}, 3, "full", {**PAIR, "dropout": 0.1}, {}),
     "ep2": (2, {EP: 2}, 1, "none", EXPERTS, {}),
     "tp2_pp2_bf16": (4, {TP: 2, PP: 2}, 1, "full", {}, {"bf16": {"enabled": True}}),
 }

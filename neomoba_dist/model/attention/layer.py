@@ -26,6 +26,7 @@ from neomoba_dist.model.norm import RMSNorm
 from neomoba_dist.model.positions import ScoreBias, apply_rope
 from neomoba_dist.parallel.comm import sum_gradient
 from neomoba_dist.parallel.context_split import context_split
+from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import column_linear, row_linear
 
 
@@ -176,11 +177,15 @@ class Attention(nn.Module):
 
     def _kv_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows of the KV heads that this rank's query heads attend to."""
-        if not self.replicate_kv:
-            return weight
-        tp = self.mesh["tp"]
-        head = tp.index * self.config.num_key_value_heads // tp.size
-        return sum_gradient(weight, self.mesh, "tp").narrow(0, head * self.head_dim, self.head_dim)
+        return rows_of_kv_head(weight, self.config, self.mesh) if self.replicate_kv else weight
+
+
+def rows_of_kv_head(weight: torch.Tensor, config: ModelConfig, mesh: Mesh) -> torch.Tensor:
+    """Of a weight with the rows of all KV heads those of the one that this rank's query heads attend to."""
+    assert config.head_dim is not None  # resolved by ModelConfig
+    tp = mesh["tp"]
+    head = tp.index * config.num_key_value_heads // tp.size
+    return sum_gradient(weight, mesh, "tp").narrow(0, head * config.head_dim, config.head_dim)
 
 
 def prefill_share(cache: LayerCache | None) -> ShardedLayerCache | None:

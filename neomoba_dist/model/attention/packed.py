@@ -21,6 +21,14 @@ from neomoba_dist.parallel.context_split import context_split
 from neomoba_dist.parallel.mesh import Mesh
 
 
+class Memory(NamedTuple):
+    """What a decoder attends to: the final states of its encoder's tokens on this rank, [M, H], and the borders of
+    their documents, int32 [documents + 1]."""
+
+    states_MH: Tensor
+    cu_seqlens: Tensor
+
+
 class PackedTokens(NamedTuple):
     """T tokens of a micro-batch, of which S lie on this rank; what is None, layers find out by themselves.
 
@@ -28,7 +36,7 @@ class PackedTokens(NamedTuple):
     S tokens. placed: documents and blocks of the T tokens. positions: their documents and positions within them, int64
     [2, T], for windows and biases. inside: which neighbours' keys each of the S tokens may take, bool [width, S]
     (`key_conv.inside_documents`). draws: what dropout's masks of each of this rank's tokens are drawn from, int64
-    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`.
+    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`. memory: of a decoder.
     """
 
     cu_seqlens: Tensor
@@ -38,6 +46,7 @@ class PackedTokens(NamedTuple):
     inside: Tensor | None = None
     draws: Tensor | None = None
     exchange: Callable[..., Exchange] | None = None  # a method: ZeRO-3 walks through what layers return
+    memory: Memory | None = None
 
     @classmethod
     def of(

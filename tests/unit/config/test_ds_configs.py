@@ -22,6 +22,7 @@ LARGEST_WORLD = {
     "cpu_tiny": 8,
     "cpu_tiny_clm": 8,
     "cpu_tiny_moe": 8,
+    "cpu_tiny_encdec": 8,
     "three_way_125m": 32,
     "ablation_tiny": 2,
     "qwen3_moba": 64,

@@ -206,7 +206,7 @@ def test_refused_before_training(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"set neomoba.model.vocab_size={corpus.vocab_size}"):
         corpus.require_vocabulary(corpus.vocab_size - 1)
     corpus.require_vocabulary(corpus.vocab_size)
-    with pytest.raises(DataError, match="choose mlm or clm"):
+    with pytest.raises(DataError, match="choose one of mlm, clm, span_corruption"):
         _stream(corpus, objective="masked")
     state = _stream(corpus).state_dict()
     with pytest.raises(DataError, match="is not the data of the checkpoint"):
