@@ -78,7 +78,8 @@ def run(subject: Subject, plan: Plan) -> Result:
     from neomoba_dist.train.text_scores import predictions, scores
 
     def measure(examples: list[Example]) -> list[dict[str, Any]]:
-        batch = batch_of([example.documents[0] for example in examples], "cpu")
+        documents, types = [e.documents[0] for e in examples], [e.token_types(0) for e in examples]
+        batch = batch_of(documents, "cpu", types)
         return [{"outputs": row} for row in subject.model.text_outputs(batch).tolist()]
 
     task, rows, lines = TEXT_TASKS[plan.task], [], []

@@ -117,7 +117,7 @@ def _qwen3_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def _require_plain(model: ModelConfig, family: str, **wanted: Any) -> None:
     """Raises CheckpointError where a model is not what a family computes: `wanted`, and the defaults of rare keys."""
     plain: dict[str, Any] = {"position_embedding": "rope", "key_conv_width": 0, "norm": "rmsnorm",
-                             "norm_placement": "pre", "mlp_activation": "swiglu"}  # fmt: skip
+                             "norm_placement": "pre", "mlp_activation": "swiglu", "type_vocab_size": 0}  # fmt: skip
     if model.num_experts:
         plain |= {"num_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "moe_capacity_factor": None,
                   "router_scoring": "softmax", "router_bias_update_rate": 0.0, "moe_layer_frequency": 1}  # fmt: skip
@@ -278,7 +278,7 @@ _OWN_KEYS = (
     "head_dim", "intermediate_size", "mlp_activation", "max_position_embeddings", "norm", "norm_placement",
     "rms_norm_eps", "qk_norm", "tie_word_embeddings", "position_embedding", "rope_theta", "rope_scaling_type",
     "rope_scaling_factor", "original_max_position_embeddings", "moba_block_size", "moba_top_k", "moba_gate",
-    "moba_pooling", "key_conv_width", "initializer_range", "num_experts", "num_experts_per_tok",
+    "moba_pooling", "key_conv_width", "type_vocab_size", "initializer_range", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "router_scoring", "norm_topk_prob", "routed_scaling_factor", "moe_layer_frequency",
     "first_k_dense_replace",
 )  # fmt: skip
@@ -329,6 +329,8 @@ def _own_sources(model: ModelConfig) -> dict[str, Source]:
 
     norm_parts = ("weight",) if model.norm == "rmsnorm" else ("weight", "bias")
     found = {"embedding.weight": here("embedding.weight")}
+    if model.type_vocab_size:
+        found["embedding.token_types"] = here("token_types.weight")
     if model.norm_placement == "pre":
         found |= norm("final_norm")
     if not model.tie_word_embeddings:

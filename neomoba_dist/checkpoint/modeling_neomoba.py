@@ -59,6 +59,7 @@ class NeoMobaConfig(PretrainedConfig):
         moba_gate: str = "per_head",
         moba_pooling: str = "mean",
         key_conv_width: int = 0,
+        type_vocab_size: int = 0,
         num_experts: int = 0,
         num_experts_per_tok: int = 2,
         moe_intermediate_size: int | None = None,
@@ -400,6 +401,9 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
     def __init__(self, config: NeoMobaConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_types: nn.Embedding | None = None
+        if config.type_vocab_size:
+            self.token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         block, norm = BLOCKS[config.norm_placement], NORMS[config.norm]
         self.blocks = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
         last = config.norm_placement == "pre"
@@ -419,9 +423,11 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
         cache: DynamicCache | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **_: object,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, L]; attention_mask [B, T], 0 is padding. cache, past_key_values: the same by either name."""
+        """input_ids [B, L]; attention_mask [B, T], 0 is padding. cache, past_key_values: the same by either name.
+        token_type_ids [B, L]: 1 in the second text of a pair, else 0."""
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None and self.config.is_decoder:
             cache = DynamicCache()
@@ -437,6 +443,8 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
             angle = positions[:, past:].to(torch.float64)[..., None] * frequencies
             rope = angle.cos() * temperature, angle.sin() * temperature
         x = self.embedding(input_ids)
+        if self.token_types is not None:
+            x = x + self.token_types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         for block in self.blocks:
             x = block(x, rope, mask, positions, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **{CACHE: cache})
@@ -489,9 +497,10 @@ class NeoMobaForMaskedLM(_Head):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **_: object,
     ) -> MaskedLMOutput:
-        """labels [B, L]: the tokens behind the masks, -100 elsewhere."""
-        logits = self.head(self.model(input_ids, attention_mask).last_hidden_state)
+        """labels [B, L]: the tokens behind the masks, -100 elsewhere. token_type_ids: see `NeoMobaModel`."""
+        logits = self.head(self.model(input_ids, attention_mask, token_type_ids=token_type_ids).last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits)

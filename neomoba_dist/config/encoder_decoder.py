@@ -43,6 +43,7 @@ def _unusual(config: Config) -> Iterator[tuple[str, object, object]]:
     yield "parallel.pipeline_model_parallel_size", config.parallel.pipeline_model_parallel_size, 1
     yield "parallel.context_parallel_size", config.parallel.context_parallel_size, 1
     yield "model.num_experts", config.model.num_experts, 0
+    yield "model.type_vocab_size", config.model.type_vocab_size, 0
     yield "data.align", config.data.align, 1
     yield "data.token_dropout", config.data.token_dropout, 0
     yield "finetune.tasks", config.finetune.tasks, None

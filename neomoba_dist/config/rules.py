@@ -17,6 +17,7 @@ from neomoba_dist.config.expert_rules import expert_engine, experts
 from neomoba_dist.config.finetune import finetuning
 from neomoba_dist.config.root import Config
 from neomoba_dist.config.schema import ModelConfig
+from neomoba_dist.config.segments import segments
 from neomoba_dist.config.sources import source_problems
 
 _TP: Final = "neomoba.parallel.tensor_model_parallel_size"
@@ -301,6 +302,7 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     encoder_decoder,
     attention,
     positions,
+    segments,
     tensor_parallel,
     context_parallel,
     pipeline,

@@ -60,6 +60,8 @@ class ModelConfig:
     global_tokens: OptionalSize = 0
     key_conv_width: OptionalParts = 0
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    type_vocab_size: Literal[0, 2] = 0
+    next_sentence_prediction: bool = False
     initializer_range: PositiveFloat = 0.02
     num_experts: OptionalParts = 0
     num_experts_per_tok: Parts = 2

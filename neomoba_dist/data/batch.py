@@ -41,9 +41,13 @@ class Batch:
                  borders; the padding at a row's end is one document; the tail repeats T so that shapes are fixed.
     row_ids      int64 [rows]; epoch * rows_in_epoch + row: names the row and its masks
     num_valid    counted labels of the whole update: all dp ranks, all micro-batches
-    token_type_ids int64 [T] or None
+    token_type_ids int64 [T] or None: 1 in the second text of a pair, else 0
     counted      int64 [C] or None: tokens whose losses are computed, see `with_counted`
     encoder      what an encoder-decoder's encoder reads, or None
+    next_sentence_labels int64 [T] or None: at the first token of a pair 0 if its second text follows the first, 1 if
+                 not; IGNORE_LABEL elsewhere
+    pairs        int64 [P] or None: first tokens of the pairs that have a label, see `with_counted`
+    num_pairs    their number in the whole update, as num_valid counts labels
     """
 
     input_ids: torch.Tensor
@@ -55,6 +59,9 @@ class Batch:
     token_type_ids: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     encoder: EncoderTokens | None = None
+    next_sentence_labels: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
+    num_pairs: int = 0
 
     @property
     def rows(self) -> int:
@@ -77,14 +84,18 @@ class Batch:
         return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1], encoder=encoder)
 
     def with_counted(self) -> Batch:
-        """The same with `counted`: the tokens whose label counts, then others; for a batch on the host.
+        """The same with `counted`: the tokens whose label counts, then others; and with `pairs`; for a batch on the
+        host.
 
-        A GPU would have to wait to know how many there are. They come in whole 32nds of all tokens: few shapes.
+        A GPU would have to wait to know how many there are. Tokens come in whole 32nds of all: few shapes.
         """
         counts, step = self.labels != IGNORE_LABEL, max(1, len(self.labels) // COUNTED_STEPS)
         found, others = counts.nonzero().squeeze(1), (~counts).nonzero().squeeze(1)
         missing = -len(found) % step  # up to whole steps
-        return replace(self, counted=torch.cat((found, others[:missing])))
+        pairs = None
+        if self.next_sentence_labels is not None:
+            pairs = (self.next_sentence_labels != IGNORE_LABEL).nonzero().squeeze(1)
+        return replace(self, counted=torch.cat((found, others[:missing])), pairs=pairs)
 
     def local_valid(self) -> int:
         """Counted labels of this micro-batch alone."""

@@ -27,7 +27,15 @@ class PairBuilder(Builder):
     """
 
     def __init__(
-        self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
+        self,
+        corpus: Corpus,
+        settings: DataConfig,
+        *,
+        objective: str,
+        length: int,
+        seed: int,
+        pairs: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         super().__init__(corpus, settings, objective=objective, length=length, seed=seed, pin_memory=pin_memory)
         self.lengths = pair_lengths(length, settings.max_documents_per_row)

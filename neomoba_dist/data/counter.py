@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # the counter's last word keeps the uses of one key apart
-CHOICES, ACTIONS, DROPOUT, ROWS, SHARDS, SPANS = range(6)
+CHOICES, ACTIONS, DROPOUT, ROWS, SHARDS, SPANS, PAIRS = range(7)
 
 
 class Counter:

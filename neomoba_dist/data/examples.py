@@ -28,11 +28,19 @@ from neomoba_dist.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """documents: ids of one, or of query, positive and maybe negative. label: None of a test set or a query."""
+    """documents: ids of one, or of query, positive and maybe negative. label: None of a test set or a query. second:
+    where the second text of a document begins; None: it holds one."""
 
     documents: tuple[list[int], ...]
     label: int | None
     index: str
+    second: int | None = None
+
+    def token_types(self, place: int) -> list[int]:
+        """Of document number `place`: 0, in its second text 1."""
+        length = len(self.documents[place])
+        first = length if self.second is None else self.second
+        return [0] * first + [1] * (length - first)
 
 
 @dataclass(frozen=True)
@@ -60,36 +68,39 @@ class Examples:
         document of each row."""
         chosen = [self.examples[number] for number in numbers]
         documents = [
-            (number * len(example.documents) + place, ids)
+            (number * len(example.documents) + place, ids, example.token_types(place))
             for number, example in zip(numbers, chosen, strict=True)
             for place, ids in enumerate(example.documents)
         ]
-        rows, row_ids, filled = [[]], [documents[0][0]], 0  # type: list[list[list[int]]], list[int], int
-        for name, ids in documents:
-            if filled + len(ids) > self.length:
-                rows.append([])
+        pieces: list[tuple[list[int], list[int], bool]] = []  # ids, token types, and whether they are padding
+        row_ids: list[int] = []
+        free = 0
+        for name, ids, types in documents:
+            if not row_ids or free < len(ids):
+                pieces += self._padding(free)
                 row_ids.append(name)
-                filled = 0
-            rows[-1].append(ids)
-            filled += len(ids)
-        pieces: list[tuple[list[int], bool]] = []  # ids, and whether they are padding
-        for row in rows:
-            pieces += [(ids, False) for ids in row]
-            if missing := self.length - sum(map(len, row)):
-                pieces.append(([self.padding] * missing, True))
-        positions = [np.full(len(ids), PADDING_POSITION) if padding else np.arange(len(ids)) for ids, padding in pieces]
-        labels = np.full(len(rows) * self.length, IGNORE_LABEL)
-        starts = [0, *accumulate(len(ids) for ids, _ in pieces)]
-        first = [start for start, (_, padding) in zip(starts, pieces, strict=False) if not padding]
+                free = self.length
+            pieces.append((ids, types, False))
+            free -= len(ids)
+        pieces += self._padding(free)
+        positions = [np.full(len(ids), PADDING_POSITION) if pad else np.arange(len(ids)) for ids, _, pad in pieces]
+        labels = np.full(len(row_ids) * self.length, IGNORE_LABEL)
+        starts = [0, *accumulate(len(ids) for ids, *_ in pieces)]
+        first = [start for start, (*_, padding) in zip(starts, pieces, strict=False) if not padding]
         labels[first] = [label for group in _labels(chosen) for label in group]
         return Batch(
-            input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
+            input_ids=torch.tensor([token for ids, *_ in pieces for token in ids]),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(np.concatenate(positions)),
             cu_seqlens=torch.tensor(starts, dtype=torch.int32),
             row_ids=torch.tensor(row_ids),
             num_valid=int((labels != IGNORE_LABEL).sum()),
+            token_type_ids=torch.tensor([kind for _, types, _ in pieces for kind in types]),
         )
+
+    def _padding(self, count: int) -> list[tuple[list[int], list[int], bool]]:
+        """So many tokens of padding as a piece of `batch`, if any."""
+        return [([self.padding] * count, [0] * count, True)] if count else []
 
 
 def _labels(examples: Sequence[Example]) -> list[list[int]]:
@@ -128,8 +139,9 @@ def encode_examples(
             cut += sum(map(len, group)) > room
             kept = _cut(group, room)
             documents.append(head + [token for part in kept for token in part + tail])
+            second = len(head) + len(kept[0]) + len(tail) if len(kept) > 1 else None
         label = None if text.label is None else round(text.label / unit)
-        found.append(Example(tuple(documents), label, text.index))
+        found.append(Example(tuple(documents), label, text.index, second))
     return Examples(found, length, tokenizer.special.padding, cut)
 
 

@@ -61,9 +61,9 @@ def make_packing(settings: DataConfig, length: int) -> Packing:
 class UpdateStream:
     """Iterates over updates without end: yields (micro-batches of this data-parallel rank, state after them).
 
-    `num_valid` of each Batch is this rank's count over all its micro-batches of the update; with more than one
-    data-parallel rank the trainer sums it over them and sets it with `dataclasses.replace`. `skipped_rows` counts the
-    rows of the last update, over all ranks, that were damaged and turned into padding (`on_corrupt` "skip").
+    `num_valid` and `num_pairs` of each Batch are this rank's counts over all its micro-batches of the update; with more
+    than one data-parallel rank the trainer sums them over all and sets them with `dataclasses.replace`. `skipped_rows`
+    counts the rows of the last update, over all ranks, that were damaged and turned into padding (`on_corrupt` "skip").
     DataError before the first row: see `Rows`, the builder, and fewer rows than one update takes; DataError at a
     row that is damaged (`on_corrupt` "raise").
     """
@@ -80,12 +80,13 @@ class UpdateStream:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        pairs: bool = False,
         pin_memory: bool = False,
         agree: Agree | None = None,
         job: Job | None = None,
     ) -> None:
         """`agree` turns what this rank found damaged, bool [rows of the update], into what any rank found; the ranks
-        of `job`, which call this together, make the row plans together."""
+        of `job`, which call this together, make the row plans together. pairs: for next-sentence prediction."""
         self.settings, self.seed, self.rows_consumed = settings, seed, 0
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.dp_rank, self.dp_size = dp_rank, dp_size
@@ -100,7 +101,13 @@ class UpdateStream:
             job=job,
         )
         self._builder = builder_of(objective)(
-            sources[0].corpus, settings, objective=objective, length=sequence_length, seed=seed, pin_memory=pin_memory
+            sources[0].corpus,
+            settings,
+            objective=objective,
+            length=sequence_length,
+            seed=seed,
+            pairs=pairs,
+            pin_memory=pin_memory,
         )
         self.rows_per_update = micro_batch_size * accumulation * dp_size
         self._require_rows()

@@ -29,18 +29,22 @@ def validation_batches(
     rows: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    pairs: bool = False,
     job: Job | None = None,
 ) -> list[Batch]:
     """The fixed rows and masks on which every validation runs: this rank's share, the same number on each rank.
 
     The first `rows` rows (all, if the corpus has fewer) of epoch 0 under a seed of their own, whatever the run's seed
-    and layout. Where they do not fill all micro-batches, rows of padding fill up: they count nothing. Nothing is
-    dropped out. The ranks of `job` make the row plan together. DataError for a damaged row, whatever `on_corrupt` says.
+    and layout. pairs: for next-sentence prediction. Where rows do not fill all micro-batches, rows of padding fill up:
+    they count nothing. Nothing is dropped out. The ranks of `job` make the row plan together. DataError for a damaged
+    row, whatever `on_corrupt` says.
     """
     settings = replace(settings, token_dropout=0.0)
     cache = None if settings.cache is None else Path(settings.cache)
     source = Rows([Source(corpus)], make_packing(settings, sequence_length), VALIDATION_SEED, cache=cache, job=job)
-    builder = builder_of(objective)(corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED)
+    builder = builder_of(objective)(
+        corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED, pairs=pairs
+    )
     rows = min(rows, source.total)
     batches = []
     step = micro_batch_size * dp_size

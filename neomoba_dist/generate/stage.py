@@ -21,6 +21,7 @@ from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import Embedding, FinalNorm, Head, NeoBERT, layer_list
 from neomoba_dist.model.positions import PositionEmbedding
+from neomoba_dist.model.segments import NextSentence, SegmentEmbedding
 from neomoba_dist.model.text_heads import TextHead
 from neomoba_dist.parallel.comm import all_reduce, broadcast, receive, send
 from neomoba_dist.parallel.context_split import ContextSplit
@@ -41,6 +42,8 @@ class Tokens(Protocol):
     def position_ids(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def token_type_ids(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,14 @@ class Texts:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    token_type_ids: torch.Tensor | None = None
 
 
-def batch_of(documents: Sequence[Sequence[int]], device: torch.device | str) -> Batch:
-    """Documents end to end as one Batch on `device`, without labels."""
+def batch_of(
+    documents: Sequence[Sequence[int]], device: torch.device | str, token_types: Sequence[Sequence[int]] | None = None
+) -> Batch:
+    """Documents end to end as one Batch on `device`, without labels. token_types: of their tokens, where they are pairs
+    of texts."""
     input_ids = torch.tensor([token for ids in documents for token in ids], dtype=torch.int64)
     cu_seqlens = torch.tensor([0, *accumulate(len(ids) for ids in documents)], dtype=torch.int32)
     check_cu_seqlens(cu_seqlens, len(input_ids))
@@ -64,6 +71,7 @@ def batch_of(documents: Sequence[Sequence[int]], device: torch.device | str) -> 
         cu_seqlens=cu_seqlens,
         row_ids=torch.arange(len(documents)),
         num_valid=0,
+        token_type_ids=None if token_types is None else torch.tensor([kind for of in token_types for kind in of]),
     ).to(device)
 
 
@@ -92,8 +100,8 @@ class Stage(nn.Module):
     @classmethod
     def of(cls, model: NeoBERT) -> Self:
         """The whole model as the only stage."""
-        positions = [] if model.positions is None else [model.positions]
-        layers = [model.embedding, *positions, *model.blocks, model.final_norm, model.head]
+        added = [layer for layer in (model.positions, model.segments) if layer is not None]
+        layers = [model.embedding, *added, *model.blocks, model.final_norm, model.head]
         return cls(model.config, model.mesh, layers, 0)
 
     @classmethod
@@ -111,6 +119,7 @@ class Stage(nn.Module):
         if pp.size == 1:
             return cls.of(NeoBERT(config, mesh, seed=seed, dtype=dtype, text_head=text_head))
         layers = layer_list(config, Initializer(mesh, seed, config.initializer_range, dtype), text_head=text_head)
+        layers = [layer for layer in layers if layer.cls is not NextSentence]
         blocks = [i for i, layer in enumerate(layers) if issubclass(layer.cls, Block)]
         first, stop = (len(blocks) * index // pp.size for index in (pp.index, pp.index + 1))
         start = 0 if pp.index == 0 else blocks[first]
@@ -135,9 +144,9 @@ class Stage(nn.Module):
         return layer
 
     @property
-    def positions(self) -> PositionEmbedding | None:
-        """Added positions, first stage only."""
-        return next((layer for layer in self.layers if isinstance(layer, PositionEmbedding)), None)
+    def added(self) -> list[nn.Module]:
+        """What adds positions and segments to the embedding, first stage only."""
+        return [layer for layer in self.layers if isinstance(layer, PositionEmbedding | SegmentEmbedding)]
 
     @property
     def final_norm(self) -> FinalNorm:
@@ -171,11 +180,14 @@ class Stage(nn.Module):
         position_ids, cu_seqlens, weight = tokens.position_ids, tokens.cu_seqlens, next(self.parameters())
         if caches is None:
             packed = PackedTokens.of(position_ids, cu_seqlens, self.config, mesh, weight.dtype)
+            packed = packed._replace(token_types=tokens.token_type_ids)
         else:
             packed = PackedTokens.of_step(position_ids, cu_seqlens, self.config, weight.dtype)
         if self.is_first:
             state = self.embedding((tokens.input_ids, position_ids, cu_seqlens, packed))
-            hidden = state[0] if self.positions is None else self.positions(state)[0]
+            for layer in self.added:
+                state = layer(state)
+            hidden = state[0]
         else:
             hidden = weight.new_empty(len(tokens.input_ids), self.config.hidden_size)
             receive(hidden, mesh, "pp", source=pp.index - 1)

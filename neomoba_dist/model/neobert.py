@@ -25,6 +25,7 @@ from neomoba_dist.model.dropout import EmbeddingDropout, draws_of_tokens
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.norm import residual_norm
 from neomoba_dist.model.positions import PositionEmbedding
+from neomoba_dist.model.segments import NextSentence, SegmentEmbedding, next_sentence_sums
 from neomoba_dist.model.text_heads import TEXT_HEADS, TextHead
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
@@ -55,6 +56,11 @@ class Inputs(Tokens, Protocol):
     def counted(self) -> torch.Tensor | None: ...
     @property
     def encoder(self) -> Tokens | None: ...
+    def token_type_ids(self) -> torch.Tensor | None: ...
+    @property
+    def next_sentence_labels(self) -> torch.Tensor | None: ...
+    @property
+    def pairs(self) -> torch.Tensor | None: ...
 
 
 def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
@@ -113,7 +119,7 @@ class Head(nn.Module):
 class PipelineHead(Head):
     """The head as a pipeline layer: DeepSpeed gives the labels to its loss function, so the weight goes there too."""
 
-    def forward(self, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:  # type: ignore[override]
+    def forward(self, state: State) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         return _with_weight(self, state)
 
 
@@ -164,7 +170,8 @@ def layer_list(
     row_length: int | None = None,
     text_head: HeadConfig | None = None,
 ) -> list[Layer]:
-    """Embedding, added positions and dropout if any, blocks, final norm, head: the order in which `State` travels."""
+    """Embedding; added positions, segments and dropout if any; blocks, final norm, head for pairs if any, head: the
+    order in which `State` travels."""
     common = {"config": config, "init": init}
     if text_head:
         head = Layer(TEXT_HEADS[text_head.kind], {**common, "head": text_head})
@@ -190,9 +197,11 @@ def layer_list(
     return [
         Layer(Embedding, common, tied),
         *([Layer(PositionEmbedding, common)] if added else []),
+        *([Layer(SegmentEmbedding, common)] if config.type_vocab_size else []),
         *([Layer(EmbeddingDropout, {"config": config})] if config.dropout else []),
         *blocks,
         Layer(FinalNorm, common),
+        *([Layer(NextSentence, common)] if config.next_sentence_prediction and not text_head else []),
         head,
     ]
 
@@ -202,9 +211,10 @@ def recompute_of(index: int, recompute: str, every: int) -> str:
     return "none" if recompute == "full" and index % every else recompute
 
 
-def _with_weight(module: Embedding | Head, state: State) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter]:
-    """What the last pipeline stage hands to the loss function: hidden, auxiliary loss and the output matrix."""
-    return state[0], state[1], module.weight
+def _with_weight(module: Embedding | Head, state: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """What the last pipeline stage hands to the loss function: hidden, auxiliary loss and the output matrix; then what
+    a head before this one made, behind the State."""
+    return state[0], state[1], module.weight, *state[5:]
 
 
 class NeoBERT(nn.Module):
@@ -242,10 +252,13 @@ class NeoBERT(nn.Module):
             row_length=row_length,
             text_head=text_head,
         )
-        embedding, *blocks, final_norm = (layer.cls(**layer.kwargs) for layer in body)
+        embedding, *blocks = (layer.cls(**layer.kwargs) for layer in body)
         assert isinstance(embedding, Embedding)
-        self.embedding, self.final_norm = embedding, final_norm
+        self.embedding = embedding
+        self.next_sentence = blocks.pop() if isinstance(blocks[-1], NextSentence) else None
+        self.final_norm = blocks.pop()
         self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
+        self.segments = blocks.pop(0) if isinstance(blocks[0], SegmentEmbedding) else None
         self.dropout: EmbeddingDropout | None = None
         if isinstance(dropout := blocks[0], EmbeddingDropout):
             self.dropout = dropout
@@ -259,7 +272,9 @@ class NeoBERT(nn.Module):
 
     def block_states(self, batch: Inputs) -> Iterator[State]:
         """The state after every block, first to last."""
-        state = self.first_state(batch, batch.row_ids, self.row_length, self.config, self.dropout)
+        state = self.first_state(
+            batch, batch.row_ids, self.row_length, self.config, self.dropout, batch.token_type_ids, batch.pairs
+        )
         for block in self.blocks:
             state = block(state)
             yield state
@@ -271,17 +286,22 @@ class NeoBERT(nn.Module):
         row_length: int | None,
         config: ModelConfig,
         dropout: EmbeddingDropout | None,
+        token_types: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
     ) -> State:
-        """What the first block of the layers of `config` takes."""
+        """What the first block of the layers of `config` takes. token_types, pairs: see PackedTokens."""
         places = (tokens.position_ids, tokens.cu_seqlens)
         draws = None
         if dropout is not None and self.training:
             key, count = (self.seed, self.step), len(tokens.input_ids)
             draws = draws_of_tokens(row_ids, count, row_length, config, self.mesh, key)
         packed = PackedTokens.of(*places, config, self.mesh, self.embedding.weight.dtype, draws)
+        packed = packed._replace(token_types=token_types, pairs=pairs)
         state = self.embedding((tokens.input_ids, *places, packed))
         if self.positions is not None:
             state = self.positions(state)
+        if self.segments is not None:
+            state = self.segments(state)
         return state if dropout is None else dropout(state)
 
     def states(self, batch: Inputs) -> State:
@@ -306,12 +326,19 @@ class NeoBERT(nn.Module):
     def forward(self, batch: Inputs, outputs: bool = False) -> Any:
         """(sum of the losses, auxiliary loss), both scalars; with `outputs` a text head's outputs [D, K] instead.
 
-        One door for both, because ZeRO-3 gathers weights for `forward` alone.
+        With a head for pairs and a batch of them the first is [3]: of the losses of tokens and of pairs, and how many
+        pairs are told right. One door for all, because ZeRO-3 gathers weights for `forward` alone.
         """
         state = self.states(batch)
         if outputs:
             return self.head(state)
-        return self._losses(state, batch).sum(), state[1]
+        sums = self._losses(state, batch).sum()
+        if self.next_sentence is not None and batch.pairs is not None:
+            assert batch.next_sentence_labels is not None
+            *state, logits = self.next_sentence(state)
+            of_pairs = next_sentence_sums(logits, batch.next_sentence_labels.index_select(0, batch.pairs))
+            sums = torch.cat((sums[None], of_pairs))
+        return sums, state[1]
 
     def _losses(self, state: State, batch: Inputs) -> torch.Tensor:
         """Of tokens [T], or of what a text head has losses of."""

@@ -211,6 +211,7 @@ def split_batch(batch: AnyBatch, split: ContextSplit, rank: int) -> AnyBatch:
         position_ids=share(batch.position_ids, -1),
         cu_seqlens=torch.cat((batch.cu_seqlens, end)),
         token_type_ids=None if batch.token_type_ids is None else share(batch.token_type_ids, 0),
+        next_sentence_labels=None if (labels := batch.next_sentence_labels) is None else share(labels, -100),
     )
 
 

@@ -74,3 +74,16 @@ def gather_tokens(x_SH: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return mappings.gather_from_sequence_parallel_region(
         x_SH, tensor_parallel_output_grad=False, group=mesh["tp"].group
     )
+
+
+def pick_tokens(x_SH: torch.Tensor, places_P: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The tokens at `places_P`, int64, of all of them, on every tp rank, for what all compute alike as in
+    `gather_tokens`. Sends these alone. [P, H]"""
+    if not mesh.sequence_parallel:
+        return x_SH.index_select(0, places_P)
+    from megatron.core.tensor_parallel import mappings
+
+    local = places_P - mesh["tp"].index * len(x_SH)
+    owned = (local >= 0) & (local < len(x_SH))
+    rows_PH = x_SH.index_select(0, local.where(owned, 0)) * owned[:, None]
+    return mappings.reduce_from_tensor_model_parallel_region(rows_PH, group=mesh["tp"].group)

@@ -133,6 +133,7 @@ def _row_settings(config: Config, plan: BatchPlan, dp_rank: int) -> dict[str, An
     """How rows are shared out, the same for training and validation."""
     return {
         "objective": config.model.objective,
+        "pairs": config.model.next_sentence_prediction,
         "sequence_length": config.phase.sequence_length,
         "micro_batch_size": plan.micro_batch_size,
         "dp_rank": dp_rank,

@@ -126,6 +126,7 @@ class FlatDistillEngine(DistillEngine, FlatEngine):
         self._part_sums += torch.stack((labels, logits, hidden)).detach()
         weights = self.config.distill
         loss = weights.label_weight * labels + weights.logit_weight * logits + weights.hidden_weight * hidden
+        self._loss_sum += loss.detach()
         return loss, aux_loss
 
 

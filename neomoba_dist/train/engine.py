@@ -47,6 +47,7 @@ from neomoba_dist.train.expert_groups import check_rows, declare_experts, update
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
 from neomoba_dist.train.heap import keep_freed_memory
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
+from neomoba_dist.train.losses import LOSSES, means, tokens_per_pair
 from neomoba_dist.train.optim import build_optimizer, moments_of
 from neomoba_dist.train.recompute import choose_recompute
 from neomoba_dist.train.stragglers import ForwardTimer
@@ -95,14 +96,16 @@ def not_finite(loss: float, grad_norm: float) -> str | None:
 class Engine(ABC):
     """What the training loop and checkpoints need. `module` is this rank's part of the model."""
 
-    PARTS: tuple[str, ...] = ()  # of the loss, for the log
+    PARTS: tuple[str, ...] = ()  # of the loss, for the log, beside those that the model's own losses have
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
         config = choose_recompute(config, mesh)
         self.config, self.plan, self.mesh, self.step = config, plan, mesh, 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._aux_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        self._part_sums = torch.zeros(len(self.PARTS), dtype=torch.float64, device=mesh.device)
+        self.losses = LOSSES[config.model.next_sentence_prediction and config.finetune.head is None]()
+        self.parts = self.PARTS + self.losses.PARTS
+        self._part_sums = torch.zeros(len(self.parts), dtype=torch.float64, device=mesh.device)
         if config.dtype_name == "float16" and mesh.device.type == "cpu":
             raise ConfigError("fp16.enabled: DeepSpeed has no fp16 on a CPU; set bf16.enabled instead, or neither")
         check_rows(config, mesh)
@@ -137,6 +140,7 @@ class Engine(ABC):
         self._judge: Judge = not_finite
         self._report: Report = dict
         self._num_valid = self._micro_batches = 0
+        self._part_counts: list[int] = []
         self._result: UpdateResult | None = None
         guard_step(self.engine.optimizer, self.optimizer, self._decide)
 
@@ -157,6 +161,7 @@ class Engine(ABC):
         self._part_sums.zero_()
         self._judge, self._report = judge, report
         self._num_valid, self._micro_batches = batches[0].num_valid, len(batches)
+        self._part_counts = [self._num_valid] * len(self.PARTS) + [*self.losses.counts(batches[0])]
         self._run_update(batches)
         result = self._result
         assert result is not None
@@ -199,7 +204,7 @@ class Engine(ABC):
             activation_rms=activation_rms,
             layer_grad_norms=[math.sqrt(square) for square in layer_squares],
             report={name: sums[name].tolist() for name in sums.keys() - parts.keys()},
-            parts=dict(zip(self.PARTS, (sums["parts"] / self._num_valid).tolist(), strict=True)),
+            parts=means(self.parts, sums["parts"].tolist(), self._part_counts),
         )
         return self._result.problem is None and not overflow, grad_norm
 
@@ -212,13 +217,20 @@ class Engine(ABC):
         self.update(batches, 0.0, judge=lambda loss, grad_norm: "it is only rehearsed")
         scaler.update(kept)
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Sum of the token losses over the micro-batches of all ranks, without gradients."""
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """Loss over the micro-batches of all ranks, without gradients, and the parts that the model's own losses have.
+
+        batches: `num_valid` and `num_pairs` are those of all of them.
+        """
         self.module.eval()
         self._loss_sum.zero_()
+        self._part_sums.zero_()
         with torch.no_grad():
             self._run_evaluation(batches)
-        return self._global_sum(self._loss_sum)
+        own = self._part_sums[len(self.PARTS) :]
+        loss, *parts = self._global_sum(torch.cat((self._loss_sum[None], own)))
+        counts = self.losses.counts(batches[0])
+        return loss / batches[0].num_valid, means(self.losses.PARTS, parts, counts)
 
     def set_full_attention(self, full: bool) -> None:
         """Switch the MoBA layers to full attention or back."""
@@ -344,9 +356,15 @@ class Engine(ABC):
         """Factor that undoes DeepSpeed's averages and turns a sum of token losses into our mean."""
         return micro_batches * self.mesh["dp_cp"].size / num_valid
 
-    def _global_sum(self, value: torch.Tensor) -> float:
+    def _add(self, loss_sum: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+        """Take a micro-batch's loss and its parts down for the log; the loss. See `losses.TokenLoss.total`."""
+        self._loss_sum += loss_sum.detach()
+        self._part_sums[len(self.PARTS) :] += parts
+        return loss_sum
+
+    def _global_sum(self, values: torch.Tensor) -> list[float]:
         # only last pipeline stages have a loss; the other stages add zeros
-        return float(all_reduce(all_reduce(value, self.mesh, "dp_cp"), self.mesh, "pp"))
+        return all_reduce(all_reduce(values, self.mesh, "dp_cp"), self.mesh, "pp").tolist()
 
     def _deepspeed_config(self) -> dict[str, Any]:
         """DeepSpeed's part of the configuration with what we own filled in."""
@@ -388,11 +406,11 @@ class Engine(ABC):
 
     @abstractmethod
     def _run_update(self, batches: Sequence[Batch]) -> None:
-        """Forward, backward and step; adds to `_loss_sum` and `_aux_sum`."""
+        """Forward, backward and step; adds to `_loss_sum`, `_part_sums` and `_aux_sum`."""
 
     @abstractmethod
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
-        """Forward; adds to `_loss_sum`."""
+        """Forward; adds to `_loss_sum` and `_part_sums`."""
 
 
 class FlatEngine(Engine):
@@ -422,18 +440,19 @@ class FlatEngine(Engine):
         self.module.step = self.step
         for batch in batches:
             loss_sum, aux_loss = self._losses(self._on_device(batch))
-            self._loss_sum += loss_sum.detach()
             self._aux_sum += aux_loss.detach()
             self.engine.backward(loss_sum * self.scale(batch.num_valid, len(batches)) + aux_loss)
             self.engine.step()
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the token losses, and auxiliary loss."""
-        return self.engine(batch)
+        """Loss, still to be divided by the tokens that count, and auxiliary loss."""
+        sums, aux_loss = self.engine(batch)
+        return self._add(*self.losses.total(sums, tokens_per_pair(batch))), aux_loss
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            self._loss_sum += self.engine(self._on_device(batch))[0]
+            local = self._on_device(batch)
+            self._add(*self.losses.total(self.engine(local)[0], tokens_per_pair(local)))
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """What a head on texts says of this rank's documents, [D, K] float32 on the CPU; called by all ranks alike."""
@@ -484,11 +503,16 @@ class PipelineParallelEngine(Engine):
     def _packed(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> PackedTokens:
         """What the blocks of a stage share; the last two inputs are the positions and borders."""
         position_ids, cu_seqlens = inputs[-2:]
-        model, phase, draws = self.config.model, self.config.phase, None
+        model, phase, draws, types, pairs = self.config.model, self.config.phase, None, None, None
+        batch = next(self._passing)
         if model.dropout and self.module.training:
-            key, row_ids, count = (phase.seed, self.step), next(self._row_ids), len(position_ids)
-            draws = draws_of_tokens(row_ids, count, phase.sequence_length, model, self.mesh, key)
-        return PackedTokens.of(position_ids, cu_seqlens, model, self.mesh, dtype, draws)
+            key, count = (phase.seed, self.step), len(position_ids)
+            draws = draws_of_tokens(batch.row_ids, count, phase.sequence_length, model, self.mesh, key)
+        if model.type_vocab_size:
+            local = self._local(batch)
+            types, pairs = local.token_type_ids, local.pairs
+        packed = PackedTokens.of(position_ids, cu_seqlens, model, self.mesh, dtype, draws)
+        return packed._replace(token_types=types, pairs=pairs)
 
     def _mpu(self) -> DeepSpeedMPU | None:
         return None  # PipelineModule brings its own, from the same rank order
@@ -500,14 +524,13 @@ class PipelineParallelEngine(Engine):
     def _chunk_functions(self) -> ChunkFunctions:
         return compiled_chunks() if self.compiled else EAGER
 
-    def _loss(
-        self, outputs: tuple[torch.Tensor, torch.Tensor, nn.Parameter], targets: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
-        """The last stage's loss of one micro-batch; `targets` are the labels, the tokens that count, and the scale."""
-        hidden, aux_loss, weight = outputs
-        labels, counted, scale = targets
-        loss_sum = token_losses(hidden, weight, labels, self.mesh, counted, self._chunk_functions).sum()
-        self._loss_sum += loss_sum.detach()
+    def _loss(self, outputs: tuple[Any, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The last stage's loss of one micro-batch; `targets` are the labels, the tokens that count, the scale, and
+        what other losses need."""
+        hidden, aux_loss, weight, *made = outputs
+        labels, counted, scale, *others = targets
+        token_sum = token_losses(hidden, weight, labels, self.mesh, counted, self._chunk_functions).sum()
+        loss_sum = self._add(*self.losses.joined(token_sum, made, others))
         self._aux_sum += aux_loss.detach()
         return loss_sum * scale + aux_loss
 
@@ -516,14 +539,16 @@ class PipelineParallelEngine(Engine):
             batch = self._local(whole)
             scale = torch.full((), self.scale(batch.num_valid, len(batches)), device=self.mesh.device)
             assert batch.counted is not None
-            yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), (batch.labels, batch.counted, scale)
+            targets = (batch.labels, batch.counted, scale, *self.losses.targets(batch))
+            yield (batch.input_ids, batch.position_ids, batch.cu_seqlens), targets
 
     def _run_update(self, batches: Sequence[Batch]) -> None:
-        # every stage has all batches and computes them in this order, so nothing more need travel for dropout
-        self._row_ids = iter([batch.row_ids for batch in batches])
+        # every stage has all batches and computes them in this order, so nothing more need travel for dropout and pairs
+        self._passing = iter(batches)
         self.engine.train_batch(data_iter=self._feed(batches))
 
     def _run_evaluation(self, batches: Sequence[Batch]) -> None:
+        self._passing = iter(batches)
         self.engine.eval_batch(data_iter=self._feed(batches), num_micro_batches=len(batches))
 
 

@@ -22,12 +22,12 @@ class Update(NamedTuple):
 
 
 class LookAhead:
-    """counted: valid tokens of this rank in what was fetched last."""
+    """counted, pairs: valid tokens and labelled pairs of this rank in what was fetched last."""
 
     def __init__(self, stream: UpdateStream | ExampleStream) -> None:
         self._stream, self._updates = stream, iter(stream)
         self._next: Update | DataError | None = None
-        self.counted = 0
+        self.counted = self.pairs = 0
 
     def fetch(self) -> float:
         """Read the next update; how many seconds that took.
@@ -37,9 +37,10 @@ class LookAhead:
         started = time.perf_counter()
         try:
             batches, state = next(self._updates)
-            self._next, self.counted = Update(batches, state, self._stream.skipped_rows), batches[0].num_valid
+            self._next = Update(batches, state, self._stream.skipped_rows)
+            self.counted, self.pairs = batches[0].num_valid, batches[0].num_pairs
         except DataError as error:
-            self._next, self.counted = error, 0
+            self._next, self.counted, self.pairs = error, 0, 0
         return time.perf_counter() - started
 
     def take(self) -> Update:

@@ -6,6 +6,7 @@ moments, random numbers, data and the routers' biases are the same after it, to 
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
         row_ids=torch.arange(rows),
         num_valid=int((labels != IGNORE_LABEL).sum()) * plan.gradient_accumulation_steps * plan.data_parallel_size,
         encoder=encoder,
+        **_pairs(config, plan),
     )
     return [batch] * plan.gradient_accumulation_steps
 
@@ -63,4 +65,17 @@ def _full_rows(config: Config, rows: int, length: int) -> dict[str, torch.Tensor
         "input_ids": torch.randint(config.model.vocab_size, (rows * length,), generator=generator),
         "position_ids": torch.arange(length).repeat(rows),
         "cu_seqlens": borders,
+    }
+
+
+def _pairs(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """What a batch has besides for next-sentence prediction: a pair in every row, cut in its middle."""
+    if not config.model.next_sentence_prediction:
+        return {}
+    rows, length = plan.micro_batch_size, config.phase.sequence_length
+    place = torch.arange(rows * length) % length
+    return {
+        "token_type_ids": (place >= length // 2).long(),
+        "next_sentence_labels": torch.where(place == 0, 0, IGNORE_LABEL),
+        "num_pairs": rows * plan.gradient_accumulation_steps * plan.data_parallel_size,
     }

@@ -84,9 +84,9 @@ class Trainer:
         # one rank of each model replica speaks for it where all of them know the same
         self._speaks = all(mesh[axis].index == 0 for axis in ("tp", "cp", "pp"))
         counted = sum(batch.local_valid() for batch in self.validation)
-        self._validation_count = self._sum_over_replicas(counted)
-        self.validation = [replace(batch, num_valid=self._validation_count) for batch in self.validation]
-        self._num_valid = 0  # of the update to come, over all ranks
+        counts = self._sum_over_replicas(counted, sum(batch.num_pairs for batch in self.validation))
+        self.validation = [replace(batch, **counts) for batch in self.validation]
+        self._counts: dict[str, Any] = {"num_valid": 0, "num_pairs": 0}  # of the update to come, over all ranks
         self._data_state = stream.state_dict()
 
     def start_from(self, reader: CheckpointReader) -> None:
@@ -123,7 +123,7 @@ class Trainer:
             with step_profiler(profiled, self.mesh.rank) as profiler, StopRequests() as requests:
                 if not last:
                     updates.fetch()
-                    self._num_valid = self._sum_over_replicas(updates.counted)
+                    self._counts = self._sum_over_replicas(updates.counted, updates.pairs)
                 while not last:
                     entry, asked = self._train_step(updates, requests, last_step)
                     if log:
@@ -207,10 +207,10 @@ class Trainer:
         step = self.step + 1
         full = is_full_attention(phase, step)
         rate = learning_rate(phase, step)
-        update, num_valid = updates.take(), self._num_valid
+        update, counts = updates.take(), self._counts
         if (self.step - self._first_step) % self.config.data.check_every == 0:
             require_agreement(update.batches, self.engine.module, self.config.zero_stage, self.mesh)
-        if num_valid == 0:
+        if counts["num_valid"] == 0:
             raise AgreedTrainingError(
                 f"step {step}: no token of the update counts; raise neomoba.phase.tokens_per_update"
             )
@@ -223,17 +223,18 @@ class Trainer:
             self._data_seconds = updates.fetch() if step < last_step else 0.0
             files = [self.mesh.rank == 0 and (self.output / name).exists() for name in ("SAVE", "STOP")]
             return {
-                "of_replica": [updates.counted, flops] if self._speaks else [0, 0],
+                "of_replica": [updates.counted, updates.pairs, flops] if self._speaks else [0, 0, 0],
                 "asked": [*files, self.saver.failed, requests.asked()],
                 "rank_seconds": self._stragglers.part(self._data_seconds + self.engine.forward_timer.take()),
             }
 
-        batches = [replace(batch, num_valid=num_valid) for batch in update.batches]
+        batches = [replace(batch, **counts) for batch in update.batches]
         result = self.engine.update(batches, rate, self.judge.problem, report)
         if not result.overflow:
             self.judge.record(result.loss, result.grad_norm, skipped=result.problem is not None)
-        following, operations = result.report["of_replica"]
-        self._num_valid, self._data_state = int(following), update.state
+        *following, operations = result.report["of_replica"]
+        self._counts = dict(zip(self._counts, map(int, following), strict=True))
+        self._data_state = update.state
         received = self.mesh.ledger.received()
         self.step = step
         tokens = phase.tokens_per_update
@@ -249,7 +250,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": rate,
             "tokens": tokens,
-            "valid_tokens": num_valid,
+            "valid_tokens": counts["num_valid"],
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "tflops_per_rank": operations / seconds / self.mesh["world"].size / 1e12,
@@ -287,7 +288,8 @@ class Trainer:
         """What the log gets of a validation."""
         if not self.validation:
             return {}
-        return {"validation_loss": self.engine.evaluate(self.validation) / self._validation_count}
+        loss, parts = self.engine.evaluate(self.validation)
+        return {"validation_loss": loss, **{f"validation_{name}": value for name, value in parts.items()}}
 
     def _flops(self, batches: Sequence[Batch], counted: int, full: bool) -> int:
         lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).long()
@@ -296,10 +298,10 @@ class Trainer:
             return step_flops(self.config.model, lengths, counted, full, torch.cat(encoders).long())
         return step_flops(self.config.model, lengths[lengths > 0], counted, full)
 
-    def _sum_over_replicas(self, value: int) -> int:
-        """The sum over the data-parallel ranks of a number that the ranks of a model replica share."""
-        sums = sum_together({"value": [value if self._speaks else 0]}, self.mesh)
-        return int(sums["value"])
+    def _sum_over_replicas(self, num_valid: int, num_pairs: int) -> dict[str, Any]:
+        """The sums over the data-parallel ranks of what the ranks of a model replica share: a Batch's counts."""
+        sums = sum_together({"counts": [num_valid, num_pairs] if self._speaks else [0, 0]}, self.mesh)
+        return dict(zip(("num_valid", "num_pairs"), map(int, sums["counts"].tolist()), strict=True))
 
     def _tell_skipped(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
         """Say which rows had to be skipped and why. AgreedTrainingError where it happens too often in a row."""

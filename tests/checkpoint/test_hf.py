@@ -271,6 +271,7 @@ OWN: list[dict[str, Any]] = [
     {"norm": "layernorm", "norm_placement": "post", "objective": "clm", "moba_block_size": 8, "moba_top_k": 2,
      "mlp_activation": "gelu"},
     {"norm": "layernorm", "objective": "mlm", "moba_block_size": 8, "moba_top_k": 2, "mlp_activation": "geglu"},
+    {"objective": "mlm", "moba_block_size": 8, "moba_top_k": 2, "type_vocab_size": 2},
 ]  # fmt: skip
 ALONE = """
 import json, sys

@@ -215,7 +215,7 @@ def train_rank(config: Config) -> tuple[list[float], list[float], Pieces, Pieces
         norms.append(result.grad_norm)
         parts.append(dict(result.parts))
         first_moment = first_moment or state_pieces(engine, "exp_avg")
-    validation = engine.evaluate(given[0][dp.index :: dp.size])
+    validation, _ = engine.evaluate(given[0][dp.index :: dp.size])
     assert before == teacher_bytes(engine)
     assert all(parameter.grad is None for parameter in engine.teacher.parameters())
     own = sum(getattr(p, "ds_tensor", p).numel() for p in engine.teacher.parameters())

@@ -47,7 +47,7 @@ def make_config(task: str, layout: dict[str, Any], stage: int, dp: int) -> Confi
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": stage},
             "neomoba": {
-                "model": vars(tiny_model()),
+                "model": vars(tiny_model(type_vocab_size=2 if task == "rte" else 0)),
                 "parallel": layout,
                 "data": {"train": "unused"},
                 "finetune": {"tasks": task, "pooling": "cls" if task == "rte" else "mean", "temperature": 0.5},
@@ -64,7 +64,8 @@ def make_config(task: str, layout: dict[str, Any], stage: int, dp: int) -> Confi
 
 
 def make_examples(task: str, number: int = 11) -> Examples:
-    """Documents of 3 to 61 tokens, up to eight blocks; an epoch ends within the second update."""
+    """Documents of 3 to 61 tokens, up to eight blocks; an epoch ends within the second update. Those of rte are pairs,
+    for a model with segments."""
     draw = random.Random(task)
     found = []
     for index in range(number):
@@ -73,7 +74,8 @@ def make_examples(task: str, number: int = 11) -> Examples:
             for _ in range(3 if task == "contrastive" else 1)
         )
         labels = {"rte": index % 2, "stsb": draw.randrange(5_000_000), "contrastive": None}
-        found.append(Example(documents, labels[task], str(index)))
+        second = 1 + len(documents[0]) // 3 if task == "rte" else None
+        found.append(Example(documents, labels[task], str(index), second))
     return Examples(found, LENGTH, 0, 0)
 
 

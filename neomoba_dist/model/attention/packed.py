@@ -36,7 +36,9 @@ class PackedTokens(NamedTuple):
     S tokens. placed: documents and blocks of the T tokens. positions: their documents and positions within them, int64
     [2, T], for windows and biases. inside: which neighbours' keys each of the S tokens may take, bool [width, S]
     (`key_conv.inside_documents`). draws: what dropout's masks of each of this rank's tokens are drawn from, int64
-    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`. memory: of a decoder.
+    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`. token_types: of the S tokens,
+    and pairs: which of them are the first of a labelled pair, for layers outside of blocks (model/segments.py). memory:
+    of a decoder.
     """
 
     cu_seqlens: Tensor
@@ -47,6 +49,8 @@ class PackedTokens(NamedTuple):
     draws: Tensor | None = None
     exchange: Callable[..., Exchange] | None = None  # a method: ZeRO-3 walks through what layers return
     memory: Memory | None = None
+    token_types: Tensor | None = None
+    pairs: Tensor | None = None
 
     @classmethod
     def of(

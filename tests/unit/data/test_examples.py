@@ -89,12 +89,16 @@ def test_pairs_are_one_document_and_the_longest_text_is_cut(tokenizer: Tokenizer
     first, second = tokenizer.encode(short), tokenizer.encode(long)
     assert ids == [special.cls, *first, special.sep, *second[: 32 - 3 - len(first)], special.sep]
     assert (len(ids), found.cut, found.examples[0].label) == (32, 1, 3_500_000)
+    types = found.batch([0]).token_type_ids
+    assert types is not None
+    assert types.tolist() == [0] * (len(first) + 2) + [1] * (30 - len(first)), "the separator ends the first text"
 
 
 def test_contrastive_texts_are_documents_and_need_equal_numbers(tokenizer: Tokenizer) -> None:
     triple = LabelledText(("self", "the value", "none"), None, "0")
     found = encode_examples([triple], tokenizer, 32, pairs=True, unit=1.0, name="x")
     assert len(found.examples[0].documents) == 3
+    assert found.batch([0]).token_type_ids.tolist() == [0] * 32  # type: ignore[union-attr]
     with pytest.raises(DataError, match="some examples have a negative and some have none"):
         encode_examples([triple, LabelledText(("a", "b"), None, "1")], tokenizer, 32, pairs=True, unit=1.0, name="x")
 
@@ -108,6 +112,14 @@ def test_documents_fill_rows_and_labels_stand_at_their_first_token() -> None:
     assert {i: label for i, label in enumerate(batch.labels.tolist()) if label != -100} == {0: 2, 5: 0, 12: 1, 24: 1}
     assert batch.position_ids[11:18].tolist() == [-1, 0, 1, 2, 3, -1, -1]
     assert batch.num_valid == 4
+
+
+def test_token_types_lie_where_their_documents_lie() -> None:
+    given = ((5, 2), (6, None), (4, 1), (10, 9))
+    examples = Examples([Example(([7] * n,), 0, str(n), second) for n, second in given], 12, 0, 0)
+    types = examples.batch([0, 1, 2, 3]).token_type_ids
+    assert types is not None
+    assert types.nonzero().flatten().tolist() == [2, 3, 4, 13, 14, 15, 33]
 
 
 def test_the_label_of_a_query_is_its_positives_number() -> None:
