@@ -28,6 +28,8 @@ CURVES = (
     ("grad_norm", "gradient norm", "Gradient norm over all parameters, before clipping."),
     ("lr", "learning rate", "Learning rate of the step, as the schedule gives it."),
     ("tokens_per_second", "tokens per second", "Tokens of an update over its wall time, all ranks together."),
+    ("next_sentence_loss", "next-sentence loss", "Nats per pair of texts: does the second follow the first?"),
+    ("next_sentence_accuracy", "next-sentence accuracy", "Share of the pairs that are told right; chance is one half."),
 )
 
 
@@ -159,8 +161,9 @@ def loss_section(runs: Sequence[Run]) -> list[str]:
 
 def curves_section(runs: Sequence[Run]) -> list[str]:
     """What else metrics.jsonl tells of every step."""
+    told = [curve for curve in CURVES if any(curve[0] in entry for run in runs for entry in run.steps)]
     return [
-        page.row([page.picture(data_uri(curve_figure(runs, key, label)), label, text) for key, label, text in CURVES])
+        page.row([page.picture(data_uri(curve_figure(runs, key, label)), label, text) for key, label, text in told])
     ]
 
 

@@ -17,13 +17,15 @@ from neomoba_dist.data.index import INDEX_FILE, CorpusIndex
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 
 LAST_STEPS = 10  # the final loss is their mean
+TOKEN_LOSSES = {"loss": "token_loss", "validation_loss": "validation_token_loss"}
 
 
 @dataclass(frozen=True)
 class Run:
     """One phase. What its folder no longer tells is None.
 
-    steps: the entries of metrics.jsonl. parameters: of the whole model, without padding. world_size: ranks.
+    steps: the entries of metrics.jsonl, see `of_tokens`. parameters: of the whole model, without padding. world_size:
+    ranks.
     unigram_entropy: nats per token of the corpus that validation ran on.
     """
 
@@ -91,13 +93,18 @@ class Run:
         return tokens[kept], values[kept] if found else values.reshape(0, 0)
 
 
+def of_tokens(entry: dict[str, Any]) -> dict[str, Any]:
+    """A step whose losses are those of its tokens alone: with next-sentence prediction they have another part."""
+    return {**entry, **{key: entry[of] for key, of in TOKEN_LOSSES.items() if of in entry}}
+
+
 def read_run(folder: Path) -> Run:
     """A run folder of launch/pretrain.py. Raises EvalError, ConfigError or CheckpointError."""
     config_file, metrics_file = folder / "config.json", folder / METRICS_FILE
     for file in (config_file, metrics_file):
         if not file.is_file():
             raise EvalError(f"--run {folder}: {file.name} is missing; give an --output_dir of launch/pretrain.py")
-    steps = read_metrics(metrics_file)
+    steps = [of_tokens(entry) for entry in read_metrics(metrics_file)]
     if not steps:
         raise EvalError(f"--run {folder}: {METRICS_FILE} holds no step yet; let the run make one")
     config = load_config(config_file)

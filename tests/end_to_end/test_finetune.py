@@ -18,6 +18,7 @@ from neomoba_dist.model.init import ShardedTensorSpec
 from tests.corpora import make_corpus
 from tests.evals.runs import make_config, write_run
 from tests.glue import write_mnli_and_rte, write_pairs, write_sst2
+from tests.pairs import PAIRS
 from tests.programs import run_program
 from tests.runs import metrics
 
@@ -123,6 +124,19 @@ def test_transfer_from_mnli_seeds_and_early_stopping(pretrained: Path, tmp_path:
     assert {path.name for path in (tmp_path / "out" / "submission").iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv"}
     lines = (tmp_path / "out" / "submission" / "MNLI-m.tsv").read_text().splitlines()[1:]
     assert {line.split("\t")[1] for line in lines} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_pairs_of_a_checkpoint_with_segments(pretrained: Path, tmp_path: Path) -> None:
+    """Its segments are trained on; its head for pairs is not taken over."""
+    run = write_run(tmp_path / "run", make_config(pretrained.parent / "corpus" / "shards", **PAIRS))
+    words = ("--ds_config", TINY, "--data_dir", write_mnli_and_rte(tmp_path / "glue"), "--output_dir", tmp_path / "out")
+    found = finetune(run, *words, "--set", "neomoba.finetune.tasks=rte", "neomoba.finetune.epochs=2")
+    assert found.returncode == 0, found.stderr
+    before, after = CheckpointReader(run), CheckpointReader(tmp_path / "out" / "rte" / "seed_1234")
+    types = ShardedTensorSpec("embedding.token_types", (2, 32))
+    moved = (after.read("model", types) - before.read("model", types)).abs().amax(dim=1)
+    assert moved.min() > 0, "both types"
+    assert not [name for name in after.tensors if "next_sentence" in name]
 
 
 def test_contrastive_pairs_find_their_positives(pretrained: Path, tmp_path: Path) -> None:

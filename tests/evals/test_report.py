@@ -5,6 +5,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from evals.results import header, read_results, write_result
 from evals.runs import read_run
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.model.init import views_of
+from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 from tests.evals.runs import TOKENS_PER_UPDATE, make_config, write_run
 
 VOID = {"meta", "img", "br"}
@@ -244,3 +246,19 @@ def test_report_on_experts_and_layers(tmp_path: Path, corpus: Corpus, phases: li
     assert values.shape == (20, 2)
     assert tokens[0] == 1000 + TOKENS_PER_UPDATE
     assert read_run(phases[0]).layer_series("kl_to_uniform", 0)[1].shape == (0, 0)
+
+
+def test_report_on_pairs(tmp_path: Path, phases: list[Path]) -> None:
+    """Losses are those of tokens, as the entropy is; those of pairs get figures of their own."""
+    paired = tmp_path / "paired"
+    shutil.copytree(phases[0], paired)
+    entries = read_metrics(paired / METRICS_FILE)
+    for number, entry in enumerate(entries):
+        pairs = {"next_sentence_loss": 0.5, "next_sentence_accuracy": 0.75} if number % 2 else {}
+        entry |= {"token_loss": entry["loss"], **pairs, "loss": entry["loss"] + 0.5}
+    (paired / METRICS_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    _, _, figures = report(tmp_path / "plain.html", [phases[0]], [])
+    _, _, more = report(tmp_path / "paired.html", [paired], [])
+    assert len(more) == len(figures) + 2
+    assert read_run(paired).final_loss == read_run(phases[0]).final_loss
+    assert read_run(paired).series("next_sentence_accuracy", 0)[1].tolist() == [0.75] * (len(entries) // 2)

@@ -18,6 +18,7 @@ from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.generate.stage import batch_of
 from tests.evals.runs import EXPERTS, half_done, journal_lines, make_config, write_run
 from tests.glue import sentence, write_mnli_and_rte, write_pairs
+from tests.pairs import PAIRS
 from tests.ranks import run_ranks
 
 LAYOUTS = [
@@ -56,7 +57,10 @@ def finetuned_experts(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) 
     return write_finetuned(corpus, tmp_path_factory.mktemp("finetuned_experts"), **EXPERTS)
 
 
-def test_glue_equals_a_direct_computation(finetuned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("segments", [False, True])
+def test_glue_equals_a_direct_computation(segments: bool, finetuned: Path, corpus: Corpus, tmp_path: Path) -> None:
+    if segments:
+        finetuned = write_finetuned(corpus, tmp_path / "segments", **PAIRS)
     assert evaluate(finetuned, tmp_path, "--tasks", "glue:mnli") == 0
     subject = load_subject(finetuned, None, "cpu", needs_corpus=False)
     text, right = subject.tokenizer, {}
@@ -64,8 +68,12 @@ def test_glue_equals_a_direct_computation(finetuned: Path, tmp_path: Path) -> No
         lines = (finetuned.parent / "glue" / "MNLI" / f"{split}.tsv").read_text().splitlines()[1:]
         for first, second, label in (line.split("\t") for line in lines):
             ids = [text.special.cls, *text.encode(first), text.special.sep, *text.encode(second), text.special.sep]
+            types = [0] * (ids.index(text.special.sep) + 1)
+            types += [1] * (len(ids) - len(types))
             subject.model.use("full")  # as the run was trained
-            guess = int(subject.model.text_outputs(batch_of([ids], "cpu")).argmax())
+            outputs = subject.model.text_outputs(batch_of([ids], "cpu", [types]))
+            assert segments != outputs.equal(subject.model.text_outputs(batch_of([ids], "cpu")))
+            guess = int(outputs.argmax())
             right.setdefault(split, []).append(guess == ("entailment", "neutral", "contradiction").index(label))
     result = json.loads((tmp_path / "glue.json").read_text())
     assert result["commonest"] == dict.fromkeys(right, pytest.approx(1 / 3))

@@ -147,3 +147,22 @@ def test_engines(layout: str) -> None:
     moments = {name: first_share(config.phase, name) * grad for name, grad in gradients.items()}
     assert_same(assemble([r[2] for r in results]), moments, rtol=2e-5)
     assert_same(assemble([r[3] for r in results]), weights, rtol=2e-4)
+
+
+def compiled_rank(config: Config) -> tuple[list[float], int]:
+    torch._dynamo.reset()  # what tests before this one compiled came along with the fork
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)  # type: ignore[method-assign]
+    return train_rank(config)[0], counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_do_not_see_the_pairs() -> None:
+    """One graph for MoBA blocks and one for the last, each in training and in validation, whatever the numbers of
+    pairs."""
+    losses, *_ = reference(make_config("mlm", {}, 1, model=PAIRS))
+    assert len({len(batch.pairs) for batches in updates() for batch in batches if batch.pairs is not None}) > 2
+    ((found, graphs),) = run_ranks(1, compiled_rank, make_config("mlm", {}, 1, model=PAIRS, compile=True), timeout=280)
+    assert found == pytest.approx(losses, rel=2e-4)
+    assert graphs == 4
