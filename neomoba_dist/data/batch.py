@@ -15,7 +15,7 @@ import torch
 IGNORE_LABEL = -100
 PADDING_POSITION = -1
 LEAST_DOCUMENTS = 16  # that `Batch.trimmed` keeps room for
-COUNTED_STEPS = 32  # numbers of tokens that `Batch.with_counted` may come to
+COUNTED_STEPS, PAIR_STEPS = 32, 16  # numbers of tokens that `Batch.with_counted` may come to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Batch:
     encoder      what an encoder-decoder's encoder reads, or None
     next_sentence_labels int64 [T] or None: at the first token of a pair 0 if its second text follows the first, 1 if
                  not; IGNORE_LABEL elsewhere
-    pairs        int64 [P] or None: first tokens of the pairs that have a label, see `with_counted`
+    pairs        int64 [P] or None: tokens that go through the head for pairs, see `with_counted`
     num_pairs    their number in the whole update, as num_valid counts labels
     """
 
@@ -84,18 +84,15 @@ class Batch:
         return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1], encoder=encoder)
 
     def with_counted(self) -> Batch:
-        """The same with `counted`: the tokens whose label counts, then others; and with `pairs`; for a batch on the
-        host.
+        """The same with `counted` and `pairs`: the tokens whose label counts, then others; for a batch on the host.
 
-        A GPU would have to wait to know how many there are. Tokens come in whole 32nds of all: few shapes.
+        A GPU would have to wait to know how many there are. They come in whole 32nds of all tokens, those of pairs in
+        16ths, of which one holds all pairs of 16 tokens or more: few shapes.
         """
-        counts, step = self.labels != IGNORE_LABEL, max(1, len(self.labels) // COUNTED_STEPS)
-        found, others = counts.nonzero().squeeze(1), (~counts).nonzero().squeeze(1)
-        missing = -len(found) % step  # up to whole steps
         pairs = None
         if self.next_sentence_labels is not None:
-            pairs = (self.next_sentence_labels != IGNORE_LABEL).nonzero().squeeze(1)
-        return replace(self, counted=torch.cat((found, others[:missing])), pairs=pairs)
+            pairs = _first_counted(self.next_sentence_labels, PAIR_STEPS, least=1)
+        return replace(self, counted=_first_counted(self.labels, COUNTED_STEPS), pairs=pairs)
 
     def local_valid(self) -> int:
         """Counted labels of this micro-batch alone."""
@@ -120,3 +117,11 @@ def _moved(part: Batch | EncoderTokens, device: torch.device | str) -> dict[str,
         for name, value in vars(part).items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def _first_counted(labels_T: torch.Tensor, steps: int, least: int = 0) -> torch.Tensor:
+    """The tokens whose label counts, then others, up to whole parts of all tokens: int64, at least `least`."""
+    counts, step = labels_T != IGNORE_LABEL, max(1, len(labels_T) // steps)
+    found, others = counts.nonzero().squeeze(1), (~counts).nonzero().squeeze(1)
+    wanted = -(-max(len(found), least) // step) * step
+    return torch.cat((found, others[: wanted - len(found)]))

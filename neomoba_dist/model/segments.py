@@ -3,7 +3,7 @@
 BERT (arXiv 1810.04805): segment embeddings (section 3.2, figure 2), next-sentence prediction (sections 3.1 and A.2).
 
 Shape letters: T tokens of this rank's share of the sequence, S those of this rank (T / tp under sequence parallelism),
-P pairs whose first token is among the T, H hidden size.
+P of the T that go through the head for pairs (`Batch.pairs`), H hidden size.
 """
 
 from typing import Any
@@ -42,8 +42,8 @@ class SegmentEmbedding(nn.Module):
 
 
 class NextSentence(nn.Module):
-    """Dense and tanh of the first token of every pair in `PackedTokens.pairs`, then two logits: State -> the same and
-    logits [P, 2], at least float32.
+    """Dense and tanh of the tokens at `PackedTokens.pairs`, the first ones of pairs, then two logits: State -> the same
+    and logits [P, 2], at least float32.
 
     What it computes is small, so every tp rank does all of it: weights and their gradients are alike on all of them.
     """
@@ -64,6 +64,7 @@ class NextSentence(nn.Module):
 
 
 def next_sentence_sums(logits_P2: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of all pairs, and how many of them the larger logit is right about: [2]."""
+    """Sum of the cross entropies of all pairs, and how many of them the larger logit is right about: [2]. Where the
+    label is -100 there is no pair."""
     loss = F.cross_entropy(logits_P2, labels_P, reduction="sum")
     return torch.stack((loss, (logits_P2.argmax(dim=1) == labels_P).sum().to(loss.dtype)))

@@ -37,8 +37,8 @@ class PackedTokens(NamedTuple):
     [2, T], for windows and biases. inside: which neighbours' keys each of the S tokens may take, bool [width, S]
     (`key_conv.inside_documents`). draws: what dropout's masks of each of this rank's tokens are drawn from, int64
     (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`. token_types: of the S tokens,
-    and pairs: which of them are the first of a labelled pair, for layers outside of blocks (model/segments.py). memory:
-    of a decoder.
+    and pairs: `Batch.pairs`, both for layers outside of blocks (model/segments.py) and of few shapes, or torch.compile
+    would make a graph for each. memory: of a decoder.
     """
 
     cu_seqlens: Tensor

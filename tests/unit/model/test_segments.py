@@ -46,7 +46,7 @@ def test_the_head_and_both_losses() -> None:
         head.output_bias[1] = 0.5
     assert batch.pairs is not None
     assert batch.next_sentence_labels is not None
-    assert len(batch.pairs) == 3
+    assert batch.pairs.tolist() == [0, 49, 59, 1], "three of them, and one of no pair"
     (tokens, pairs, right), _ = model(batch)
     hidden, loss, told = model.hidden_states(batch), torch.zeros((), dtype=torch.float64), 0
     for start in (0, 49, 59):
