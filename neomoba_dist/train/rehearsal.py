@@ -56,7 +56,7 @@ def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
     return [batch] * plan.gradient_accumulation_steps
 
 
-def _full_rows(config: Config, rows: int, length: int) -> dict[str, torch.Tensor]:
+def _full_rows(config: Config, rows: int, length: int) -> dict[str, Any]:
     """Tokens of rows of one document each."""
     generator = torch.Generator().manual_seed(0)
     borders = torch.full((max_documents(config.data, rows) + 1,), rows * length, dtype=torch.int32)
