@@ -78,8 +78,9 @@ class ShardedModel:
         if hidden is not None:
             local = (share.labels != IGNORE_LABEL).nonzero().squeeze(1)
             where = local if split is None else split.global_index(self.mesh["cp"].index, self.device)[local]
+            head = self.stage.head
             scores, first = vocab_parallel_scores(
-                hidden[local], self.stage.output_matrix, share.labels[local], self.mesh
+                head.transform(hidden[local]), head.weight, share.labels[local], self.mesh, head.bias
             )
             found[0, where], found[1, where] = scores, first.to(found.dtype)
             found = all_reduce(found, self.mesh, "cp")

@@ -28,7 +28,8 @@ from neomoba_dist.checkpoint.convert import (
     write_tensors,
 )
 from neomoba_dist.checkpoint.files import write_text
-from neomoba_dist.checkpoint.hf_families import FAMILIES, NO_COUNTERPART, Source, describe
+from neomoba_dist.checkpoint.hf_families import FAMILIES, describe
+from neomoba_dist.checkpoint.hf_family import Source
 from neomoba_dist.checkpoint.index import Entry
 from neomoba_dist.checkpoint.layout import CheckpointError, logical_name, read_json
 from neomoba_dist.checkpoint.load import OPEN_FILES, CheckpointReader
@@ -59,8 +60,6 @@ class HuggingFaceReader(CheckpointReader):
         self.folder = Path(path)
         config = read_json(self.folder / "config.json")
         kind = config.get("model_type")
-        if kind in NO_COUNTERPART:
-            raise CheckpointError(f"{self.folder}: {kind} has layers without counterpart here: {NO_COUNTERPART[kind]}")
         if kind not in FAMILIES:
             raise CheckpointError(
                 f"{self.folder}: model_type {kind!r} is not read here; {', '.join(FAMILIES)} are (docs/huggingface.md)"
@@ -72,7 +71,8 @@ class HuggingFaceReader(CheckpointReader):
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
         self.index: dict[str, Any] = {"version": 0, "step": 0, "config": _config_tree(keys, self.folder)}
-        self.sources = FAMILIES[kind].sources(self.config.model)
+        self.family = FAMILIES[kind]
+        self.sources = self.family.sources(self.config.model)
         self._open_file = lru_cache(OPEN_FILES)(self._opened)
         self._files = self._where()
         self._check_names()
@@ -101,7 +101,7 @@ class HuggingFaceReader(CheckpointReader):
 
     def left_out(self) -> list[str]:
         """Tensors of the folder that no layer of ours has a place for, none that a logit depends on but by a bias."""
-        return sorted(LEFT_OUT & self._files.keys())
+        return sorted((LEFT_OUT & self._files.keys()) - self._wanted())
 
     def _where(self) -> dict[str, str]:
         """Tensor -> file."""
@@ -116,12 +116,16 @@ class HuggingFaceReader(CheckpointReader):
             raise CheckpointError(f"{self.folder}: neither {INDEX} nor model.safetensors is there; only they are read")
         return dict.fromkeys(self._open_file(file.name).keys(), file.name)
 
+    def _wanted(self) -> set[str]:
+        """Tensors of the folder that ours lie in."""
+        return {name for source in self.sources.values() for name in source.names}
+
     def _check_names(self) -> None:
         """Every tensor of ours is there, and nothing else that would be lost without a word."""
-        wanted = {name for source in self.sources.values() for name in source.names}
+        wanted = self._wanted()
         known = wanted | LEFT_OUT | {name for name in self._files if name.endswith("rotary_emb.inv_freq")}
         if self.config.model.tie_word_embeddings:
-            known |= {"lm_head.weight"}
+            known |= {self.family.output}
         if missing := sorted(wanted - self._files.keys()):
             raise CheckpointError(f"{self.folder}: holds no tensor {missing[0]}, as its config.json says it should")
         if surplus := sorted(self._files.keys() - known):
@@ -188,6 +192,9 @@ def export_folder(
     except CheckpointError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from error
     refuse_damage(reader.folder, ("model",))
+    if tokenizer is not None:
+        roles = {f"{role}_token_id": number for role, number in asdict(tokenizer.special).items()}
+        described |= {key: number for key, number in roles.items() if key in described}
     described["dtype"] = described["torch_dtype"] = str(dtype).removeprefix("torch.")
     with new_folder(output) as writing:
         parts = _their_tensors(reader, FAMILIES[name].sources(config.model), dtype)

@@ -46,8 +46,10 @@ class NeoMobaConfig(PretrainedConfig):
         max_position_embeddings: int = 32768,
         norm: str = "rmsnorm",
         norm_placement: str = "pre",
+        embedding_norm: bool = False,
         rms_norm_eps: float = 1e-6,
         qk_norm: bool = False,
+        prediction_head: bool = False,
         position_embedding: str = "rope",
         rope_theta: float = 10000.0,
         rope_scaling_type: str | None = None,
@@ -58,6 +60,9 @@ class NeoMobaConfig(PretrainedConfig):
         moba_top_k: int = 3,
         moba_gate: str = "per_head",
         moba_pooling: str = "mean",
+        sliding_window: int = 512,
+        sliding_rope_theta: float | None = None,
+        global_tokens: int = 0,
         key_conv_width: int = 0,
         type_vocab_size: int = 0,
         num_experts: int = 0,
@@ -76,6 +81,7 @@ class NeoMobaConfig(PretrainedConfig):
             setattr(self, name, value)
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.layer_attentions = layer_attentions or ["full"] * num_hidden_layers
+        self.layer_types = ["full_attention"] * num_hidden_layers  # for caches: all keys are kept, also of windows
         self.moe_layers = moe_layers or []
         self.is_decoder = objective == "clm"
         super().__init__(**kwargs)
@@ -93,13 +99,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
+class LayerNormWithoutBias(nn.LayerNorm):
+    """(x - mean(x)) / deviation * weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps, bias=False)
 
 
-def rope_frequencies(config: NeoMobaConfig, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Radians per position of every pair, float64 [D / 2], and what rotated queries and keys are multiplied with."""
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm, "layernorm_no_bias": LayerNormWithoutBias}
+
+
+def rope_frequencies(config: NeoMobaConfig, device: torch.device, kind: str) -> tuple[torch.Tensor, float]:
+    """Radians per position of every pair, float64 [D / 2], and what rotated queries and keys are multiplied with.
+
+    kind: of the layer; windows may have a base of their own, which is not scaled.
+    """
     size, theta, factor = config.head_dim, config.rope_theta, config.rope_scaling_factor
     exponent = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
+    if kind == "sliding_window" and config.sliding_rope_theta is not None:
+        return config.sliding_rope_theta**-exponent, 1.0
     if config.rope_scaling_type == "ntk":
         theta *= factor ** (size / (size - 2))
     frequencies = theta**-exponent
@@ -154,7 +172,8 @@ def moba_attention(
 ) -> tuple[torch.Tensor, None]:
     """[B, N, L, D], keys and values [B, G, T, D] -> [B, L, N, D]. attention_mask bool [B, T]: what is no padding.
 
-    positions [B, T]: of the keys within their text; the queries are the last L of them. kind: "moba" or "full".
+    positions [B, T]: of the keys within their text; the queries are the last L of them. kind: "moba", "full" or
+    "sliding_window".
     """
     config, tokens = module.config, key.shape[2]
     assert positions is not None
@@ -177,6 +196,8 @@ def moba_attention(
         seen = attention_mask[:, None] & (own >= 0)[:, :, None]
         if config.is_decoder:
             seen = seen & (positions[:, None] <= positions[:, tokens - length :][:, rows, None])
+        if kind == "sliding_window":
+            seen = seen & in_window(positions[:, tokens - length :][:, rows], positions, config)
         seen = seen[:, None]
         if count > 1:
             scores = torch.einsum("bgrqd,bgnd->bgrqn", gate[:, :, :, rows], pooled).flatten(1, 2)
@@ -184,6 +205,13 @@ def moba_attention(
         part = F.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=seen, enable_gqa=True)
         parts.append(part.masked_fill((own < 0)[:, None, :, None], 0))
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def in_window(query: torch.Tensor, key: torch.Tensor, config: NeoMobaConfig) -> torch.Tensor:
+    """Whether a query at a position [B, Q] is near a key at one [B, T], or one of the two is global: bool [B, Q, T]."""
+    query, key = query[..., None], key[:, None]
+    near = (query - key).abs() < config.sliding_window
+    return near | (key < config.global_tokens) | (query < config.global_tokens)
 
 
 def chosen_blocks(scores: torch.Tensor, own: torch.Tensor, config: NeoMobaConfig, block: torch.Tensor) -> torch.Tensor:
@@ -208,7 +236,7 @@ AttentionInterface.register("moba", moba_attention)
 
 
 class Attention(nn.Module):
-    """Grouped queries, norms on queries and keys, a convolution over the keys, rotation, MoBA or full attention."""
+    """Grouped queries, norms on queries and keys, a convolution over the keys, rotation, and the attention proper."""
 
     def __init__(self, config: NeoMobaConfig, index: int) -> None:
         super().__init__()
@@ -226,7 +254,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        ropes: dict[str, tuple[torch.Tensor, torch.Tensor]],
         mask: torch.Tensor,
         positions: torch.Tensor,
         cache: DynamicCache | None,
@@ -240,12 +268,14 @@ class Attention(nn.Module):
             k = self.convolve(k, mask, cache)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        if ropes:
+            q, k = rotate(q, *ropes[self.kind]), rotate(k, *ropes[self.kind])
         decoding = cache is not None and cache.get_seq_length(self.index) > 0
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        kind = "full" if decoding and self.config.decode_attention == "full" else self.kind
+        kind = self.kind
+        if decoding and kind == "moba":
+            kind = self.config.decode_attention
         out, _ = moba_attention(self, q, k, v, mask, positions, kind)
         return out.flatten(2) @ self.o_proj.T
 
@@ -357,6 +387,8 @@ class Block(nn.Module):
     def __init__(self, config: NeoMobaConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+        if index == 0 and config.embedding_norm and config.norm_placement == "pre":
+            self.attention_norm = nn.Identity()  # it would norm a second time
         self.attention = Attention(config, index)
         self.mlp_norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         if index in config.moe_layers:
@@ -405,9 +437,11 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
         if config.type_vocab_size:
             self.token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         block, norm = BLOCKS[config.norm_placement], NORMS[config.norm]
+        size = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm = norm(*size) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
         last = config.norm_placement == "pre"
-        self.final_norm = norm(config.hidden_size, config.rms_norm_eps) if last else nn.Identity()
+        self.final_norm = norm(*size) if last else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -437,17 +471,30 @@ class NeoMobaModel(NeoMobaPreTrainedModel):
         if attention_mask is not None:
             mask = attention_mask[:, :total].bool()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        rope = None
-        if self.config.position_embedding == "rope":
-            frequencies, temperature = rope_frequencies(self.config, input_ids.device)
+        ropes = {}
+        for kind in set(self.config.layer_attentions) if self.config.position_embedding == "rope" else ():
+            frequencies, temperature = rope_frequencies(self.config, input_ids.device, kind)
             angle = positions[:, past:].to(torch.float64)[..., None] * frequencies
-            rope = angle.cos() * temperature, angle.sin() * temperature
+            ropes[kind] = angle.cos() * temperature, angle.sin() * temperature
         x = self.embedding(input_ids)
         if self.token_types is not None:
             x = x + self.token_types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        x = self.embedding_norm(x)
         for block in self.blocks:
-            x = block(x, rope, mask, positions, cache)
+            x = block(x, ropes, mask, positions, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **{CACHE: cache})
+
+
+class PredictionHead(nn.Module):
+    """norm(gelu(x W^T)), before the output matrix."""
+
+    def __init__(self, config: NeoMobaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(x @ self.dense.T))
 
 
 class _Head(NeoMobaPreTrainedModel):
@@ -456,7 +503,8 @@ class _Head(NeoMobaPreTrainedModel):
     def __init__(self, config: NeoMobaConfig) -> None:
         super().__init__(config)
         self.model = NeoMobaModel(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.transform = PredictionHead(config) if config.prediction_head else nn.Identity()
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.prediction_head)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -482,7 +530,7 @@ class NeoMobaForCausalLM(_Head, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """labels [B, L]: as `input_ids`, -100 is not counted."""
         found = self.model(input_ids, attention_mask, past_key_values, use_cache, cache)
-        logits = self.head(found.last_hidden_state[:, -logits_to_keep:])
+        logits = self.head(self.transform(found.last_hidden_state[:, -logits_to_keep:]))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -501,6 +549,7 @@ class NeoMobaForMaskedLM(_Head):
         **_: object,
     ) -> MaskedLMOutput:
         """labels [B, L]: the tokens behind the masks, -100 elsewhere. token_type_ids: see `NeoMobaModel`."""
-        logits = self.head(self.model(input_ids, attention_mask, token_type_ids=token_type_ids).last_hidden_state)
+        states = self.model(input_ids, attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        logits = self.head(self.transform(states))
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits)

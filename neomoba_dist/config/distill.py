@@ -18,6 +18,11 @@ def distillation(config: Config) -> Iterator[str]:
             "neomoba.distill.logit_weight, hidden_weight and label_weight are all 0, so nothing is learned; set "
             "logit_weight to 1"
         )
+    if config.model.prediction_head:
+        yield (
+            "neomoba.model.prediction_head true cannot be distilled: the losses know an output matrix alone; set it to "
+            "false, or neomoba.distill.teacher to null"
+        )
     if config.finetune.tasks is not None:
         yield "neomoba.distill.teacher teaches no neomoba.finetune.tasks; set one of the two to null"
     if config.phase.recompute == "auto":
@@ -38,6 +43,8 @@ def teacher_problems(config: Config, teacher: ModelConfig) -> Iterator[str]:
         theirs, ours = getattr(teacher, key), getattr(student, key)
         if theirs != ours:
             yield f"its {key} is {theirs}, and neomoba.model.{key} is {ours}; both must have the same tokens and task"
+    if teacher.prediction_head:
+        yield "it has a prediction_head, and the losses know an output matrix alone; take another teacher"
     layers, taught = teacher.num_hidden_layers, student.num_hidden_layers
     if config.distill.hidden_weight and layers % taught:
         divisors = [size for size in range(1, layers + 1) if layers % size == 0]

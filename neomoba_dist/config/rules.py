@@ -103,6 +103,11 @@ def attention(config: Config) -> Iterator[str]:
             f"neomoba.model.global_tokens {model.global_tokens} belongs to sliding-window layers, of which "
             f'neomoba.model.attention "{model.attention}" makes none; set global_tokens to 0'
         )
+    if model.sliding_rope_theta is not None and "sliding_window" not in model.layer_attentions:
+        yield (
+            f"neomoba.model.sliding_rope_theta {model.sliding_rope_theta:g} belongs to sliding-window layers, of which "
+            f'neomoba.model.attention "{model.attention}" makes none; set sliding_rope_theta to null'
+        )
     tp = config.parallel.tensor_model_parallel_size
     if model.moba_gate == "kv_group" and model.num_key_value_heads < tp:
         yield (
@@ -129,6 +134,11 @@ def positions(config: Config) -> Iterator[str]:
         yield (
             f"neomoba.model.rope_scaling_type {scaling} needs rotary positions, but position_embedding is "
             f"{model.position_embedding}; set rope_scaling_type to null"
+        )
+    if model.sliding_rope_theta is not None and model.position_embedding != "rope":
+        yield (
+            f"neomoba.model.sliding_rope_theta {model.sliding_rope_theta:g} needs rotary positions, but "
+            f"position_embedding is {model.position_embedding}; set sliding_rope_theta to null"
         )
     if scaling is None and model.rope_scaling_factor != 1:
         yield (

@@ -40,10 +40,12 @@ class ModelConfig:
     intermediate_size: Size = 3072
     mlp_activation: Literal["swiglu", "geglu", "relu", "gelu", "silu"] = "swiglu"
     max_position_embeddings: Size = 32768
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm", "layernorm_no_bias"] = "rmsnorm"
     norm_placement: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = False
     rms_norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False
+    prediction_head: bool = False
     tie_word_embeddings: bool = False
     position_embedding: Literal["rope", "learned", "sinusoidal", "alibi", "t5_relative", "none"] = "rope"
     rope_theta: PositiveFloat = 10000.0
@@ -57,6 +59,7 @@ class ModelConfig:
     moba_gate: Literal["per_head", "kv_group"] = "per_head"
     moba_pooling: Literal["mean", "max", "minmax", "representative"] = "mean"
     sliding_window: Size = 512
+    sliding_rope_theta: PositiveFloat | None = None
     global_tokens: OptionalSize = 0
     key_conv_width: OptionalParts = 0
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
@@ -126,6 +129,10 @@ class ModelConfig:
             num_decoder_layers=0,
             attention=list_attention(kinds),
         )
+
+    def has_attention_norm(self, layer: int) -> bool:
+        """Whether a layer has a norm of its own for attention: not the first one where it would norm a second time."""
+        return layer > 0 or not self.embedding_norm or self.norm_placement == "post"
 
     @property
     def mlp_matrices(self) -> int:

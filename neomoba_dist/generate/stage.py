@@ -9,7 +9,6 @@ from itertools import accumulate
 from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from neomoba_dist.config import ModelConfig
@@ -20,6 +19,7 @@ from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import Embedding, FinalNorm, Head, NeoBERT, layer_list
+from neomoba_dist.model.norm import EmbeddingNorm
 from neomoba_dist.model.positions import PositionEmbedding
 from neomoba_dist.model.segments import NextSentence, SegmentEmbedding
 from neomoba_dist.model.text_heads import TextHead
@@ -100,7 +100,7 @@ class Stage(nn.Module):
     @classmethod
     def of(cls, model: NeoBERT) -> Self:
         """The whole model as the only stage."""
-        added = [layer for layer in (model.positions, model.segments) if layer is not None]
+        added = [layer for layer in (model.positions, model.segments, model.embedding_norm) if layer is not None]
         layers = [model.embedding, *added, *model.blocks, model.final_norm, model.head]
         return cls(model.config, model.mesh, layers, 0)
 
@@ -145,8 +145,9 @@ class Stage(nn.Module):
 
     @property
     def added(self) -> list[nn.Module]:
-        """What adds positions and segments to the embedding, first stage only."""
-        return [layer for layer in self.layers if isinstance(layer, PositionEmbedding | SegmentEmbedding)]
+        """Positions and segments added to the embedding, and its norm, if any; first stage only."""
+        kinds = PositionEmbedding | SegmentEmbedding | EmbeddingNorm
+        return [layer for layer in self.layers if isinstance(layer, kinds)]
 
     @property
     def final_norm(self) -> FinalNorm:
@@ -156,13 +157,18 @@ class Stage(nn.Module):
         return layer
 
     @property
-    def output_matrix(self) -> nn.Parameter:
-        """Vocabulary rows of this rank, [v, H]; last stage only. The head, or an embedding that is tied to it."""
+    def head(self) -> Head:
+        """Last stage only."""
         layer = self.layers[-1]
         if isinstance(layer, TextHead):
             raise GenerationError("the checkpoint is fine-tuned on whole texts and predicts no tokens; use another one")
-        assert isinstance(layer, Head | Embedding)
-        return layer.weight
+        assert isinstance(layer, Head)
+        return layer
+
+    @property
+    def output_matrix(self) -> nn.Parameter:
+        """Vocabulary rows of this rank, [v, H]; last stage only."""
+        return self.head.weight
 
     @property
     def text_head(self) -> TextHead | None:
@@ -202,7 +208,7 @@ class Stage(nn.Module):
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the logits, [N, v]; -inf where a column is padding. Last stage only."""
         weight = self.output_matrix
-        logits = F.linear(hidden_NH, weight).to(torch.promote_types(hidden_NH.dtype, torch.float32))
+        logits = self.head.logits(hidden_NH).to(torch.promote_types(hidden_NH.dtype, torch.float32))
         valid = shard_of(weight).valid(weight).shape[0]
         logits[:, valid:] = -torch.inf
         return logits

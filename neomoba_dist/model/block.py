@@ -43,7 +43,9 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{index}"
         self.index, self.recompute = index, recompute
-        self.attention_norm = residual_norm(f"{name}.attention_norm", config, init)
+        self.attention_norm: nn.Module = nn.Identity()
+        if config.has_attention_norm(index):
+            self.attention_norm = residual_norm(f"{name}.attention_norm", config, init)
         self.attention = Attention(
             f"{name}.attention",
             config,

@@ -8,7 +8,7 @@ and, by default, with MoBA in all but the last `hybrid_layer_count` layers (arXi
 Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.block import BLOCKS, State
-from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions, vocab_parallel_cross_entropy
+from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions, OutputMatrix, vocab_parallel_cross_entropy
 from neomoba_dist.model.dropout import EmbeddingDropout, draws_of_tokens
 from neomoba_dist.model.init import Initializer, shard_of
-from neomoba_dist.model.norm import residual_norm
+from neomoba_dist.model.norm import EmbeddingNorm, residual_norm
 from neomoba_dist.model.positions import PositionEmbedding
+from neomoba_dist.model.prediction_head import PredictionHead
 from neomoba_dist.model.segments import NextSentence, SegmentEmbedding, next_sentence_sums
 from neomoba_dist.model.text_heads import TEXT_HEADS, TextHead
 from neomoba_dist.parallel.mesh import Mesh
@@ -66,9 +67,12 @@ class Inputs(Tokens, Protocol):
 
 def _vocabulary_matrix(name: str, config: ModelConfig, init: Initializer) -> nn.Parameter:
     """[V, H], rows split over tp and padded with zeros to whole tiles."""
+    return init.weight(name, (config.vocab_size, config.hidden_size), shard_dim=0, padded=_padded(config, init))
+
+
+def _padded(config: ModelConfig, init: Initializer) -> int:
     multiple = VOCAB_MULTIPLE * init.mesh["tp"].size
-    padded = -(-config.vocab_size // multiple) * multiple
-    return init.weight(name, (config.vocab_size, config.hidden_size), shard_dim=0, padded=padded)
+    return -(-config.vocab_size // multiple) * multiple
 
 
 class Embedding(nn.Module):
@@ -105,28 +109,50 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Output matrix [V, H]. Losses are computed inside `forward`, where ZeRO-3 has the weight gathered."""
+    """Output matrix [V, H]; with `prediction_head` also what stands before it, and biases that start at zero.
+
+    Losses are computed inside `forward`, where ZeRO-3 has the weights gathered. tied: the embedding's weight, where it
+    lies on this rank.
+    """
 
     def __init__(self, config: ModelConfig, init: Initializer, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.mesh = init.mesh
-        self.weight = tied if tied is not None else _vocabulary_matrix("head.weight", config, init)
+        name = "embedding.weight" if config.tie_word_embeddings else "head.weight"
+        self.weight = tied if tied is not None else _vocabulary_matrix(name, config, init)
         self.chunk_functions = EAGER
+        self.transform: nn.Module = nn.Identity()
+        self.bias: nn.Parameter | None = None
+        if config.prediction_head:
+            self.transform = PredictionHead(config, init)
+            size = (config.vocab_size,)
+            self.bias = init.weight("head.bias", size, shard_dim=0, scale=0.0, padded=_padded(config, init))
+
+    @property
+    def output(self) -> OutputMatrix:
+        """What `transform`ed hidden states are multiplied with."""
+        return OutputMatrix(self.weight, self.bias)
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the logits of a few tokens, [N, v], those of padding rows among them."""
+        return F.linear(self.transform(hidden_NH), *self.output)
 
     def forward(self, state: State, labels_T: torch.Tensor, counted_C: torch.Tensor | None = None) -> torch.Tensor:
-        return token_losses(state[0], self.weight, labels_T, self.mesh, counted_C, self.chunk_functions)
+        hidden_SH = self.transform(state[0])
+        return token_losses(hidden_SH, self.output, labels_T, self.mesh, counted_C, self.chunk_functions)
 
 
 class PipelineHead(Head):
-    """The head as a pipeline layer: DeepSpeed gives the labels to its loss function, so the weight goes there too."""
+    """The head as a pipeline layer: DeepSpeed gives the labels to its loss function, so the weights go there too."""
 
-    def forward(self, state: State) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return _with_weight(self, state)
+    def forward(self, state: tuple[Any, ...]) -> tuple[Any, ...]:  # type: ignore[override]
+        """Hidden, auxiliary loss, OutputMatrix; then what a head before this one made, behind the State."""
+        return self.transform(state[0]), state[1], self.output, *state[5:]
 
 
 def token_losses(
     hidden_SH: torch.Tensor,
-    weight: nn.Parameter,
+    output: OutputMatrix,
     labels_T: torch.Tensor,
     mesh: Mesh,
     counted_C: torch.Tensor | None = None,
@@ -143,7 +169,7 @@ def token_losses(
         counted_C = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     labels_C = labels_T.index_select(0, counted_C)
     hidden_CH, target_C = hidden_TH.index_select(0, counted_C), labels_C.clamp(min=0)
-    losses_C = vocab_parallel_cross_entropy(hidden_CH, weight, target_C, mesh, functions)
+    losses_C = vocab_parallel_cross_entropy(hidden_CH, output.weight, target_C, mesh, functions, output.bias)
     losses_C = losses_C.where(labels_C != IGNORE_INDEX, 0)
     return losses_C.new_zeros(len(labels_T)).index_put((counted_C,), losses_C)
 
@@ -152,14 +178,12 @@ def token_losses(
 class Layer:
     """One entry of the layer list: the class and its arguments, so that a pipeline builds only its own stage.
 
-    tied: layers with the same key share the parameter "weight". call: how a pipeline runs the module on what the
-    layer before returned, where that is not `module(state)`.
+    tied: layers with the same key share the parameter "weight".
     """
 
     cls: type[nn.Module]
     kwargs: Mapping[str, Any]
     tied: str | None = None
-    call: Callable[[Any, State], Any] | None = None
 
 
 def layer_list(
@@ -171,16 +195,13 @@ def layer_list(
     row_length: int | None = None,
     text_head: HeadConfig | None = None,
 ) -> list[Layer]:
-    """Embedding; added positions, segments and dropout if any; blocks, final norm, head for pairs if any, head: the
-    order in which `State` travels."""
+    """Embedding; added positions, segments, norm and dropout if any; blocks, final norm, head for pairs if any, head:
+    the order in which `State` travels."""
     common = {"config": config, "init": init}
+    tied = "embedding" if config.tie_word_embeddings and not text_head else None
+    head = Layer(PipelineHead, common, tied)
     if text_head:
         head = Layer(TEXT_HEADS[text_head.kind], {**common, "head": text_head})
-    elif config.tie_word_embeddings:
-        head = Layer(Embedding, common, "embedding", call=_with_weight)
-    else:
-        head = Layer(PipelineHead, common)
-    tied = head.tied
     added = config.position_embedding in ("learned", "sinusoidal")
     blocks = [
         Layer(
@@ -199,6 +220,7 @@ def layer_list(
         Layer(Embedding, common, tied),
         *([Layer(PositionEmbedding, common)] if added else []),
         *([Layer(SegmentEmbedding, common)] if config.type_vocab_size else []),
+        *([Layer(EmbeddingNorm, common)] if config.embedding_norm else []),
         *([Layer(EmbeddingDropout, {"config": config})] if config.dropout else []),
         *blocks,
         Layer(FinalNorm, common),
@@ -210,12 +232,6 @@ def layer_list(
 def recompute_of(index: int, recompute: str, every: int) -> str:
     """What block `index` recomputes: "full" may be for every so many blocks only (config.PhaseConfig)."""
     return "none" if recompute == "full" and index % every else recompute
-
-
-def _with_weight(module: Embedding | Head, state: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """What the last pipeline stage hands to the loss function: hidden, auxiliary loss and the output matrix; then what
-    a head before this one made, behind the State."""
-    return state[0], state[1], module.weight, *state[5:]
 
 
 class NeoBERT(nn.Module):
@@ -260,6 +276,7 @@ class NeoBERT(nn.Module):
         self.final_norm = blocks.pop()
         self.positions = blocks.pop(0) if isinstance(blocks[0], PositionEmbedding) else None
         self.segments = blocks.pop(0) if isinstance(blocks[0], SegmentEmbedding) else None
+        self.embedding_norm = blocks.pop(0) if isinstance(blocks[0], EmbeddingNorm) else None
         self.dropout: EmbeddingDropout | None = None
         if isinstance(dropout := blocks[0], EmbeddingDropout):
             self.dropout = dropout
@@ -303,6 +320,8 @@ class NeoBERT(nn.Module):
             state = self.positions(state)
         if self.segments is not None:
             state = self.segments(state)
+        if self.embedding_norm is not None:
+            state = self.embedding_norm(state)
         return state if dropout is None else dropout(state)
 
     def states(self, batch: Inputs) -> State:
@@ -322,7 +341,7 @@ class NeoBERT(nn.Module):
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Logits [T, V] on a mesh of ones, for decoding and evaluation of few tokens; training never forms them."""
         assert isinstance(self.head, Head)
-        return F.linear(hidden_SH, self.head.weight)[:, : self.config.vocab_size]
+        return self.head.logits(hidden_SH)[:, : self.config.vocab_size]
 
     def forward(self, batch: Inputs, outputs: bool = False) -> Any:
         """(sum of the losses, auxiliary loss), both scalars; with `outputs` a text head's outputs [D, K] instead.

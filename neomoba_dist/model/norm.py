@@ -1,5 +1,7 @@
 """RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,10 +51,43 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+class LayerNormWithoutBias(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight over the last dimension, as in ModernBERT (arXiv 2412.13663, section
+    2.1). partial: see `RMSNorm`."""
+
+    def __init__(self, name: str, size: int, eps: float, init: Initializer, partial: bool) -> None:
+        super().__init__()
+        self.weight = init.ones(f"{name}.weight", size)
+        self.eps = eps
+        self.mesh = init.mesh
+        self.partial = partial
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = sum_gradient(self.weight, self.mesh, "tp") if self.partial else self.weight
+        return F.layer_norm(x, weight.shape, weight, None, self.eps)
 
 
-def residual_norm(name: str, config: ModelConfig, init: Initializer) -> RMSNorm | LayerNorm:
+Norm = RMSNorm | LayerNorm | LayerNormWithoutBias
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm] | type[LayerNormWithoutBias]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": LayerNorm,
+    "layernorm_no_bias": LayerNormWithoutBias,
+}
+
+
+def residual_norm(name: str, config: ModelConfig, init: Initializer) -> Norm:
     """The norm that the config asks for, of the residual stream."""
     partial = init.mesh.sequence_parallel
     return NORMS[config.norm](name, config.hidden_size, config.rms_norm_eps, init, partial=partial)
+
+
+class EmbeddingNorm(nn.Module):
+    """A norm of what enters the first block, as in BERT and ModernBERT: State -> State (model/block.py)."""
+
+    def __init__(self, config: ModelConfig, init: Initializer) -> None:
+        super().__init__()
+        self.norm = residual_norm("embedding_norm", config, init)
+
+    def forward(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = state
+        return self.norm(hidden), *rest

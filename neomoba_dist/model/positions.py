@@ -3,6 +3,7 @@
 Shape letters: T tokens, S tokens of this rank, H hidden size, N heads of this rank, D head size, Q queries, K keys.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -37,6 +38,16 @@ def apply_rope(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) 
     cos, sin = cos_TD.to(dtype)[:, None, :], sin_TD.to(dtype)[:, None, :]
     first, second = x_TND.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TND.dtype)
+
+
+def sliding_rope(config: ModelConfig) -> ModelConfig:
+    """The model whose rotation sliding-window layers have: with a base of their own it is not scaled, because no
+    distance in a window was unseen in training (as in ModernBERT and Gemma 3)."""
+    if config.sliding_rope_theta is None:
+        return config
+    return dataclasses.replace(
+        config, rope_theta=config.sliding_rope_theta, rope_scaling_type=None, rope_scaling_factor=1.0
+    )
 
 
 def rope_tables(

@@ -1,6 +1,6 @@
 """Pipeline parallelism: a list of layers becomes DeepSpeed's PipelineModule (1F1B schedule, ZeRO-1).
 
-The layers come as objects with `cls`, `kwargs`, `tied` and `call` (model/neobert.py); this module knows nothing else
+The layers come as objects with `cls`, `kwargs` and `tied` (model/neobert.py); this module knows nothing else
 of the model.
 """
 
@@ -19,7 +19,7 @@ from neomoba_dist.parallel.mesh import Mesh
 
 # DeepSpeed's defaults here are silently wrong with sequence parallelism and fail with several float outputs.
 PIPELINE_SETTINGS = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
-
+TIED = "weight"  # the parameter that tied layers share
 
 Run = Callable[[Sequence[Callable[[Any], Any]], tuple[Any, ...], torch.dtype], tuple[Any, ...]]
 
@@ -37,6 +37,9 @@ class PipelineStage(PipelineModule):
         self.everywhere = everywhere or nn.Identity()
         for weight in self.everywhere.parameters():
             weight.ds_pipe_replicated = mesh["pp"].index > 0  # type: ignore[attr-defined]  # DeepSpeed's mark
+        for module in self.tied_modules.values():  # of which another stage holds the tied weight alone
+            for name, parameter in module.named_parameters():
+                parameter.ds_pipe_replicated &= name == TIED
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         outputs = self.run(self.forward_funcs, inputs, next(self.parameters()).dtype)
@@ -87,8 +90,6 @@ class LayerLike(Protocol):
     def kwargs(self) -> Mapping[str, Any]: ...
     @property
     def tied(self) -> str | None: ...
-    @property
-    def call(self) -> Callable[..., Any] | None: ...
 
 
 def build_pipeline(
@@ -105,7 +106,7 @@ def build_pipeline(
     Rank order is the mesh's: pipe is the slowest axis, tp the fastest, dp x cp between them.
     """
     specs = [
-        TiedLayerSpec(layer.tied, layer.cls, forward_fn=layer.call, tied_weight_attr="weight", **layer.kwargs)
+        TiedLayerSpec(layer.tied, layer.cls, tied_weight_attr=TIED, **layer.kwargs)
         if layer.tied
         else LayerSpec(layer.cls, **layer.kwargs)
         for layer in layers

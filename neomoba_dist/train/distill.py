@@ -29,7 +29,7 @@ from neomoba_dist.model.distill import (
     taught_losses,
 )
 from neomoba_dist.model.init import Initializer, views_of
-from neomoba_dist.model.neobert import Embedding, Head
+from neomoba_dist.model.neobert import Head
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel
 from neomoba_dist.train.engine import Engine, FlatEngine, PipelineParallelEngine
@@ -193,14 +193,14 @@ class PipelineDistillEngine(DistillEngine, PipelineParallelEngine):
         return scaled - scaled.detach()
 
     def _loss(self, outputs: Any, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        hidden, aux_loss, weight, going = outputs
+        hidden, aux_loss, output, going = outputs
         if not self.module.training:
-            return super()._loss((hidden, aux_loss, weight), targets)
+            return super()._loss((hidden, aux_loss, output), targets)
         labels, counted, scale = targets
         assert isinstance(self.teacher, TeacherStage)
-        taught = enter_tensor_parallel(going.view(weight.dtype), self.mesh).index_select(0, counted)
+        taught = enter_tensor_parallel(going.view(output.weight.dtype), self.mesh).index_select(0, counted)
         lesson = Lesson(self.config.distill.temperature, taught, output_matrix(self.teacher))
-        label_loss, logit_loss = taught_losses(hidden, weight, labels, counted, lesson, self.mesh)
+        label_loss, logit_loss = taught_losses(hidden, output.weight, labels, counted, lesson, self.mesh)
         weights = self.config.distill
         loss_sum = weights.label_weight * label_loss + weights.logit_weight * logit_loss
         self._part_sums[:2] += torch.stack((label_loss, logit_loss)).detach()
@@ -217,7 +217,7 @@ def build_distill_engine(config: Config, plan: BatchPlan, mesh: Mesh, reader: Ch
 def output_matrix(model: Teacher | TeacherStage) -> nn.Parameter:
     """What a teacher's logits are made with: its rows on this rank, [v, K]; of stages the last one has it."""
     head = model.head if isinstance(model, Teacher) else model.end[-1]
-    assert isinstance(head, Head | Embedding)
+    assert isinstance(head, Head)
     return head.weight
 
 

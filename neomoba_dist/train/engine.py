@@ -527,9 +527,9 @@ class PipelineParallelEngine(Engine):
     def _loss(self, outputs: tuple[Any, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The last stage's loss of one micro-batch; `targets` are the labels, the tokens that count, the scale, and
         what other losses need."""
-        hidden, aux_loss, weight, *made = outputs
+        hidden, aux_loss, output, *made = outputs
         labels, counted, scale, *others = targets
-        token_sum = token_losses(hidden, weight, labels, self.mesh, counted, self._chunk_functions).sum()
+        token_sum = token_losses(hidden, output, labels, self.mesh, counted, self._chunk_functions).sum()
         loss_sum = self._add(*self.losses.joined(token_sum, made, others))
         self._aux_sum += aux_loss.detach()
         return loss_sum * scale + aux_loss

@@ -127,7 +127,9 @@ def step_flops(
     else:
         forward = layers_flops(config.encoder, encoder_lengths, full) + layers_flops(config.decoder, lengths, full)
         forward += cross_flops(config, lengths, encoder_lengths)
-    return 3 * (forward + 2 * counted * config.hidden_size * config.vocab_size)
+    tokens = int(lengths.sum())
+    forward += 2 * counted * config.hidden_size * config.vocab_size
+    return 3 * (forward + 2 * tokens * config.hidden_size**2 * config.prediction_head)
 
 
 def cross_flops(config: ModelConfig, lengths: torch.Tensor, encoder_lengths: torch.Tensor) -> int:

@@ -92,7 +92,11 @@ def layer_norm_memory(vectors: int, size: int, element: int, mesh: Mesh) -> floa
     return vectors * (8 + size * element)
 
 
-NORM_MEMORY = {"rmsnorm": rms_norm_memory, "layernorm": layer_norm_memory}
+NORM_MEMORY = {
+    "rmsnorm": rms_norm_memory,
+    "layernorm": layer_norm_memory,
+    "layernorm_no_bias": layer_norm_memory,
+}
 
 
 def residual_norm_memory(model: ModelConfig, mesh: Mesh, tokens: Tokens) -> float:
@@ -168,11 +172,13 @@ def mlp_memory(layer: MLP | MoE, model: ModelConfig, tokens: Tokens) -> Held:
 
 
 def head_memory(rows: int, config: Config, mesh: Mesh, tokens: Tokens) -> Held:
-    """Final norm and loss. rows: of the output matrix on this rank."""
+    """Final norm, prediction head if any, and loss. rows: of the output matrix on this rank."""
     element, hidden, counted = tokens.element, config.model.hidden_size, tokens.counted
     chunk, matrix = min(CHUNK_TOKENS, counted) * rows, rows * hidden
     last_norm = residual_norm_memory(config.model, mesh, tokens) * (config.model.norm_placement == "pre")
     kept = last_norm + element * hidden * counted + 20 * counted
+    if config.model.prediction_head:  # inputs of the square matrix and of GELU, and the norm
+        kept += 2 * element * hidden * tokens.between + residual_norm_memory(config.model, mesh, tokens)
     # the matrix's gradient is summed in float32; logits, their gradients, those in the compute dtype
     logits = max(chunk * (8 + element), 4 * chunk + element * (chunk + matrix))
     passing = 4 * matrix + logits + element * hidden * (counted + tokens.here)

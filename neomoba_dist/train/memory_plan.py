@@ -15,7 +15,7 @@ from torch import nn
 from neomoba_dist.config import BatchPlan, Config, ConfigError
 from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import parts_of
-from neomoba_dist.model.neobert import Embedding, Head, recompute_of
+from neomoba_dist.model.neobert import Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.layer_memory import Tokens, block_memory, encoder_end_memory, head_memory
 from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
@@ -101,7 +101,7 @@ class Stage:
             if isinstance(part, Block):
                 kind = part.attention.kind, type(part.mlp), type(part)
                 alike.setdefault(kind, (part, []))[1].append(part.index)
-            elif isinstance(part, Head) or (isinstance(part, Embedding) and alike):  # a tied one comes again at the end
+            elif isinstance(part, Head):
                 head_rows = len(part.weight)
         return cls(groups, list(alike.values()), head_rows)
 
@@ -187,7 +187,8 @@ def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage)
     tokens, phase, pp = Tokens.of(config, mesh), config.phase, mesh["pp"]
     kept, passing = 0.0, 0.0
     if config.model.position_embedding == "rope":
-        kept += 4 * tokens.here * (config.model.head_dim or 0)  # cos and sin of half a head's features
+        tables = 1 if config.model.sliding_rope_theta is None else 2
+        kept += 4 * tokens.here * (config.model.head_dim or 0) * tables  # cos and sin of half a head's features
     if config.model.num_decoder_layers:
         encoder = Tokens.of(config, mesh, encoder=True)
         kept += encoder_end_memory(config, mesh)

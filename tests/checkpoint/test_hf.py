@@ -242,7 +242,6 @@ def test_training_starts_from_a_folder_of_the_hub(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not read here; qwen3, "),
-        ({"model_type": "modernbert"}, "modernbert has layers without counterpart here: embeddings.norm "),
         ({"attention_bias": True}, '"attention_bias": True has no counterpart here'),
         ({"hidden_act": "gelu"}, "\"hidden_act\": 'gelu' has no counterpart here"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "'llama3' has no counterpart"),
@@ -272,6 +271,11 @@ OWN: list[dict[str, Any]] = [
      "mlp_activation": "gelu"},
     {"norm": "layernorm", "objective": "mlm", "moba_block_size": 8, "moba_top_k": 2, "mlp_activation": "geglu"},
     {"objective": "mlm", "moba_block_size": 8, "moba_top_k": 2, "type_vocab_size": 2},
+    {"prediction_head": True, "objective": "mlm", "norm": "layernorm_no_bias", "moba_block_size": 8, "moba_top_k": 2,
+     "attention": "moba,sliding_window,full", "hybrid_layer_count": 0, "sliding_window": 7, "global_tokens": 2,
+     "sliding_rope_theta": 100.0, "embedding_norm": True, "tie_word_embeddings": True},
+    {"embedding_norm": True, "objective": "clm", "norm_placement": "post", "moba_block_size": 8, "moba_top_k": 2,
+     "attention": "moba,sliding_window,full", "hybrid_layer_count": 0, "sliding_window": 7, "prediction_head": True},
 ]  # fmt: skip
 ALONE = """
 import json, sys
@@ -341,7 +345,6 @@ def test_moba_goes_out_with_its_own_code(changes: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"attention": "sliding_window"}, "neomoba has MoBA and full attention, and this model sliding_window"),
         ({"position_embedding": "alibi"}, "neomoba has no counterpart of neomoba.model.position_embedding 'alibi'"),
         (
             {"num_experts": 4, "moe_intermediate_size": 48, "num_shared_experts": 1},

@@ -321,6 +321,7 @@ def compare_with_one(alone: Config, both: Config) -> None:
         ({"moba_block_size": 16}, {"context_parallel_size": 2}, 1, "set neomoba.parallel.context_parallel_split"),
         ({"num_key_value_heads": 1}, {"context_parallel_size": 2}, 1, "its 1 KV heads would be split over 1 of 2"),
         ({"vocab_size": 152}, {}, 1, "its vocab_size is 152, and neomoba.model.vocab_size is 151"),
+        ({"prediction_head": True}, {}, 1, "it has a prediction_head"),
         ({"num_hidden_layers": 4}, {}, 1, r"set neomoba.model.num_hidden_layers to one of \[1, 2, 4\]"),
     ],
 )

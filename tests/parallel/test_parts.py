@@ -18,6 +18,19 @@ PARTS: dict[str, dict[str, Any]] = {
     "bert": {"norm": "layernorm", "norm_placement": "post", "mlp_activation": "gelu"},
     "dropout": {"dropout": 0.25, "position_embedding": "learned"},
     "post_dropout": {"dropout": 0.25, "norm_placement": "post", "norm": "layernorm"},
+    "embedding_norm": {"embedding_norm": True, "position_embedding": "learned"},
+    "prediction_head": {"prediction_head": True},
+    "modernbert": {
+        "norm": "layernorm_no_bias",
+        "embedding_norm": True,
+        "prediction_head": True,
+        "mlp_activation": "geglu",
+        "attention": "moba,sliding_window,full",
+        "hybrid_layer_count": 0,
+        "sliding_window": 5,
+        "sliding_rope_theta": 50.0,
+        "qk_norm": False,
+    },
     **{kind: {"mlp_activation": kind} for kind in ("geglu", "relu", "silu")},
 }
 LAYERS: dict[str, dict[str, Any]] = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, **SP}, "cp2_tp2_sp": {CP: 2, TP: 2, **SP}}
@@ -29,6 +42,8 @@ QUICK = [
     ("post_dropout", "clm"),
     ("geglu", "mlm"),
     ("relu", "clm"),
+    ("modernbert", "mlm"),
+    ("modernbert", "clm"),
 ]
 GRID = [(part, objective) for part in PARTS for objective in ("mlm", "clm")]
 
@@ -59,6 +74,10 @@ ENGINES = [
     pytest.param("bert", "clm", 2, {}, 3, marks=pytest.mark.full),
     pytest.param("dropout", "mlm", 4, {PP: 2, TP: 2, **SP}, 1, marks=pytest.mark.full),
     ("post_dropout", "clm", 4, {CP: 2, PP: 2}, 1),
+    ("modernbert", "mlm", 4, {PP: 2, TP: 2, **SP}, 1),
+    ("modernbert", "mlm", 4, {TP: 2}, 3),
+    ("modernbert", "clm", 2, {PP: 2}, 1),
+    pytest.param("modernbert", "clm", 4, {TP: 2, CP: 2, **SP}, 2, marks=pytest.mark.full),
 ]
 
 

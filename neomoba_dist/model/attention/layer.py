@@ -49,6 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.mesh, self.row_length = config, init.mesh, row_length
         self.kind, self.full = kind, kind == "full"
+        self.rope = "sliding_rope" if kind == "sliding_window" else "rope"
         self.recompute_core = recompute_core
         assert config.head_dim is not None  # resolved by ModelConfig; the rules refuse what does not divide
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -125,8 +126,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position_embedding == "rope":
-            assert packed.rope is not None
-            q, k = apply_rope(q, *packed.rope), apply_rope(k, *packed.rope)
+            tables = getattr(packed, self.rope)
+            assert tables is not None
+            q, k = apply_rope(q, *tables), apply_rope(k, *tables)
         return q, k, v
 
     def core(

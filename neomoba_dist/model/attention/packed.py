@@ -16,7 +16,7 @@ from neomoba_dist.model.attention.context.merge import Exchange, Exchanges
 from neomoba_dist.model.attention.kernels.layout import PlacedBlocks, packed_positions
 from neomoba_dist.model.attention.key_conv import inside_documents
 from neomoba_dist.model.attention.moba import place_blocks
-from neomoba_dist.model.positions import rope_tables
+from neomoba_dist.model.positions import rope_tables, sliding_rope
 from neomoba_dist.parallel.context_split import context_split
 from neomoba_dist.parallel.mesh import Mesh
 
@@ -33,16 +33,17 @@ class PackedTokens(NamedTuple):
     """T tokens of a micro-batch, of which S lie on this rank; what is None, layers find out by themselves.
 
     cu_seqlens: borders of the documents among all T tokens, int32 [documents + 1]. rope: `positions.rope_tables` of the
-    S tokens. placed: documents and blocks of the T tokens. positions: their documents and positions within them, int64
-    [2, T], for windows and biases. inside: which neighbours' keys each of the S tokens may take, bool [width, S]
-    (`key_conv.inside_documents`). draws: what dropout's masks of each of this rank's tokens are drawn from, int64
-    (`dropout.draws_of_tokens`). exchange: under context parallelism, see `Exchanges.of`. token_types: of the S tokens,
-    and pairs: `Batch.pairs`, both for layers outside of blocks (model/segments.py) and of few shapes, or torch.compile
-    would make a graph for each. memory: of a decoder.
+    S tokens; sliding_rope: those of sliding-window layers. placed: documents and blocks of the T tokens. positions:
+    their documents and positions within them, int64 [2, T], for windows and biases. inside: which neighbours' keys
+    each of the S tokens may take, bool [width, S] (`key_conv.inside_documents`). draws: what dropout's masks of each
+    of this rank's tokens are drawn from, int64 (`dropout.draws_of_tokens`). exchange: under context parallelism, see
+    `Exchanges.of`. token_types: of the S tokens, and pairs: `Batch.pairs`, both for layers outside of blocks
+    (model/segments.py) and of few shapes, or torch.compile would make a graph for each. memory: of a decoder.
     """
 
     cu_seqlens: Tensor
     rope: tuple[Tensor, Tensor] | None = None
+    sliding_rope: tuple[Tensor, Tensor] | None = None
     placed: PlacedBlocks | None = None
     positions: Tensor | None = None
     inside: Tensor | None = None
@@ -81,16 +82,24 @@ class PackedTokens(NamedTuple):
             inside = inside_documents(here, cu_seqlens, config.key_conv_width, config.causal, mesh, split)
         if split is not None:
             exchange = Exchanges(cu_seqlens, mesh, config.causal, placed).of
-        return cls(cu_seqlens, _rope(position_ids, config, dtype), placed, positions, inside, draws, exchange)
+        return cls(cu_seqlens, *_ropes(position_ids, config, dtype), placed, positions, inside, draws, exchange)
 
     @classmethod
     def of_step(cls, position_ids: Tensor, cu_seqlens: Tensor, config: ModelConfig, dtype: torch.dtype) -> PackedTokens:
         """The same for a step of decoding, whose earlier keys lie in caches, where they are known by other borders."""
-        return cls(cu_seqlens, _rope(position_ids, config, dtype))
+        return cls(cu_seqlens, *_ropes(position_ids, config, dtype))
 
 
-def _rope(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    return rope_tables(position_ids, config, dtype) if config.position_embedding == "rope" else None
+def _ropes(
+    position_ids: Tensor, config: ModelConfig, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """Tables of all layers but those with sliding windows, and of these; made once where they are the same."""
+    if config.position_embedding != "rope":
+        return None, None
+    tables = rope_tables(position_ids, config, dtype)
+    if config.sliding_rope_theta is None:
+        return tables, tables
+    return tables, rope_tables(position_ids, sliding_rope(config), dtype)
 
 
 def _sized_by_documents(placed: PlacedBlocks, cu_seqlens: Tensor) -> PlacedBlocks:

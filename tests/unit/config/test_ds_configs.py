@@ -26,6 +26,7 @@ LARGEST_WORLD = {
     "three_way_125m": 32,
     "ablation_tiny": 2,
     "qwen3_moba": 64,
+    "modernbert_moba": 64,
     "ablation_125m": 32,
     "phase1": 128,
     "phase2": 128,

@@ -76,7 +76,7 @@ def test_config_is_frozen_and_parsing_does_not_change_the_tree() -> None:
 def test_number_of_keys() -> None:
     """Every key must be worth its place; the blocks of fine-tuning and distillation are read by a program each."""
     own = [cls for name, cls in BLOCKS.items() if name not in ("finetune", "distill")]
-    assert sum(len(dataclasses.fields(cls)) for cls in own) <= 110
+    assert sum(len(dataclasses.fields(cls)) for cls in own) <= 113
 
 
 def test_import_is_light() -> None:
