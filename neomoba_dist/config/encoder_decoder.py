@@ -43,7 +43,6 @@ def _unusual(config: Config) -> Iterator[tuple[str, object, object]]:
     yield "parallel.pipeline_model_parallel_size", config.parallel.pipeline_model_parallel_size, 1
     yield "parallel.context_parallel_size", config.parallel.context_parallel_size, 1
     yield "model.num_experts", config.model.num_experts, 0
-    yield "model.type_vocab_size", config.model.type_vocab_size, 0
     yield "model.embedding_norm", config.model.embedding_norm, False
     yield "model.prediction_head", config.model.prediction_head, False
     yield "model.sliding_rope_theta", config.model.sliding_rope_theta, None

@@ -6,12 +6,12 @@ from neomoba_dist.config.root import Config
 
 
 def segments(config: Config) -> Iterator[str]:
-    """Refuse segments of models that read one text from left to right, and pairs whose texts are not told apart."""
+    """Refuse segments of models that read no pairs, and pairs whose texts are not told apart."""
     model = config.model
-    if model.causal and model.type_vocab_size:
+    if model.objective != "mlm" and model.type_vocab_size:
         yield (
             f"neomoba.model.type_vocab_size {model.type_vocab_size} tells the two texts of an encoder's pair apart, "
-            "and neomoba.model.objective is clm; set type_vocab_size to 0"
+            f"and neomoba.model.objective is {model.objective}; set type_vocab_size to 0"
         )
     if model.next_sentence_prediction and not model.type_vocab_size:
         yield (

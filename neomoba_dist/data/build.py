@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.masking import MaskedLanguageModel, TokenDropout, next_token_labels, padding_runs
 from neomoba_dist.data.rows import RowBlock
-from neomoba_dist.data.sentence_pairs import SentencePairs, count_pairs
 from neomoba_dist.data.words import word_table
 from neomoba_dist.parallel.documents import check_cu_seqlens
 
@@ -30,20 +28,12 @@ def max_documents(settings: DataConfig, rows: int) -> int:
 class Builder(ABC):
     """Turns rows into a Batch with labels of its objective.
 
-    `corpus` gives the vocabulary, `length` is that of a row. pairs: for next-sentence prediction. With `pin_memory` the
-    tensors lie where a GPU can fetch them by itself.
+    `corpus` gives the vocabulary, `length` is that of a row. With `pin_memory` the tensors lie where a GPU can fetch
+    them by itself.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        settings: DataConfig,
-        *,
-        objective: str,
-        length: int,
-        seed: int,
-        pairs: bool = False,
-        pin_memory: bool = False,
+        self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
     ) -> None:
         self._settings, self._pin_memory, self._ramp = settings, pin_memory, np.arange(length)
 
@@ -55,8 +45,8 @@ class Builder(ABC):
         """The rows as micro-batches; `num_valid` and `num_pairs` of each are the counts over all of them."""
         starts = range(0, len(block.row_ids), micro_batch_size)
         batches = [self.build(block.rows(first, first + micro_batch_size)) for first in starts]
-        counts = {name: sum(getattr(batch, name) for batch in batches) for name in ("num_valid", "num_pairs")}
-        return [replace(batch, **counts) for batch in batches]
+        num_valid, num_pairs = (sum(getattr(batch, name) for batch in batches) for name in ("num_valid", "num_pairs"))
+        return [replace(batch, num_valid=num_valid, num_pairs=num_pairs) for batch in batches]
 
     def _empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=self._pin_memory)
@@ -77,21 +67,12 @@ class BatchBuilder(Builder):
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        settings: DataConfig,
-        *,
-        objective: str,
-        length: int,
-        seed: int,
-        pairs: bool = False,
-        pin_memory: bool = False,
+        self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
     ) -> None:
         super().__init__(corpus, settings, objective=objective, length=length, seed=seed, pin_memory=pin_memory)
         self._masks: MaskedLanguageModel | None = None
         self._dropout: TokenDropout | None = None
         special = corpus.special
-        self._pairs = SentencePairs(seed, special, corpus.name) if pairs else None
         if objective == "mlm":
             if special.mask is None:
                 raise DataError(
@@ -115,13 +96,6 @@ class BatchBuilder(Builder):
         rows, total = len(block.row_ids), len(block.tokens_T)
         input_ids, labels, position_ids = (self._empty(total, torch.int64) for _ in range(3))
         input_ids_T, labels_T, position_ids_T = (t.numpy() for t in (input_ids, labels, position_ids))
-        of_pairs: dict[str, Any] = {}
-        if self._pairs:
-            token_types, next_labels = (self._empty(total, torch.int64) for _ in range(2))
-            next_labels.fill_(IGNORE_LABEL)
-            block = self._pairs.apply(block, token_types.zero_().numpy(), next_labels.numpy())
-            of_pairs = {"token_type_ids": token_types, "next_sentence_labels": next_labels}
-            of_pairs["num_pairs"] = count_pairs(next_labels.numpy())
         input_ids_T[:] = block.tokens_T
         if self._masks:
             labels_T.fill(IGNORE_LABEL)
@@ -144,5 +118,4 @@ class BatchBuilder(Builder):
             cu_seqlens=self._borders(borders, rows, total),
             row_ids=torch.from_numpy(block.row_ids),
             num_valid=num_valid,
-            **of_pairs,
         )

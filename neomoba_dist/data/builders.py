@@ -1,9 +1,10 @@
-"""The table of builders, by objective, and the builder for an encoder-decoder."""
+"""The table of builders, by objective, and the builders for an encoder-decoder and for next-sentence prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from neomoba_dist.data.build import BatchBuilder, Builder
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.rows import RowBlock
+from neomoba_dist.data.sentence_pairs import SentencePairs, count_pairs
 from neomoba_dist.data.span_corruption import SpanCorruption, find_sentinels
 
 
@@ -27,15 +29,7 @@ class PairBuilder(Builder):
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        settings: DataConfig,
-        *,
-        objective: str,
-        length: int,
-        seed: int,
-        pairs: bool = False,
-        pin_memory: bool = False,
+        self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
     ) -> None:
         super().__init__(corpus, settings, objective=objective, length=length, seed=seed, pin_memory=pin_memory)
         self.lengths = pair_lengths(length, settings.max_documents_per_row)
@@ -88,6 +82,22 @@ def _shifted(target: np.ndarray, start: int) -> np.ndarray:
     return np.concatenate(([start], target[:-1])) if len(target) else target
 
 
+class SentencePairBuilder(BatchBuilder):
+    """Rows whose documents become pairs, with masks as in any row, token types, and labels of next-sentence prediction.
+
+    DataError before the first row: as `BatchBuilder`, and no [CLS] or [SEP].
+    """
+
+    def __init__(self, corpus: Corpus, settings: DataConfig, *, seed: int, **others: Any) -> None:
+        super().__init__(corpus, settings, seed=seed, **others)
+        self._pairs = SentencePairs(seed, corpus.special, corpus.name)
+
+    def build(self, block: RowBlock) -> Batch:
+        types, labels = (self._empty(len(block.tokens_T), torch.int64).fill_(fill) for fill in (0, IGNORE_LABEL))
+        batch = super().build(self._pairs.apply(block, types.numpy(), labels.numpy()))
+        return replace(batch, token_type_ids=types, next_sentence_labels=labels, num_pairs=count_pairs(labels.numpy()))
+
+
 BUILDERS: Final[Mapping[str, type[Builder]]] = {
     "mlm": BatchBuilder,
     "clm": BatchBuilder,
@@ -95,8 +105,10 @@ BUILDERS: Final[Mapping[str, type[Builder]]] = {
 }
 
 
-def builder_of(objective: str) -> type[Builder]:
-    """The builder of an objective. Raises DataError."""
+def builder_of(objective: str, pairs: bool = False) -> type[Builder]:
+    """The builder of an objective. pairs: with next-sentence prediction, which goes with "mlm". Raises DataError."""
+    if pairs:
+        return SentencePairBuilder
     if objective not in BUILDERS:
         raise DataError(f"objective {objective!r}: choose one of {', '.join(BUILDERS)}")
     return BUILDERS[objective]

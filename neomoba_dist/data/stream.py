@@ -100,14 +100,8 @@ class UpdateStream:
             cache=None if settings.cache is None else Path(settings.cache),
             job=job,
         )
-        self._builder = builder_of(objective)(
-            sources[0].corpus,
-            settings,
-            objective=objective,
-            length=sequence_length,
-            seed=seed,
-            pairs=pairs,
-            pin_memory=pin_memory,
+        self._builder = builder_of(objective, pairs)(
+            sources[0].corpus, settings, objective=objective, length=sequence_length, seed=seed, pin_memory=pin_memory
         )
         self.rows_per_update = micro_batch_size * accumulation * dp_size
         self._require_rows()

@@ -42,9 +42,8 @@ def validation_batches(
     settings = replace(settings, token_dropout=0.0)
     cache = None if settings.cache is None else Path(settings.cache)
     source = Rows([Source(corpus)], make_packing(settings, sequence_length), VALIDATION_SEED, cache=cache, job=job)
-    builder = builder_of(objective)(
-        corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED, pairs=pairs
-    )
+    build = builder_of(objective, pairs)
+    builder = build(corpus, settings, objective=objective, length=sequence_length, seed=VALIDATION_SEED)
     rows = min(rows, source.total)
     batches = []
     step = micro_batch_size * dp_size

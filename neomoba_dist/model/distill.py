@@ -23,6 +23,7 @@ from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.cross_entropy import chunk_logits, chunks, local_targets
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import IGNORE_INDEX, Head, Inputs, NeoBERT, layer_list
+from neomoba_dist.model.segments import NextSentence
 from neomoba_dist.parallel.comm import all_reduce, sum_gradient
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel
@@ -74,6 +75,7 @@ class TeacherStage(nn.Module):
         self.config, self.mesh, self.dtype, self.of = config, mesh, dtype, of
         init = Initializer(mesh, 0, config.initializer_range, dtype, deferred=True)
         layers = layer_list(config, init, row_length=row_length)
+        layers = [layer for layer in layers if layer.cls is not NextSentence]
         first = next(place for place, layer in enumerate(layers) if issubclass(layer.cls, Block))
         numbers = [number for index in blocks for number in self._beside(index)]
         self.start, self.end = nn.ModuleList(), nn.ModuleList()

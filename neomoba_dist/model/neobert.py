@@ -290,9 +290,8 @@ class NeoBERT(nn.Module):
 
     def block_states(self, batch: Inputs) -> Iterator[State]:
         """The state after every block, first to last."""
-        state = self.first_state(
-            batch, batch.row_ids, self.row_length, self.config, self.dropout, batch.token_type_ids, batch.pairs
-        )
+        of_pairs = (batch.token_type_ids, batch.pairs)
+        state = self.first_state(batch, batch.row_ids, self.row_length, self.config, self.dropout, of_pairs)
         for block in self.blocks:
             state = block(state)
             yield state
@@ -304,17 +303,16 @@ class NeoBERT(nn.Module):
         row_length: int | None,
         config: ModelConfig,
         dropout: EmbeddingDropout | None,
-        token_types: torch.Tensor | None = None,
-        pairs: torch.Tensor | None = None,
+        of_pairs: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> State:
-        """What the first block of the layers of `config` takes. token_types, pairs: see PackedTokens."""
+        """What the first block of the layers of `config` takes. of_pairs: token types and `Batch.pairs`."""
         places = (tokens.position_ids, tokens.cu_seqlens)
         draws = None
         if dropout is not None and self.training:
             key, count = (self.seed, self.step), len(tokens.input_ids)
             draws = draws_of_tokens(row_ids, count, row_length, config, self.mesh, key)
         packed = PackedTokens.of(*places, config, self.mesh, self.embedding.weight.dtype, draws)
-        packed = packed._replace(token_types=token_types, pairs=pairs)
+        packed = packed._replace(token_types=of_pairs[0], pairs=of_pairs[1])
         state = self.embedding((tokens.input_ids, *places, packed))
         if self.positions is not None:
             state = self.positions(state)

@@ -45,13 +45,21 @@ def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
     labels = tokens["input_ids"].clone()
     if config.model.objective == "mlm":
         labels[torch.arange(rows * length) % round(1 / config.data.mlm_probability) != 0] = IGNORE_LABEL
+    of_pairs: dict[str, Any] = {}
+    if config.model.next_sentence_prediction:
+        place = torch.arange(rows * length) % length
+        of_pairs = {
+            "token_type_ids": (place >= length // 2).long(),
+            "next_sentence_labels": torch.where(place == 0, 0, IGNORE_LABEL),
+            "num_pairs": rows * plan.gradient_accumulation_steps * plan.data_parallel_size,
+        }
     batch = Batch(
         **tokens,
         labels=labels,
         row_ids=torch.arange(rows),
         num_valid=int((labels != IGNORE_LABEL).sum()) * plan.gradient_accumulation_steps * plan.data_parallel_size,
         encoder=encoder,
-        **_pairs(config, plan),
+        **of_pairs,
     )
     return [batch] * plan.gradient_accumulation_steps
 
@@ -65,17 +73,4 @@ def _full_rows(config: Config, rows: int, length: int) -> dict[str, Any]:
         "input_ids": torch.randint(config.model.vocab_size, (rows * length,), generator=generator),
         "position_ids": torch.arange(length).repeat(rows),
         "cu_seqlens": borders,
-    }
-
-
-def _pairs(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """What a batch has besides for next-sentence prediction: a pair in every row, cut in its middle."""
-    if not config.model.next_sentence_prediction:
-        return {}
-    rows, length = plan.micro_batch_size, config.phase.sequence_length
-    place = torch.arange(rows * length) % length
-    return {
-        "token_type_ids": (place >= length // 2).long(),
-        "next_sentence_labels": torch.where(place == 0, 0, IGNORE_LABEL),
-        "num_pairs": rows * plan.gradient_accumulation_steps * plan.data_parallel_size,
     }
