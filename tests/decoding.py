@@ -17,13 +17,19 @@ class Texts:
     labels: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    row_ids: torch.Tensor
+    counted: None = None
+    encoder: None = None
+    token_type_ids: None = None
+    next_sentence_labels: None = None
+    pairs: None = None
 
 
 def pack(documents: list[list[int]]) -> Texts:
     ids = torch.tensor([i for ids in documents for i in ids])
     positions = torch.cat([torch.arange(len(ids)) for ids in documents])
     borders = torch.tensor([0, *accumulate(len(ids) for ids in documents)], dtype=torch.int32)
-    return Texts(ids, torch.full_like(ids, -100), positions, borders)
+    return Texts(ids, torch.full_like(ids, -100), positions, borders, torch.zeros(1, dtype=torch.int64))
 
 
 def random_documents(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
