@@ -1,12 +1,16 @@
 """Settings for the whole suite: one thread per process, DeepSpeed on the CPU, a bounded time per test."""
 
 import os
+import threading
 from collections.abc import Generator
 
 import pytest
+from tqdm import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# its own lock is one for all forked processes, and a rank that a test kills while it holds it would hang all later ones
+tqdm.set_lock(threading.RLock())
 
 
 # files of few tests that take minutes: last in line, they would leave one of two workers idle
