@@ -53,10 +53,10 @@ def make_corpora(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_accuracy_rises_above_chance(tmp_path: Path) -> None:
     model: dict[str, Any] = {
         **PAIRS,
-        "vocab_size": 600,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
