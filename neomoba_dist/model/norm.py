@@ -12,11 +12,11 @@ from neomoba_dist.model.optional import apex_rms_norm, is_available
 from neomoba_dist.parallel.comm import sum_gradient
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in the input's dtype.
+class Norm(nn.Module):
+    """Over the last dimension, in the input's dtype.
 
-    partial: each tp rank norms other data (tokens under sequence parallelism, heads for QK-norm), so the weight's
-    gradient is summed over tp.
+    partial: each tp rank norms other data (tokens under sequence parallelism, heads for QK-norm), so the weights'
+    gradients are summed over tp.
     """
 
     def __init__(self, name: str, size: int, eps: float, init: Initializer, partial: bool) -> None:
@@ -26,49 +26,43 @@ class RMSNorm(nn.Module):
         self.mesh = init.mesh
         self.partial = partial
 
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The parameter, with all of its gradient."""
+        return sum_gradient(parameter, self.mesh, "tp") if self.partial else parameter
+
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = sum_gradient(self.weight, self.mesh, "tp") if self.partial else self.weight
+        weight = self.whole(self.weight)
         # compiled, it is one kernel with what stands around it
         if x.is_cuda and not torch.compiler.is_compiling() and is_available("apex_norm"):
             return apex_rms_norm(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-class LayerNorm(nn.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension. partial: see `RMSNorm`."""
+class LayerNorm(Norm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
 
     def __init__(self, name: str, size: int, eps: float, init: Initializer, partial: bool) -> None:
-        super().__init__()
-        self.weight = init.ones(f"{name}.weight", size)
+        super().__init__(name, size, eps, init, partial)
         self.bias = init.weight(f"{name}.bias", (size,), scale=0.0)
-        self.eps = eps
-        self.mesh = init.mesh
-        self.partial = partial
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parameters = self.weight, self.bias
-        weight, bias = (sum_gradient(p, self.mesh, "tp") if self.partial else p for p in parameters)
+        weight, bias = self.whole(self.weight), self.whole(self.bias)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-class LayerNormWithoutBias(nn.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight over the last dimension, as in ModernBERT (arXiv 2412.13663, section
-    2.1). partial: see `RMSNorm`."""
-
-    def __init__(self, name: str, size: int, eps: float, init: Initializer, partial: bool) -> None:
-        super().__init__()
-        self.weight = init.ones(f"{name}.weight", size)
-        self.eps = eps
-        self.mesh = init.mesh
-        self.partial = partial
+class LayerNormWithoutBias(Norm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight, as in ModernBERT (arXiv 2412.13663, section 2.1)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = sum_gradient(self.weight, self.mesh, "tp") if self.partial else self.weight
+        weight = self.whole(self.weight)
         return F.layer_norm(x, weight.shape, weight, None, self.eps)
 
 
-Norm = RMSNorm | LayerNorm | LayerNormWithoutBias
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm] | type[LayerNormWithoutBias]] = {
+NORMS: dict[str, type[Norm]] = {
     "rmsnorm": RMSNorm,
     "layernorm": LayerNorm,
     "layernorm_no_bias": LayerNormWithoutBias,
