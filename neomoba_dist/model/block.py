@@ -87,10 +87,14 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The block proper: [S, H] -> [S, H], and a mixture's auxiliary loss and record. cache: for decoding."""
-        output_SH = self.attention(self.attention_norm(x_SH), packed, cache)
-        x_SH = x_SH + self.attention_dropout(output_SH, packed.draws)
+        x_SH = self.attend(x_SH, packed, cache)
         output_SH, aux_loss, record = self.feed_forward(self.mlp_norm(x_SH), position_ids)
         return x_SH + self.mlp_dropout(output_SH, packed.draws), aux_loss, record
+
+    def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
+        """The part of the block before the feed-forward layer: [S, H] -> [S, H]."""
+        output_SH = self.attention(self.attention_norm(x_SH), packed, cache)
+        return x_SH + self.attention_dropout(output_SH, packed.draws)
 
     def feed_forward(
         self, x_SH: torch.Tensor, position_ids: torch.Tensor
@@ -111,10 +115,13 @@ class PostNormBlock(Block):
         packed: PackedTokens,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        output_SH = self.attention(x_SH, packed, cache)
-        x_SH = self.attention_norm(x_SH + self.attention_dropout(output_SH, packed.draws))
+        x_SH = self.attend(x_SH, packed, cache)
         output_SH, aux_loss, record = self.feed_forward(x_SH, position_ids)
         return self.mlp_norm(x_SH + self.mlp_dropout(output_SH, packed.draws)), aux_loss, record
+
+    def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
+        output_SH = self.attention(x_SH, packed, cache)
+        return self.attention_norm(x_SH + self.attention_dropout(output_SH, packed.draws))
 
 
 BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock}  # by norm_placement

@@ -14,7 +14,7 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.cross import CrossAttention
 from neomoba_dist.model.attention.packed import Memory, PackedTokens
-from neomoba_dist.model.block import Block, State
+from neomoba_dist.model.block import Block, PostNormBlock, State
 from neomoba_dist.model.dropout import Dropout, EmbeddingDropout
 from neomoba_dist.model.init import Initializer
 from neomoba_dist.model.neobert import FinalNorm, Inputs, NeoBERT, recompute_of
@@ -44,35 +44,17 @@ class DecoderBlock(Block):
         assert packed.memory is not None
         return self.cross_dropout(self.cross_attention(x_SH, packed.cu_seqlens, packed.memory), packed.draws)
 
-    def transform(
-        self,
-        x_SH: torch.Tensor,
-        position_ids: torch.Tensor,
-        packed: PackedTokens,
-        cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        output_SH = self.attention(self.attention_norm(x_SH), packed, cache)
-        x_SH = x_SH + self.attention_dropout(output_SH, packed.draws)
-        x_SH = x_SH + self.cross(self.cross_norm(x_SH), packed)
-        output_SH, aux_loss, record = self.feed_forward(self.mlp_norm(x_SH), position_ids)
-        return x_SH + self.mlp_dropout(output_SH, packed.draws), aux_loss, record
+    def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
+        x_SH = super().attend(x_SH, packed, cache)
+        return x_SH + self.cross(self.cross_norm(x_SH), packed)
 
 
-class PostNormDecoderBlock(DecoderBlock):
+class PostNormDecoderBlock(DecoderBlock, PostNormBlock):
     """The same with the norm after each sum, as in the first transformer."""
 
-    def transform(
-        self,
-        x_SH: torch.Tensor,
-        position_ids: torch.Tensor,
-        packed: PackedTokens,
-        cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        output_SH = self.attention(x_SH, packed, cache)
-        x_SH = self.attention_norm(x_SH + self.attention_dropout(output_SH, packed.draws))
-        x_SH = self.cross_norm(x_SH + self.cross(x_SH, packed))
-        output_SH, aux_loss, record = self.feed_forward(x_SH, position_ids)
-        return self.mlp_norm(x_SH + self.mlp_dropout(output_SH, packed.draws)), aux_loss, record
+    def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
+        x_SH = PostNormBlock.attend(self, x_SH, packed, cache)
+        return self.cross_norm(x_SH + self.cross(x_SH, packed))
 
 
 DECODER_BLOCKS: dict[str, type[DecoderBlock]] = {"pre": DecoderBlock, "post": PostNormDecoderBlock}
