@@ -1,5 +1,6 @@
 """Settings for the whole suite: one thread per process, DeepSpeed on the CPU, a bounded time per test."""
 
+import gc
 import os
 import threading
 from collections.abc import Generator
@@ -20,6 +21,18 @@ LONG = ("test_readme.py", "test_moba_triton.py", "test_moe_triton.py", "test_abl
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files first, otherwise in the given order."""
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: garbage collections, of which DeepSpeed orders some in every rank, need not walk
+    through it, nor forked processes copy its pages for that."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The interpreter's end wants its objects back."""
+    gc.unfreeze()
 
 
 # what `map_launcher_environment` sets in a program that a test calls in its own process

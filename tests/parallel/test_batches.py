@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from neomoba_dist.config import parse_config
+from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.assemble import build_stream, open_corpora
 from neomoba_dist.train.guard import DisagreementError, require_agreement, update_crc32
@@ -23,10 +23,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-def _digests(layout: dict[str, int], damaged_rank: int | None) -> tuple[int, list[int], str]:
+def _digests(config: Config, damaged_rank: int | None) -> tuple[int, list[int], str]:
     """(place on the dp axis, crc32 of three updates, what the check said) of one rank."""
     world = torch.distributed.get_world_size()
-    config = run_config(layout)
     mesh = Mesh.build(config.parallel)
     plan = config.plan(world)
     stream = build_stream(config, plan, open_corpora(config).train, mesh["dp"].index, mesh)
@@ -45,7 +44,7 @@ def _digests(layout: dict[str, int], damaged_rank: int | None) -> tuple[int, lis
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_depends_on_the_data_parallel_rank_only(layout: str) -> None:
     world, axes = LAYOUTS[layout]
-    results = run_ranks(world, _digests, axes, None)
+    results = run_ranks(world, _digests, run_config(axes), None)
     groups: dict[int, list[list[int]]] = {}
     for index, digests, said in results:
         assert said == ""
@@ -55,7 +54,7 @@ def test_a_batch_depends_on_the_data_parallel_rank_only(layout: str) -> None:
 
 
 def test_a_different_batch_stops_all_ranks() -> None:
-    results = run_ranks(4, _digests, {"tensor_model_parallel_size": 2}, 3)
+    results = run_ranks(4, _digests, run_config({"tensor_model_parallel_size": 2}), 3)
     assert all(
         said.startswith("rank 3 (") and ": not the batch of this step of rank 2 (" in said for _, _, said in results
     )
