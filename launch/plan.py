@@ -28,6 +28,8 @@ GIB = 2**30
 RATES = (
     ("gpus_per_machine", 8, "GPUs that NVLink joins"),
     ("tflops", 989.0, "of a GPU in the compute dtype, dense"),
+    ("tf32_tflops", 495.0, "of a GPU in TF32, in which Muon's products are if neomoba.phase.allow_tf32"),
+    ("fp32_tflops", 67.0, "of a GPU in float32, in which they are else"),
     ("kernel_share", 0.5, "part of it that kernels reach"),
     ("nvlink", 450.0, "GB/s that a GPU receives from its machine"),
     ("network", 50.0, "GB/s that a GPU receives from other machines"),
@@ -90,6 +92,17 @@ def traffic(layout: "Layout") -> str:
     return f"a rank computes {step.compute:.3g} s and receives: {', '.join(moved) or 'nothing'}"
 
 
+def muon(layout: "Layout") -> list[str]:
+    """What Muon's whole matrices cost, where it is the optimizer."""
+    step, held = layout.step, layout.muon_memory / GIB
+    if layout.config.phase.optimizer != "muon":
+        return []
+    return [
+        f"Muon: a rank makes matrices orthogonal by {step.muon_flops / 1e12:.3g} TFLOP in {step.muon:.2g} s a step, "
+        f"and holds {held:.2g} GiB for it"
+    ]
+
+
 def build(planner: "Planner", config: Config) -> str:
     """Every kind of rank of the layout, made on the meta device."""
     began, sizes = time.perf_counter(), planner.build(config)
@@ -109,6 +122,7 @@ def as_json(layout: "Layout") -> dict[str, Any]:
         "recompute": config.phase.recompute,
         "batch": asdict(layout.plan),
         "memory": asdict(layout.memory) | {"total": layout.memory.total},
+        "muon_memory": layout.muon_memory,
         "step": asdict(layout.step),
     }
 
@@ -127,6 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
     machine = Machine(
         arguments.gpus_per_machine,
         arguments.tflops * 1e12,
+        arguments.tf32_tflops * 1e12,
+        arguments.fp32_tflops * 1e12,
         arguments.kernel_share,
         arguments.nvlink * 1e9,
         arguments.network * 1e9,
@@ -163,7 +179,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"an update of {config.phase.tokens_per_update:,} tokens is {named[0][1].step.flops / 1e15:,.3g} PFLOP"
             )
         print(*([refusal] if refusal else []), *(table(named) if named else []), sep="\n")
-        print(*(f"{name} {traffic(layout)}" for name, layout in named[:2]), sep="\n")
+        for name, layout in named[:2]:
+            print(*(f"{name} {line}" for line in (traffic(layout), *muon(layout))), sep="\n")
         print(
             f"{len(search.layouts)} ways to cut {arguments.gpus} GPUs fit; counted with ZeRO stages, {search.refused} "
             f"cannot run and {search.large} are too large"

@@ -61,22 +61,33 @@ class ZeroMemory:
 
 class Group(NamedTuple):
     """Of the optimizer: whether of experts on other ranks too, the elements of every parameter, the number of moments,
-    and the largest of the matrices that Muon makes whole."""
+    and the matrices that Muon makes whole, the largest first."""
 
     of_experts: bool
     sizes: list[int]
     moments: int
-    largest: Matrix | None
+    matrices: list[Matrix]
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Group":
         """One of `parameter_groups`."""
-        parameters, largest = group["params"], None
-        if group.get("orthogonalised"):
-            parts = [part.shard for parameter in parameters for part in parts_of(parameter)]
-            largest = max((matrix for spec in parts for matrix in matrices_of(spec)), key=lambda matrix: matrix.flops)
+        parameters: list[nn.Parameter] = group["params"]
+        parts = [part.shard for parameter in parameters for part in parts_of(parameter)]
+        found = [matrix for spec in parts for matrix in matrices_of(spec)] if group.get("orthogonalised") else []
         sizes = [parameter.numel() for parameter in parameters]
-        return cls(bool(group.get("moe")), sizes, len(moments_of(group)), largest)
+        found.sort(key=lambda matrix: matrix.flops, reverse=True)
+        return cls(bool(group.get("moe")), sizes, len(moments_of(group)), found)
+
+    @property
+    def axis(self) -> str:
+        """Over which ZeRO cuts it."""
+        return "expert_dp" if self.of_experts else "dp_cp"
+
+    def partition(self, ranks: int, zero_stage: int) -> int:
+        """Elements of it on each of these ranks, padding included."""
+        if zero_stage == 3:
+            return sum(-(-size // ranks) for size in self.sizes)
+        return 2 * -(-sum(self.sizes) // (2 * ranks))
 
 
 @dataclass(frozen=True)
@@ -145,21 +156,18 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
     element = 4 if config.dtype_name == "float32" else 2
     summed = 4 if config.gradient_dtype == "fp32" else 2
     sent = 4 if config.communication_dtype == "fp32" else 2
-    elements = owned = largest = optimizer = gathered = 0
+    elements = owned = largest = optimizer = 0
     masters = 0 if number == 3 and element == 4 else 4  # weights in float32 are their own there
     for group in stage.groups:
-        ranks, sizes = mesh["expert_dp" if group.of_experts else "dp_cp"].size, group.sizes
-        part = sum(-(-size // ranks) for size in sizes) if number == 3 else 2 * -(-sum(sizes) // (2 * ranks))
-        elements, owned, largest = elements + sum(sizes), owned + part, max(largest, part)
+        part = group.partition(mesh[group.axis].size, number)
+        elements, owned, largest = elements + sum(group.sizes), owned + part, max(largest, part)
         optimizer += (masters + 4 * group.moments) * part
-        if group.largest:
-            gathered = max(gathered, 4 * buffer_elements(group.largest, part, ranks, mesh["tp"].size))
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
     buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
     # stage 1 fills it with the sums, stage 2 as `engine._average_in` has it
     buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
-    step = gathered + (0 if _adds_in_place(config) else 4 * largest)
+    step = matrix_memory(mesh, stage, number) + (0 if _adds_in_place(config) else 4 * largest)
     if number == 3:  # gathered weights stay until as many others have been used as may live
         buckets += element * min(elements, zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
         step += buckets
@@ -172,6 +180,17 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
         reduced=sent * min(elements, bucket),
         step=step,
     )
+
+
+def matrix_memory(mesh: Mesh, stage: Stage, zero_stage: int) -> int:
+    """Bytes that Muon holds beside a rank's partitions in the optimizer's step: whole matrices, and what it makes of
+    them."""
+    sizes = [0]
+    for group in stage.groups:
+        if group.matrices:
+            ranks, tp = mesh[group.axis].size, mesh["tp"].size
+            sizes.append(buffer_elements(group.matrices[0], group.partition(ranks, zero_stage), ranks, tp))
+    return 4 * max(sizes)
 
 
 def _adds_in_place(config: Config) -> bool:

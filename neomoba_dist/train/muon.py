@@ -75,6 +75,29 @@ def matrices_of(spec: ShardedTensorSpec) -> Iterator[Matrix]:
         yield Matrix(spec.name, number, spec.shape[-2:], spec.extent[-2:])
 
 
+def in_rounds(matrices: Iterable[Matrix], size: int) -> list[list[Matrix]]:
+    """The largest first, `size` at a time."""
+    order = sorted(matrices, key=lambda matrix: matrix.flops, reverse=True)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def busiest_flops(matrices: Iterable[Matrix], ranks: int, tp: int) -> int:
+    """Operations of a step of those matrices on the rank that has most in each round, for which the others wait.
+
+    ranks: over which ZeRO cuts them. A rank of tp computes one that is cut, and all of its member's that are not.
+    """
+    total = 0
+    for turn in in_rounds(matrices, ranks * tp):
+        cut, alone = [0], 0
+        for matrix in turn[:tp]:
+            if matrix.is_cut:
+                cut.append(matrix.flops)
+            else:
+                alone += matrix.flops
+        total += max(cut) + alone
+    return total
+
+
 def buffer_elements(matrix: Matrix, partition: int, ranks: int, tp: int) -> int:
     """The most that `WholeMatrices.replace` holds at a time beside a partition, of which `matrix` is the largest one.
 
@@ -82,7 +105,7 @@ def buffer_elements(matrix: Matrix, partition: int, ranks: int, tp: int) -> int:
     """
     whole, held = math.prod(matrix.shape), math.prod(matrix.held)
     carried = min(partition, ranks * tp * held) + 2 * tp * held
-    computed = (1 + matrix.is_cut) * whole + 2 * whole + 2 * min(matrix.shape) ** 2
+    computed = tp * held + matrix.is_cut * whole + 2 * whole + 2 * min(matrix.shape) ** 2
     return max(carried, computed)
 
 
@@ -130,9 +153,8 @@ class WholeMatrices:
         self.mesh, self.axis = mesh, axis
         table = all_gather_objects(list(pieces), mesh, axis)
         found = dict.fromkeys(piece.matrix for pieces in table for piece in pieces)
-        order = sorted(found, key=lambda matrix: matrix.flops, reverse=True)
         size = mesh[axis].size * mesh["tp"].size
-        self.rounds = [self._round(order[i : i + size], table) for i in range(0, len(order), size)]
+        self.rounds = [self._round(matrices, table) for matrices in in_rounds(found, size)]
 
     def _round(self, matrices: list[Matrix], table: list[list[Piece]]) -> Round:
         place, tp = self.mesh[self.axis], self.mesh["tp"].size

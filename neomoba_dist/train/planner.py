@@ -14,7 +14,7 @@ from neomoba_dist.model.init import views_of
 from neomoba_dist.parallel.mesh import Axis, Mesh
 from neomoba_dist.train.checkpoint_plan import stage_module
 from neomoba_dist.train.expert_groups import check_rows
-from neomoba_dist.train.memory_plan import RankMemory, Stage, plan_memory
+from neomoba_dist.train.memory_plan import RankMemory, Stage, matrix_memory, plan_memory
 from neomoba_dist.train.step_plan import Machine, StepPlan, plan_step, update_flops
 
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")  # the less, the faster
@@ -23,11 +23,13 @@ RESERVE = 0.1  # part of a device's memory for what is not planned
 
 @dataclass(frozen=True)
 class Layout:
-    """A configuration on its ranks. memory: of the fullest rank."""
+    """A configuration on its ranks. memory: of the fullest rank. muon_memory: bytes that Muon holds for a moment of an
+    update, of which `memory` has them if it is the fullest one."""
 
     config: Config
     plan: BatchPlan
     memory: RankMemory
+    muon_memory: int
     step: StepPlan
 
     @property
@@ -65,6 +67,7 @@ class Planner:
         places = [self._place(config, stage) for stage in sorted({0, stages - 1})]  # others hold and do less
         check_rows(config, places[0][0])
         memory = max((plan_memory(config, plan, *place) for place in places), key=lambda found: found.total)
+        muon_memory = max(matrix_memory(*place, config.zero_stage) for place in places)
         phase = (
             config.model,
             config.phase.full_attention_fraction,
@@ -74,7 +77,7 @@ class Planner:
         if phase not in self._flops:
             self._flops[phase] = update_flops(config, plan)
         step = plan_step(config, plan, *places[0], self.machine, self._flops[phase])
-        return Layout(config, plan, memory, step)
+        return Layout(config, plan, memory, muon_memory, step)
 
     def with_recompute(self, config: Config, budget: float) -> Config:
         """With `recompute: auto` made the least recomputation that fits the budget, or "full" where none does.

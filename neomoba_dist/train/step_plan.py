@@ -21,15 +21,19 @@ from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.flops import step_flops
 from neomoba_dist.train.layer_memory import Tokens, attention_strategy
 from neomoba_dist.train.memory_plan import Stage
+from neomoba_dist.train.muon import busiest_flops
 
 
 @dataclass(frozen=True)
 class Machine:
     """Stated rates. peak: FLOP/s of a GPU in the compute dtype; share: of it that kernels reach; nvlink, network: bytes
-    per second that a GPU receives from its own machine and from others. Defaults: H100 SXM, 400 Gbit/s per GPU."""
+    per second that a GPU receives from its own machine and from others; tf32, float32: FLOP/s of float32 products, for
+    the former in TF32. Defaults: H100 SXM, 400 Gbit/s per GPU."""
 
     gpus: int = 8
     peak: float = 989e12
+    tf32: float = 495e12
+    float32: float = 67e12
     share: float = 0.5
     nvlink: float = 450e9
     network: float = 50e9
@@ -38,10 +42,13 @@ class Machine:
 @dataclass(frozen=True)
 class StepPlan:
     """flops: of the whole update, as MFU counts them. received: bytes of the busiest kind of rank, by axis. compute,
-    communication: seconds without waiting; bubble: share of the step in which a pipeline stage waits; seconds: of the
-    step."""
+    communication: seconds without waiting; muon_flops, muon: operations and seconds of the rank that has most matrices
+    to make orthogonal, beside `flops` and `compute`; bubble: share of the step in which a pipeline stage waits;
+    seconds: of the step."""
 
     flops: float
+    muon_flops: int
+    muon: float
     received: Mapping[str, float]
     compute: float
     communication: Mapping[str, float]
@@ -77,9 +84,13 @@ def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine
     seconds = {axis: moved / rate(mesh, axis, machine) for axis, moved in received.items()}
     reduction = sum(seconds[axis] for axis in ("dp_cp", "expert_dp"))
     slots = micro_batches + pp - 1
-    step = (compute + sum(seconds.values()) - reduction) * slots / micro_batches + reduction
+    orthogonalised = muon_flops(mesh, stage)
+    muon = orthogonalised / (machine.share * (machine.tf32 if config.phase.allow_tf32 else machine.float32))
+    step = (compute + sum(seconds.values()) - reduction) * slots / micro_batches + reduction + muon
     return StepPlan(
         flops=flops,
+        muon_flops=orthogonalised,
+        muon=muon,
         received=dict(received),
         compute=compute,
         communication=seconds,
@@ -163,14 +174,19 @@ def zero_bytes(config: Config, mesh: Mesh, stage: Stage, micro_batches: int) -> 
     return received
 
 
+def muon_flops(mesh: Mesh, stage: Stage) -> int:
+    """What the rank with most matrices to make orthogonal computes in a step, 0 without Muon."""
+    tp = mesh["tp"].size
+    return sum(busiest_flops(group.matrices, mesh[group.axis].size, tp) for group in stage.groups)
+
+
 def matrix_bytes(mesh: Mesh, stage: Stage) -> dict[str, float]:
     """What Muon brings to a rank in a step, the mean over the ranks: its matrices whole, and their pieces back."""
     received, tp = {"tp": 0.0, "dp_cp": 0.0, "expert_dp": 0.0}, mesh["tp"].size
     for group in stage.groups:
-        if group.largest:
-            axis = "expert_dp" if group.of_experts else "dp_cp"
-            ranks = mesh[axis].size
+        if group.matrices:
+            ranks = mesh[group.axis].size
             both_ways = 2 * 4 * sum(group.sizes) / ranks
-            received[axis] += both_ways * (ranks - 1) / ranks
+            received[group.axis] += both_ways * (ranks - 1) / ranks
             received["tp"] += both_ways * (tp - 1) / tp
     return received

@@ -4,8 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from neomoba_dist.config import Config, ConfigError, load_config, parse_config
+from neomoba_dist.model.init import views_of
+from neomoba_dist.parallel.mesh import Axis
+from neomoba_dist.train.checkpoint_plan import stage_module
+from neomoba_dist.train.muon import Matrix, busiest_flops, in_rounds, matrices_of, orthogonalise
 from neomoba_dist.train.planner import Planner, parameter_counts, settings
 from neomoba_dist.train.step_plan import Machine
 
@@ -86,6 +92,44 @@ def test_seconds_follow_from_the_rates() -> None:
     slow = Planner(64, Machine(peak=1e15, network=1e9)).layout(config).step
     assert slow.communication["tp"] == step.communication["tp"], "8 tensor-parallel ranks are in one machine"
     assert slow.communication["dp_cp"] > step.communication["dp_cp"]
+
+
+def test_muon_takes_the_time_of_its_busiest_rank() -> None:
+    config = phase3("neomoba.phase.optimizer=muon")
+    matrices = [
+        matrix
+        for part in stage_module(config, Axis(), Axis(), Axis()).parameters()
+        for spec, _ in views_of(part)
+        if spec.name.endswith("_proj")
+        for matrix in matrices_of(spec)
+    ]
+    alone, many = (Planner(ranks, Machine()).layout(config) for ranks in (1, 64))
+    assert alone.step.muon_flops == sum(matrix.flops for matrix in matrices)
+    rounds = in_rounds(matrices, 64)
+    assert len(rounds) == 4
+    assert many.step.muon_flops == sum(turn[0].flops for turn in rounds)
+    plain = Planner(64, Machine()).layout(phase3())
+    assert plain.step.muon_flops == plain.step.muon == plain.muon_memory == 0
+    assert many.step.muon == pytest.approx(many.step.muon_flops / (0.5 * 495e12))
+    rest = many.step.compute + many.step.muon + sum(many.step.communication.values())
+    assert many.step.seconds == pytest.approx(rest)
+    exact = Planner(64, Machine()).layout(phase3("neomoba.phase.optimizer=muon", "neomoba.phase.allow_tf32=false"))
+    assert exact.step.muon == pytest.approx(many.step.muon_flops / (0.5 * 67e12))
+
+
+def test_ranks_of_tp_share_what_is_cut_and_repeat_what_is_not() -> None:
+    whole, cut = Matrix("k", 0, (64, 128), (64, 128)), Matrix("q", 0, (128, 128), (64, 128))
+    assert busiest_flops([whole, cut], ranks=1, tp=2) == whole.flops + cut.flops
+    assert busiest_flops([cut, cut], ranks=1, tp=2) == cut.flops
+    assert busiest_flops([whole, whole], ranks=1, tp=2) == 2 * whole.flops
+    assert busiest_flops([cut] * 5, ranks=2, tp=2) == 2 * cut.flops
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (256, 96)])
+def test_operations_of_one_matrix(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise(torch.randn(shape))
+    assert counter.get_total_flops() == Matrix("", 0, shape, shape).flops
 
 
 def test_parameters_of_a_mixture() -> None:
