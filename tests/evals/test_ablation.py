@@ -17,7 +17,8 @@ from tests.programs import ROOT, run_program
 from tests.runs import shared_corpus
 
 SETTINGS = ["neomoba.phase.steps=2", "neomoba.phase.warmup_steps=1", "neomoba.log.validate_every=1"]
-SETTINGS += ["neomoba.log.validation_rows=4", "neomoba.log.tensorboard=false", "neomoba.model.vocab_size=1200"]
+SETTINGS += ["neomoba.phase.tokens_per_update=512", "neomoba.log.validation_rows=4"]
+SETTINGS += ["neomoba.log.tensorboard=false", "neomoba.model.vocab_size=1200"]
 
 
 @pytest.mark.parametrize("name", grid_names())
@@ -111,7 +112,7 @@ def test_a_grid(tmp_path: Path, forked: list[list[str]], capfd: pytest.CaptureFi
         for run in found:
             own = "full" if arm == "full attention" else "moba"
             assert 6.5 < run["position_loss.loss"] == run[f"position_loss_{own}.loss"] < 7.5
-            assert run["tokens"] == 2 * 2048, "of the last phase"
+            assert run["tokens"] == 2 * 512, "of the last phase"
             assert run["cache_bytes"] == 2 * 2 * 58 * 2 * 16 * 4, "two layers, keys and values of 2 x 29 tokens"
     lines = list(csv.DictReader((output / "small.csv").open()))
     assert [(line["arm"], line["seed"]) for line in lines] == [

@@ -16,8 +16,8 @@ from neomoba_dist.parallel.mesh import Mesh
 from tests.parallel.test_context_attention import core_of
 from tests.ranks import run_ranks
 
-RANKS, TOKENS = 4, 8192
-PROBLEM = AttentionShape(query_heads=4, kv_heads=2, head_dim=64, element_size=4, block_size=512, top_k=3)
+RANKS, TOKENS = 4, 4096
+PROBLEM = AttentionShape(query_heads=4, kv_heads=2, head_dim=64, element_size=4, block_size=256, top_k=3)
 NAMES = [
     (kind, name)
     for kind, names in (("moba", MOBA_STRATEGIES), ("full", FULL_STRATEGIES))

@@ -114,6 +114,7 @@ def assert_equals_reference(
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.usefixtures("short_index_tiles")
 @pytest.mark.parametrize(("dtype", "movers", "tolerance"), FORMS)
 @pytest.mark.parametrize("borders", [None, PACKED])
 @pytest.mark.parametrize(("heads", "gate"), [((4, 2), "per_head"), ((4, 2), "kv_group"), ((2, 2), "per_head")])
@@ -179,6 +180,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> str:
     return "flash_attn_4"
 
 
+@pytest.mark.usefixtures("short_index_tiles")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("known", [True, False])
 def test_through_moba_attention(stand_in: str, known: bool, causal: bool) -> None:

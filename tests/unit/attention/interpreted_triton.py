@@ -47,6 +47,7 @@ def assert_equals_reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **opt
         assert (got - want).abs().max() <= tolerance
 
 
+@pytest.mark.usefixtures("short_index_tiles")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "block_size", "top_k"), [((4, 2), 16, 3), ((2, 2), 7, 2), ((3, 1), 32, 1)])
 @pytest.mark.parametrize("borders", [None, PACKED])
@@ -64,10 +65,12 @@ def test_half_precision() -> None:
     assert_equals_reference(*draw(80, 80, (2, 1), 64, torch.float16), block_size=16, top_k=3)
 
 
+@pytest.mark.usefixtures("short_index_tiles")
 def test_many_blocks_and_group_gate() -> None:
     assert_equals_reference(*draw(48, 48, (4, 2), 16, torch.float32), block_size=8, top_k=4, gate="kv_group")
 
 
+@pytest.mark.usefixtures("short_index_tiles")
 @pytest.mark.parametrize("causal", [True, False])
 def test_offsets_and_own_keys(causal: bool) -> None:
     options = {"cu_seqlens": cu([0, 10, 40]), "cu_seqlens_k": cu([0, 20, 60]), "q_offset": torch.tensor([10, 5])}

@@ -136,23 +136,27 @@ def _tiny_shards(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
-def _read_on_few_files(folder: Path, cache: Path) -> None:
+def _read_on_few_files(folder: Path, cache: Path, shards: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     code = 1
     try:
         corpus = open_corpus(folder, cache=cache)
         stream = _stream(corpus, cache, micro_batch_size=100, accumulation=10)
-        rows = [row for batches, _ in islice(stream, 10) for batch in batches for row in batch.row_ids.tolist()]
-        assert sorted(rows) == list(range(10_000))
+        rows = [
+            row for batches, _ in islice(stream, shards // 1000) for batch in batches for row in batch.row_ids.tolist()
+        ]
+        assert sorted(rows) == list(range(shards))
         assert len(os.listdir("/proc/self/fd")) < 128 + threading.active_count()
         code = 0
     finally:
         os._exit(code)
 
 
-def test_ten_thousand_shards_on_256_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _tiny_shards(tmp_path / "shards", 10_000, monkeypatch)
-    process = multiprocessing.get_context("fork").Process(target=_read_on_few_files, args=(folder, tmp_path / "cache"))
+@pytest.mark.parametrize("shards", [1000, pytest.param(10_000, marks=pytest.mark.full)])
+def test_many_shards_on_256_open_files(tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _tiny_shards(tmp_path / "shards", shards, monkeypatch)
+    arguments = (folder, tmp_path / "cache", shards)
+    process = multiprocessing.get_context("fork").Process(target=_read_on_few_files, args=arguments)
     process.start()
     process.join(100)
     assert process.exitcode == 0
