@@ -288,45 +288,61 @@ class Refuse:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Refuse())
-kind, folder, given, out = sys.argv[1:]
-model = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}[kind].from_pretrained(folder, trust_remote_code=True)
-texts = json.load(open(given))
-longest = max(map(len, texts))
-result = {}
-with torch.no_grad():
-    for side in ("left", "right"):
-        pad = [[0] * (longest - len(ids)) for ids in texts]
-        rows = [p + ids if side == "left" else ids + p for ids, p in zip(texts, pad)]
-        mask = torch.tensor([[int(v) for v in ([0] * len(p) + [1] * len(ids) if side == "left" else
-                              [1] * len(ids) + [0] * len(p))] for ids, p in zip(texts, pad)])
-        logits = model(input_ids=torch.tensor(rows), attention_mask=mask).logits
-        result[side] = [logits[i][mask[i].bool()].clone() for i in range(len(texts))]
-    if kind == "clm":
-        ids = torch.tensor([texts[0]])
-        for decode in ("full", "moba"):
-            model.config.decode_attention = decode
-            said = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
-            result[decode] = said[0, ids.shape[1] :]
-torch.save(result, out)
+texts = json.load(open(sys.argv[1]))
+for words in sys.argv[2:]:
+    kind, folder, out = words.split(":")
+    auto = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}[kind]
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    longest = max(map(len, texts))
+    result = {}
+    with torch.no_grad():
+        for side in ("left", "right"):
+            pad = [[0] * (longest - len(ids)) for ids in texts]
+            rows = [p + ids if side == "left" else ids + p for ids, p in zip(texts, pad)]
+            mask = torch.tensor([[int(v) for v in ([0] * len(p) + [1] * len(ids) if side == "left" else
+                                  [1] * len(ids) + [0] * len(p))] for ids, p in zip(texts, pad)])
+            logits = model(input_ids=torch.tensor(rows), attention_mask=mask).logits
+            result[side] = [logits[i][mask[i].bool()].clone() for i in range(len(texts))]
+        if kind == "clm":
+            ids = torch.tensor([texts[0]])
+            for decode in ("full", "moba"):
+                model.config.decode_attention = decode
+                said = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+                result[decode] = said[0, ids.shape[1] :]
+    torch.save(result, out)
 """
 
 
-@pytest.mark.parametrize("changes", OWN, ids=lambda changes: " ".join(map(str, changes.values()))[:40])
-def test_moba_goes_out_with_its_own_code(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Equal logits, padded on either side, and equal greedy texts, in a process that cannot import the project."""
-    run_ranks(1, train_here, run_config({}, model=changes), tmp_path / "run", 1)
-    ours, config = load_model(tmp_path / "run")
-    export_folder(CheckpointReader(tmp_path / "run"), tmp_path / "hub", torch.float32, None)
-    assert json.loads((tmp_path / "hub" / "config.json").read_text())["model_type"] == "neomoba"
-    generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(1200, (n,), generator=generator).tolist() for n in (61, 1, 40)]
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    words = [config.model.objective, tmp_path / "hub", tmp_path / "texts.json", tmp_path / "found.pt"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", ALONE, *map(str, words)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+TEXTS = [torch.randint(1200, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (61, 1, 40)]
+
+
+@pytest.fixture(scope="module")
+def gone_out(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """For each model of OWN a folder: the run, the exported folder, and what was found in a process that cannot import
+    the project. One process for all: its imports take seconds."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "texts.json").write_text(json.dumps(TEXTS))
+    cases = [folder / f"case{number}" for number in range(len(OWN))]
+    for case, changes in zip(cases, OWN, strict=True):
+        run_ranks(1, train_here, run_config({}, model=changes), case / "run", 1)
+        export_folder(CheckpointReader(case / "run"), case / "hub", torch.float32, None)
+    words = [
+        f"{changes['objective']}:{case / 'hub'}:{case / 'found.pt'}" for case, changes in zip(cases, OWN, strict=True)
+    ]
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE, str(folder / "texts.json"), *words]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    return cases
+
+
+@pytest.mark.parametrize("number", range(len(OWN)), ids=[" ".join(map(str, changes.values()))[:40] for changes in OWN])
+def test_moba_goes_out_with_its_own_code(gone_out: list[Path], number: int, tmp_path: Path) -> None:
+    """Equal logits, padded on either side, and equal greedy texts, in a process that cannot import the project."""
+    texts, case = TEXTS, gone_out[number]
+    ours, config = load_model(case / "run")
+    assert json.loads((case / "hub" / "config.json").read_text())["model_type"] == "neomoba"
+    found = torch.load(case / "found.pt", weights_only=True)
     sparse = [logits_of(ours, torch.tensor(ids)) for ids in texts]
     for side in ("left", "right"):
         for logits, expected in zip(found[side], sparse, strict=True):
@@ -337,7 +353,7 @@ def test_moba_goes_out_with_its_own_code(changes: dict[str, Any], tmp_path: Path
             assert said == [found[decode].tolist()]
     set_full_attention(ours, True)
     assert (logits_of(ours, torch.tensor(texts[0])) - sparse[0]).abs().max() > 1e-4, "MoBA was not full attention"
-    import_folder(HuggingFaceReader(tmp_path / "hub"), tmp_path / "back")
+    import_folder(HuggingFaceReader(case / "hub"), tmp_path / "back")
     back, _ = load_model(tmp_path / "back")
     assert torch.equal(logits_of(back, torch.tensor(texts[0])), sparse[0])
 
