@@ -126,35 +126,6 @@ def _exchange(
     return result
 
 
-class RingTransfer:
-    """Tensors on their way from the axis member before to the one after, while both compute. See `pass_on`."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], mesh: Mesh, axis: str) -> None:
-        self._mesh, self._axis, place = mesh, axis, mesh[axis]
-        self._sent = [tensor.contiguous() for tensor in tensors]
-        self._received = [torch.empty_like(tensor) for tensor in self._sent]
-        target, source = (place.ranks[(place.index + step) % place.size] for step in (1, -1))
-        operations = [
-            *(dist.P2POp(dist.isend, tensor, target, group=place.group) for tensor in self._sent),
-            *(dist.P2POp(dist.irecv, tensor, source, group=place.group) for tensor in self._received),
-        ]
-        with mesh.record(axis, "ring", 0):  # counted on arrival
-            self._requests = dist.batch_isend_irecv(operations)
-
-    def wait(self) -> list[torch.Tensor]:
-        """What the member before has passed on."""
-        total = sum(num_bytes(tensor) for tensor in self._received)
-        with self._mesh.record(self._axis, "ring", total):
-            for request in self._requests:
-                request.wait()
-        return self._received
-
-
-def pass_on(tensors: Sequence[torch.Tensor], mesh: Mesh, axis: str) -> RingTransfer:
-    """Start to send the tensors to the next member of the axis and to receive as many from the one before."""
-    return RingTransfer(tensors, mesh, axis)
-
-
 def all_gather_objects(value: Any, mesh: Mesh, axis: str) -> list[Any]:
     """The small picklable `value` of every member of the axis, in axis order. For start-up and checkpoints only."""
     if mesh[axis].size == 1:

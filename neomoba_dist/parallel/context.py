@@ -48,8 +48,12 @@ def group_order(split: ContextSplit, group: int, index: int, device: torch.devic
 
 def gather_tokens(x: Tensor, mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:
     """Everybody's tokens in global order: [S, ...] -> [T, ...]. Not differentiable; see `scatter_gradients`."""
-    gathered = all_gather(x, mesh, axis).flatten(0, 1)
-    return gathered.index_select(0, split.gathered_order(x.device))
+    return in_global_order(all_gather(x, mesh, axis), split)
+
+
+def in_global_order(gathered: Tensor, split: ContextSplit) -> Tensor:
+    """[C, S, ...], the ranks' tokens, -> [T, ...]."""
+    return gathered.flatten(0, 1).index_select(0, split.gathered_order(gathered.device))
 
 
 def scatter_gradients(grad: Tensor, mesh: Mesh, axis: str, split: ContextSplit) -> Tensor:

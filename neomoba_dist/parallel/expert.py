@@ -26,6 +26,7 @@ from neomoba_dist.parallel.expert_rows import (
     spread_backward,
 )
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.parallel.transfers import RowTransfer
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,14 @@ def _order_by_expert(arriving: torch.Tensor, rows: int) -> torch.Tensor | None:
     return expert.repeat_interleave(arriving.flatten(), output_size=rows).argsort(stable=True)
 
 
-def to_experts(x_SH: torch.Tensor, dispatch: Dispatch, mesh: Mesh) -> torch.Tensor:
-    """Bring the tokens to their experts: rows [R, H], sorted by local expert, `dispatch.sizes` of each."""
-    rows = _Spread.apply(x_SH, dispatch.rows)
-    rows = all_to_all(rows, mesh, "ep", dispatch.send, dispatch.receive)
+def send_to_experts(x_SH: torch.Tensor, dispatch: Dispatch, mesh: Mesh) -> RowTransfer:
+    """Begin to bring the tokens to the ranks of their experts, which wait for them in `at_experts`."""
+    return RowTransfer(_Spread.apply(x_SH, dispatch.rows), mesh, "ep", dispatch.send, dispatch.receive)
+
+
+def at_experts(sent: RowTransfer, dispatch: Dispatch, mesh: Mesh) -> torch.Tensor:
+    """The rows that have arrived [R, H], sorted by local expert, `dispatch.sizes` of each."""
+    rows = sent.wait()
     if dispatch.gathered is not None:
         tp = mesh["tp"]
         # as an all-to-all of copies, because the tp ranks have different numbers of rows

@@ -3,7 +3,7 @@
 import torch
 
 from neomoba_dist.config import ParallelConfig
-from neomoba_dist.parallel import comm
+from neomoba_dist.parallel import comm, transfers
 from neomoba_dist.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 
@@ -17,7 +17,7 @@ def _collectives() -> dict[str, int]:
     assert comm.all_gather(mine, mesh, "cp")[:, 0, 0].tolist() == [0, 1, 2, 3]
     parts = torch.arange(4.0)[:, None].expand(4, 2) + 10 * rank
     assert comm.reduce_scatter(parts, mesh, "cp").tolist() == [4 * rank + 60.0] * 2
-    assert comm.pass_on([mine], mesh, "cp").wait()[0].eq((rank - 1) % 4).all()
+    assert transfers.pass_on([mine], mesh, "cp").wait()[0].eq((rank - 1) % 4).all()
 
     rows = (torch.arange(4.0) + 10 * rank)[:, None].requires_grad_()
     received = comm.all_to_all(rows, mesh, "cp", COUNTS, [COUNTS[rank]] * 4)

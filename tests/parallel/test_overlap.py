@@ -11,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neomoba_dist.config import ParallelConfig
 from neomoba_dist.model.attention.kernels import ops
-from neomoba_dist.parallel.comm import RingTransfer
+from neomoba_dist.model.moe.layer import moe_layers
+from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import column_linear
+from neomoba_dist.parallel.transfers import RingTransfer, UnderWay
+from tests.expert_parallel import moe_model
 from tests.parallel.test_context_attention import ONE, Case, rank_results
 from tests.ranks import run_ranks
 
@@ -81,18 +84,40 @@ def test_products_beside_the_messages_of_a_column(sequence_parallel: bool, expec
     assert run_ranks(2, column_rank, sequence_parallel) == [expected] * 2
 
 
-def ring_rank(ranks: int) -> list[bool]:
-    """Of every transfer of one layer, in the order in which they start: whether attention runs before it is awaited."""
-    under_way: dict[RingTransfer, int] = {}  # place in `beside`
-    beside: list[bool] = []
-    start, wait = RingTransfer.__init__, RingTransfer.wait
+def expert_rank() -> list[str]:
+    config = moe_model()
+    mesh = Mesh.build(ParallelConfig(expert_model_parallel_size=2), num_key_value_heads=config.num_key_value_heads)
+    layer, events = moe_layers(NeoBERT(config, mesh, dtype=torch.float64, seed=5, row_length=8))[0], []
+    layer.shared.register_forward_hook(lambda *_: events.append("shared expert"))
+    for name in ("down", "gate_up"):
+        getattr(layer.shared, f"{name}_proj").register_hook(lambda _, name=name: events.append(f"gradient of {name}"))
+    with patch.object(
+        torch.distributed, "all_to_all_single", noted(torch.distributed.all_to_all_single, "exchange", events)
+    ):
+        x = torch.randn(8, config.hidden_size, dtype=torch.float64, requires_grad=True)
+        layer(x, torch.arange(8))[0].sum().backward()
+    return events
 
-    def started(transfer: RingTransfer, *args: Any) -> None:
+
+def test_the_shared_expert_beside_rows_and_their_gradients() -> None:
+    """Rows travel to their experts beside it, and their gradients back; counts, results and theirs beside nothing."""
+    forward = ["exchange", "exchange", "shared expert", "exchange is there", "exchange"]
+    backward = ["exchange", "exchange", "gradient of down", "gradient of gate_up", "exchange is there"]
+    assert run_ranks(2, expert_rank) == [forward + backward] * 2
+
+
+def context_rank(ranks: int, kind: str, strategy: str, transfers: type) -> list[bool]:
+    """Of every transfer of one layer, in the order in which they start: whether attention runs before it is awaited."""
+    under_way: dict[Any, int] = {}  # place in `beside`
+    beside: list[bool] = []
+    start, wait = transfers.__init__, transfers.wait
+
+    def started(transfer: Any, *args: Any) -> None:
         start(transfer, *args)
         under_way[transfer] = len(beside)
         beside.append(False)
 
-    def arrived(transfer: RingTransfer) -> list[torch.Tensor]:
+    def arrived(transfer: Any) -> Any:
         del under_way[transfer]
         return wait(transfer)
 
@@ -105,12 +130,12 @@ def ring_rank(ranks: int) -> list[bool]:
         return call
 
     with (
-        patch.object(RingTransfer, "__init__", started),
-        patch.object(RingTransfer, "wait", arrived),
+        patch.object(transfers, "__init__", started),
+        patch.object(transfers, "wait", arrived),
         patch.object(ops, "attend", attending(ops.attend)),
         patch.object(ops, "attend_backward", attending(ops.attend_backward)),
     ):
-        rank_results(ranks, 2, [Case("full", ONE, causal=False, settings=(("context_full", "ring"),))])
+        rank_results(ranks, 2, [Case(kind, ONE, causal=False, settings=((f"context_{kind}", strategy),))])
     return beside
 
 
@@ -120,4 +145,18 @@ def test_attention_beside_the_messages_of_a_ring(ranks: int) -> None:
     gradients, but for the last ones, which end at their owner."""
     others = ranks - 1
     expected = [True] * others + [True] * others + [True] * (others - 1) + [False]
-    assert run_ranks(ranks, ring_rank, ranks) == [expected] * ranks
+    assert run_ranks(ranks, context_rank, ranks, "full", "ring", RingTransfer) == [expected] * ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "expected"),
+    [
+        # two chunks of heads, keys and values, forward and backward
+        ("full", "allgather_kv", [True] * 2 * 2 * 2),
+        # queries, outputs and logsumexp; gradients, statistics, gradients of queries
+        ("moba", "route_queries", [True, False, False, True, True, False]),
+    ],
+)
+def test_own_tokens_beside_what_is_gathered_or_sent(kind: str, strategy: str, expected: list[bool]) -> None:
+    """What a rank computes with its own tokens runs beside what it needs of others, in both directions."""
+    assert run_ranks(2, context_rank, 2, kind, strategy, UnderWay) == [expected] * 2

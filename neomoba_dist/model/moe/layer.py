@@ -17,8 +17,6 @@ from neomoba_dist.model.mlp import SwiGLU
 from neomoba_dist.model.moe.experts import Experts
 from neomoba_dist.model.moe.router import Router
 from neomoba_dist.model.moe.tokens import Tokens
-from neomoba_dist.parallel.comm import sum_gradient
-from neomoba_dist.parallel.tensor import enter_tensor_parallel, sum_over_tensor_parallel
 
 
 class MoE(nn.Module):
@@ -44,18 +42,9 @@ class MoE(nn.Module):
 
         position_ids_T: -1 for padding, which goes to no expert.
         """
-        mesh = self.mesh
-        tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length, mesh, self.config, training=self.training)
+        tokens = Tokens.of(position_ids_T, len(x_SH), self.row_length, self.mesh, self.config, training=self.training)
         expert_SK, weight_SK, aux_loss, record = self.router(x_SH, tokens)
-        fill = self.router.fill(tokens)
-        if mesh.sequence_parallel:
-            y_SH = self.experts(x_SH, expert_SK, weight_SK, fill)
-        else:
-            # every tp rank sends all tokens to its part of the experts; what comes back is its part of a sum
-            entered_SH, weight_SK = enter_tensor_parallel(x_SH, mesh), sum_gradient(weight_SK, mesh, "tp")
-            y_SH = sum_over_tensor_parallel(self.experts(entered_SH, expert_SK, weight_SK, fill), mesh)
-        if self.shared is not None:
-            y_SH = y_SH + self.shared(x_SH)
+        y_SH = self.experts(x_SH, expert_SK, weight_SK, self.router.fill(tokens), self.shared)
         return y_SH, aux_loss, record
 
 

@@ -24,8 +24,8 @@ from neomoba_dist.model.attention.context.merge import (
 from neomoba_dist.model.attention.kernels.layout import PlacedBlocks, make_layout
 from neomoba_dist.model.attention.kernels.select import score_dtype
 from neomoba_dist.model.attention.moba import Packing, block_means, select_blocks
-from neomoba_dist.parallel.comm import pass_on
-from neomoba_dist.parallel.context import gather_tokens, scatter_gradients
+from neomoba_dist.parallel.context import in_global_order, scatter_gradients
+from neomoba_dist.parallel.transfers import UnderWay, pass_on, start_all_gather
 
 
 def local_rows(exchange: Exchange, start: int, stop: int) -> slice:
@@ -74,7 +74,8 @@ def local_attention(exchange: Exchange) -> LocalAttention:
 
 
 class GatheredAttention(torch.autograd.Function):
-    """q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D], with all-gathered keys and values.
+    """q [S, Hq, D], k and v [S, Hkv, D], Exchange -> [S, Hq, D], with all-gathered keys and values, which travel while
+    the rank computes with its own ones.
 
     As many KV heads at a time as make a gathered chunk no larger than this rank's own keys, but at least one: with more
     ranks than KV heads a chunk is one head of all T tokens. The backward pass gathers again, so nothing of length T is
@@ -87,10 +88,10 @@ class GatheredAttention(torch.autograd.Function):
         own, rectangles = exchange.once(_own_parts)
         for heads, keys in _chunks(q, k, exchange):
             queries, own_k, own_v = q[:, heads], k[:, keys], v[:, keys]
-            merged = Merged(queries)
-            all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
+            merged, gathering = Merged(queries), [_start_gather(x, exchange) for x in (own_k, own_v)]
             if own is not None:
                 merged.add(slice(None), *own.forward(queries, own_k, own_v))
+            all_k, all_v = (_gathered(x, exchange) for x in gathering)
             add_rectangles(merged, rectangles, queries, all_k, all_v)
             selected = _selected_blocks(queries, all_k, exchange)
             if selected is not None:
@@ -114,15 +115,16 @@ class GatheredAttention(torch.autograd.Function):
             selected = None if longest is None else SelectedSpans(next(tensors), next(tensors), longest)
             queries, own_k, own_v, grad = q[:, heads], k[:, keys], v[:, keys], grads[0][:, heads].contiguous()
             results = (out[:, heads].contiguous(), lse[:, heads].contiguous(), grad)
-            all_k, all_v = (_gather(x, exchange) for x in (own_k, own_v))
+            gathering = [_start_gather(x, exchange) for x in (own_k, own_v)]
+            own_grads = None if own is None else own.backward(queries, own_k, own_v, *results)
+            all_k, all_v = (_gathered(x, exchange) for x in gathering)
             totals = zeros_like_all(queries, all_k, all_v)
             add_rectangle_gradients(totals, rectangles, queries, all_k, all_v, *results)
             if selected is not None:
                 for total, part in zip(totals, selected.backward(queries, all_k, all_v, *results), strict=True):
                     total += part
             chunk = [totals[0], *(_scatter(x.to(q.dtype), exchange) for x in totals[1:])]
-            if own is not None:
-                own_grads = own.backward(queries, own_k, own_v, *results)
+            if own_grads is not None:
                 chunk = [a + b for a, b in zip(chunk, own_grads, strict=True)]
             parts.append([x.to(q.dtype) for x in chunk])
         dq, dk, dv = (torch.cat(chunks, dim=1) for chunks in zip(*parts, strict=True))
@@ -138,8 +140,12 @@ def _chunks(q: Tensor, k: Tensor, exchange: Exchange) -> Iterator[tuple[slice, s
         yield slice(first * group, stop * group), slice(first, stop)
 
 
-def _gather(x: Tensor, exchange: Exchange) -> Tensor:
-    return gather_tokens(x.contiguous(), exchange.mesh, exchange.axis, exchange.split)
+def _start_gather(x: Tensor, exchange: Exchange) -> UnderWay:
+    return start_all_gather(x, exchange.mesh, exchange.axis)
+
+
+def _gathered(x: UnderWay, exchange: Exchange) -> Tensor:
+    return in_global_order(x.wait(), exchange.split)
 
 
 def _scatter(grad: Tensor, exchange: Exchange) -> Tensor:

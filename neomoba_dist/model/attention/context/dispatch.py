@@ -3,7 +3,8 @@ when ranks outnumber KV heads. Keys and values, and their gradients, never leave
 
 A block that lies on two ranks is two pieces, each attended where it lies. A query head goes to a rank once, whatever
 number of its blocks lie there. What travels forth is the query and the numbers of its pieces, and back the output over
-them with its logsumexp; in the backward pass the gradient with two statistics, and back the query's gradient.
+them with its logsumexp; in the backward pass the gradient with two statistics, and back the query's gradient. Every
+query's own piece is attended while the first of them travel forth.
 
 Legend: S queries of this rank, Hq/Hkv query and KV heads, D head size, P pieces, C ranks; a row is a query head on its
 way: M rows that are sent, N rows that are received.
@@ -12,6 +13,7 @@ way: M rows that are sent, N rows that are received.
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from neomoba_dist.model.attention.kernels.select import score_dtype
 from neomoba_dist.model.attention.moba import block_means
 from neomoba_dist.parallel.comm import all_gather, all_to_all
 from neomoba_dist.parallel.context_split import Pieces
+from neomoba_dist.parallel.transfers import RowTransfer
 
 
 class DispatchedQueries(torch.autograd.Function):
@@ -41,16 +44,17 @@ class DispatchedQueries(torch.autograd.Function):
         chosen, spans = chosen_pieces(block_indices, everything, exchange), exchange.once(local_spans, k.shape[1])
         longest = int(everything.length.max())
         rounds = plan_dispatch(chosen, everything, k.shape[1], exchange)
-        merged = Merged(q)
+        merged, travelling = Merged(q), rounds[0].send(q, exchange)
         merged.add(slice(None), *exchange.once(local_attention).forward(q, k, v))
         received_queries = q
-        for dispatch in rounds:
-            received_queries = dispatch.send(q, exchange)
+        for dispatch, following in zip_longest(rounds, rounds[1:]):
+            received_queries = travelling.wait()[:, None]
             here = SelectedSpans(dispatch.block_indices, spans, longest)
             out, lse = here.forward(received_queries, _heads_as_tokens(k), _heads_as_tokens(v))
-            for rows, *part in zip(
-                dispatch.rows(), dispatch.combine(out, exchange), dispatch.combine(lse, exchange), strict=True
-            ):
+            results = [dispatch.send_back(x, exchange) for x in (out, lse)]
+            if following is not None:
+                travelling = following.send(q, exchange)
+            for rows, *part in zip(dispatch.rows(), *(dispatch.by_rank(x.wait()) for x in results), strict=True):
                 merged.add(rows, part[0][:, 0], part[1][:, 0])
         result = merged.out.to(q.dtype)
         ctx.exchange, ctx.longest = exchange, longest
@@ -63,12 +67,13 @@ class DispatchedQueries(torch.autograd.Function):
         (q, k, v, out, lse, kept, spans, *parts), exchange = ctx.saved_tensors, ctx.exchange
         rounds = [Dispatch(*parts[first : first + 4]) for first in range(0, len(parts), 4)]
         grad, dtype = grads[0].contiguous(), score_dtype(q.dtype)
-        dq, dk, dv = (x.to(dtype) for x in exchange.once(local_attention).backward(q, k, v, out, lse, grad))
         delta = (out.to(dtype) * grad.to(dtype)).sum(-1)
-        for dispatch in rounds:
-            received_queries = kept if len(rounds) == 1 else dispatch.send(q, exchange)
-            there = dispatch.send(grad, exchange)
-            statistics = dispatch.send(torch.stack((lse, delta), dim=2), exchange)[:, 0]
+        sent = [grad, torch.stack((lse, delta), dim=2), *([q] if len(rounds) > 1 else [])]
+        travelling = [rounds[0].send(x, exchange) for x in sent]
+        dq, dk, dv = (x.to(dtype) for x in exchange.once(local_attention).backward(q, k, v, out, lse, grad))
+        for dispatch, following in zip_longest(rounds, rounds[1:]):
+            there, statistics, *again = (x.wait() for x in travelling)
+            received_queries = again[0][:, None] if again else kept
             # delta stands for the output, which stays at home: the kernels take out . grad - grad_lse, so 0 + delta
             part_q, *part_kv = SelectedSpans(dispatch.block_indices, spans, ctx.longest).backward(
                 received_queries,
@@ -76,13 +81,16 @@ class DispatchedQueries(torch.autograd.Function):
                 _heads_as_tokens(v),
                 torch.zeros_like(received_queries),
                 statistics[:, :1].contiguous(),
-                there,
+                there[:, None],
                 grad_lse=-statistics[:, 1:].contiguous(),
             )
-            for rows, part in zip(dispatch.rows(), dispatch.combine(part_q, exchange), strict=True):
-                dq[rows] += part[:, 0]
+            result = dispatch.send_back(part_q, exchange)
+            if following is not None:
+                travelling = [following.send(x, exchange) for x in sent]
             for total, part in zip((dk, dv), part_kv, strict=True):
                 total += part.view(k.shape[1], len(k), -1).transpose(0, 1)
+            for rows, part in zip(dispatch.rows(), dispatch.by_rank(result.wait()), strict=True):
+                dq[rows] += part[:, 0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -153,15 +161,19 @@ class Dispatch(NamedTuple):
         sizes = self.counts[0].tolist()
         return list(zip(self.token.split(sizes), self.head.split(sizes), strict=True))
 
-    def send(self, x: Tensor, exchange: Exchange) -> Tensor:
-        """The travelling rows of x [S, Hq, ...] at their destinations: [N, 1, ...]."""
+    def send(self, x: Tensor, exchange: Exchange) -> RowTransfer:
+        """The travelling rows of x [S, Hq, ...] on their way to their destinations: [N, ...]."""
         leave, arrive = self.counts.tolist()
-        return all_to_all(x[self.token, self.head], exchange.mesh, exchange.axis, leave, arrive)[:, None]
+        return RowTransfer(x[self.token, self.head], exchange.mesh, exchange.axis, leave, arrive)
 
-    def combine(self, x: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
-        """Results of the received rows [N, ...], back at home, by the rank that computed them: [M, ...] each."""
+    def send_back(self, x: Tensor, exchange: Exchange) -> RowTransfer:
+        """Results of the received rows [N, ...] on their way home: [M, ...]."""
         leave, arrive = self.counts.tolist()
-        return all_to_all(x, exchange.mesh, exchange.axis, arrive, leave).split(leave)
+        return RowTransfer(x, exchange.mesh, exchange.axis, arrive, leave)
+
+    def by_rank(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What has come home [M, ...], by the rank that computed it."""
+        return x.split(self.counts[0].tolist())
 
 
 def plan_dispatch(chosen: Tensor, everything: Pieces, num_kv_heads: int, exchange: Exchange) -> list[Dispatch]:
