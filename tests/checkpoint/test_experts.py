@@ -57,11 +57,17 @@ def test_any_to_any(saved: dict[str, Path], source: str, target: str) -> None:
     assert_loads(run_config(layout, stage, model=MOE), world, saved[source])
 
 
-@pytest.mark.parametrize("target", ["ep2_zero2", "ep4_zero3", "one"])
-def test_three_steps_by_another_layout(target: str, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps by ep 2."""
     world, layout, stage = LAYOUTS["ep2_zero2"]
-    run_ranks(world, train_here, run_config(layout, stage, model=MOE), whole, 6)
+    output = tmp_path_factory.mktemp("whole")
+    run_ranks(world, train_here, run_config(layout, stage, model=MOE), output, 6)
+    return output
+
+
+@pytest.mark.parametrize("target", ["ep2_zero2", "ep4_zero3", "one"])
+def test_three_steps_by_another_layout(whole: Path, target: str, tmp_path: Path) -> None:
     world, layout, stage = LAYOUTS[target]
     config = run_config(layout, stage, model=MOE)
     assert_goes_on(whole, tmp_path / "parts", config, world, same=target == "ep2_zero2")
