@@ -15,7 +15,7 @@ from evals.work import Workers, item_key
 from neomoba_dist.checkpoint.load import CheckpointReader, load_weights
 from neomoba_dist.checkpoint.tokenizer import tokenizer_of
 from neomoba_dist.checkpoint.verify import refuse_damage
-from neomoba_dist.config import Config, ConfigError, parse_config
+from neomoba_dist.config import Config, parse_config
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.corpus import Corpus
@@ -37,12 +37,7 @@ class Layout:
     ep: int = 1
 
     def config(self, config: Config) -> Config:
-        """The run's configuration on this layout. ConfigError where the model does not divide so, or is not run."""
-        if config.model.num_decoder_layers:
-            raise ConfigError(
-                "the checkpoint is of an encoder-decoder (neomoba.model.objective span_corruption), which is trained "
-                'and validated only: no evaluation and no generation here runs it; give a run of "mlm" or "clm"'
-            )
+        """The run's configuration on this layout. ConfigError where the model does not divide so."""
         tree = config.to_dict()
         tree["neomoba"]["parallel"] = {
             "tensor_model_parallel_size": self.tp,

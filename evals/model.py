@@ -71,7 +71,7 @@ class ShardedModel:
         [T] float32 (float64 for float64) and bool [T] on the CPU; 0 and False where the label is -100.
         """
         share = local_share(batch.to(self.device), self.mesh, self.config)
-        hidden = self.stage.run(share)
+        hidden = self.stage.run(share, memory=self.stage.read(share.encoder))
         split = padded_split(len(batch.input_ids), self.mesh, self.config) if self.mesh["cp"].size > 1 else None
         total = split.num_tokens if split else len(batch.input_ids)
         found = torch.zeros(2, total, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)

@@ -275,7 +275,9 @@ def ablation_section(result: Mapping[str, Any]) -> list[str]:
 
 def missing_section(runs: Sequence[Run], results: Mapping[str, object]) -> list[str]:
     """Says which tasks have no result of the last run, and how to make one."""
-    missing = [name for name, task in TASKS.items() if task.usual and name not in results]
+    pairs = bool(runs and runs[-1].config.model.num_decoder_layers)
+    usual = [name for name, task in TASKS.items() if (task.encoder_decoder if pairs else task.usual)]
+    missing = [name for name in usual if name not in results]
     if not missing or not runs:
         return []
     text = f"No result of {', '.join(missing)} was given. Make it, then make this report again with --eval EVAL:"

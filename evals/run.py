@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         prefill=args.attn_prefill,
         decode=args.attn_decode,
     )
+    if subject.config.model.num_decoder_layers:
+        refuse_decoder_tasks(args.tasks)
     plans = {name: load_task(name).prepare(subject, args) for name in args.tasks}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -50,6 +53,17 @@ def run(args: argparse.Namespace, command: str) -> int:
         on_first_rank(subject.workers.mesh, partial(write, args.output, result, samples, when))
     on_first_rank(subject.workers.mesh, partial(write_run, args.output, results, scores, when))
     return 0
+
+
+def refuse_decoder_tasks(names: Iterable[str]) -> None:
+    """Raises EvalError for a task that does not run encoder-decoders."""
+    fit = [name for name, entry in TASKS.items() if entry.encoder_decoder]
+    for name in names:
+        if name not in fit:
+            raise EvalError(
+                f"--tasks {name}: does not run an encoder-decoder (neomoba.model.objective span_corruption); give "
+                f"--tasks {','.join(fit)}"
+            )
 
 
 def write(folder: Path, result: Result, samples: list[dict], when: datetime) -> None:

@@ -28,6 +28,7 @@ class TaskEntry(NamedTuple):
     """A task: its module, what it measures, and whether it evaluates on a corpus of shards.
 
     parts: --tasks may name some of its parts, as NAME:PART. usual: a report of a training run that lacks it says so.
+    encoder_decoder: whether it runs these.
     """
 
     module: str
@@ -35,11 +36,15 @@ class TaskEntry(NamedTuple):
     needs_corpus: bool
     parts: bool = False
     usual: bool = False
+    encoder_decoder: bool = False
 
 
 TASKS: Final = {
     "position_loss": TaskEntry(
         "evals.position_loss", "loss of a token by its position in the document", True, usual=True
+    ),
+    "validation_loss": TaskEntry(
+        "evals.validation_loss", "loss of the rows that training validates on", True, encoder_decoder=True
     ),
     "needle": TaskEntry("evals.needle", "finding a passkey hidden at some depth of a long text", True, usual=True),
     "glue": TaskEntry("evals.glue", "a fine-tuned checkpoint on its task of GLUE", False, True),

@@ -1,20 +1,23 @@
-"""Continue texts, or answer messages, with a trained causal model.
+"""Continue texts, or answer messages, with a trained causal model; fill gaps of texts with an encoder-decoder.
 
     python launch/generate.py --checkpoint runs/mine --prompt "import os"
     python launch/generate.py --checkpoint runs/phase4_sft --chat --prompt "What is a list?"
     python launch/generate.py --checkpoint runs/mine --prompt-file prompts.jsonl --output out.jsonl --temperature 0.8
+    python launch/generate.py --checkpoint runs/cpu_tiny_encdec --prompt "import <extra_id_0> as np"
     python launch/generate.py --checkpoint runs/student_pruned --int8 --prompt "import os"
     torchrun --nproc-per-node 4 launch/generate.py --checkpoint runs/mine --tp 2 --cp 2 --prompt-file prompts.txt
 
-By default the likeliest token is taken; --temperature draws. The text appears as it is made. On one process, or on
---tp x --pp x --cp x --ep ranks of any launcher, from a checkpoint of any layout; the same text comes out.
+Sentinels (<extra_id_0>, <extra_id_1>, ... as the model's tokenizer names them) stand for gaps; what is printed is each
+sentinel with what it stands for. By default the likeliest token is taken; --temperature draws. The text appears as it
+is made. On one process, or on --tp x --pp x --cp x --ep ranks of any launcher, from a checkpoint of any layout; the
+same text comes out.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
@@ -30,7 +33,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; flags may be written with `-` or `_`."""
     parser, add = command_parser(__doc__)
     add("checkpoint", required=True, metavar="DIR", help="run folder (its newest checkpoint), or a step_N folder")
-    add("prompt", action="append", default=[], metavar="TEXT", help="what to continue; may stand several times")
+    add(
+        "prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to continue, or a text with sentinels; may stand several times",
+    )
     add("prompt_file", metavar="FILE", help='prompts: lines of a .txt, or {"prompt": ...} objects of a .jsonl')
     add(
         "chat", action="store_true",
@@ -101,23 +110,39 @@ def read_record(line: str, chat: bool) -> dict[str, Any]:
     return {"prompt": record["prompt"]}
 
 
-def encode_prompts(
-    records: list[dict[str, Any]], tokenizer: "Tokenizer", template: "ChatTemplate | None"
-) -> tuple[list[list[int]], int | None]:
-    """Ids of the prompts, by the chat template if there is one, and the id that ends what follows. Raises
-    ConfigError."""
+class Prompts(NamedTuple):
+    """ids: what new ones follow, of each prompt. end: what ends these, of all or of each. sources: what an encoder
+    reads for each."""
+
+    ids: list[list[int]]
+    end: int | list[int | None] | None
+    sources: list[list[int]] | None = None
+
+
+def encode_gaps(records: list[dict[str, Any]], tokenizer: "Tokenizer") -> Prompts:
+    """Prompts of an encoder-decoder: its encoder reads them, its decoder begins as in training. Raises DataError."""
+    from neomoba_dist.data.span_corruption import encode_source
+
+    encoded = [encode_source(tokenizer, record["prompt"]) for record in records]
+    return Prompts(
+        [[tokenizer.special.padding]] * len(records), [end for _, end in encoded], [source for source, _ in encoded]
+    )
+
+
+def encode_prompts(records: list[dict[str, Any]], tokenizer: "Tokenizer", template: "ChatTemplate | None") -> Prompts:
+    """Prompts of a causal model, by the chat template if there is one. Raises ConfigError."""
     from neomoba_dist.config import ConfigError
 
     head, tail = tokenizer.document_borders
     end = tail[0] if tail else None
     if template is None:
-        return [[*head, *tokenizer.encode(record["prompt"])] for record in records], end
+        return Prompts([[*head, *tokenizer.encode(record["prompt"])] for record in records], end)
     chats = [record.get("messages") or [{"role": "user", "content": record["prompt"]}] for record in records]
     try:
         prompts = [template.encode_prompt(messages) for messages in chats]
     except ValueError as error:
         raise ConfigError(f"--chat: {error}; give other messages, or leave --chat out") from error
-    return prompts, end if template.end_of_turn is None else template.end_of_turn
+    return Prompts(prompts, end if template.end_of_turn is None else template.end_of_turn)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -137,10 +162,14 @@ def run(arguments: argparse.Namespace) -> None:
     records = read_prompts(arguments)
     reader = CheckpointReader(arguments.checkpoint)
     config = Layout(arguments.tp, arguments.pp, arguments.cp, arguments.ep).config(reader.config)
-    if not config.model.causal:
+    pairs = bool(config.model.num_decoder_layers)
+    if not config.model.causal and not pairs:
         raise ConfigError(
-            f'{reader.folder}: a model of neomoba.model.objective "mlm" does not continue text; give a run of "clm"'
+            f'{reader.folder}: a model of neomoba.model.objective "mlm" does not continue text; give a run of "clm" or '
+            '"span_corruption"'
         )
+    if pairs and arguments.chat:
+        raise ConfigError(f"--chat: {reader.folder} is of an encoder-decoder, which fills gaps; leave --chat out")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {arguments.max_new_tokens}; give at least 1")
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else tokenizer_of(reader)
@@ -152,35 +181,36 @@ def run(arguments: argparse.Namespace) -> None:
             f"--chat: no chat template beside the tokenizer of {reader.folder}; name a folder that has both with "
             "--tokenizer, or leave --chat out"
         )
-    prompts, end = encode_prompts(records, tokenizer, template)
-    check_length(config.model, max(map(len, prompts)), arguments.max_new_tokens)
+    prompts = encode_gaps(records, tokenizer) if pairs else encode_prompts(records, tokenizer, template)
+    longest = max(map(len, prompts.sources or prompts.ids))
+    check_length(config.model, longest, 0 if pairs else arguments.max_new_tokens)
     join_world()
     mesh = build_mesh(config, "cpu" if arguments.int8 else "auto")
     require_whole_weights(reader, mesh)
     stage = load_stage(reader, config, mesh, int8=arguments.int8)
     speaks = mesh.rank == 0
     live = speaks and not arguments.output and len(records) == 1
-    shown = Shown(tokenizer, records, arguments.stop, live=live, chat=arguments.chat)
+    shown = Shown(tokenizer, records, arguments.stop, live=live, alone=pairs or arguments.chat)
     found = generate(
-        stage, prompts, arguments.max_new_tokens, decode=arguments.decode, stop_id=end,
-        stop=shown.enough, sampling=sampling,
+        stage, prompts.ids, arguments.max_new_tokens, sources=prompts.sources, decode=arguments.decode,
+        stop_id=prompts.end, stop=shown.enough, sampling=sampling,
     )  # fmt: skip
     if speaks:
         shown.finish(found, arguments.max_new_tokens, arguments.output)
 
 
 class Shown:
-    """What is printed, as it is made or at the end; and whether a stop text has come."""
+    """What is printed, as it is made or at the end; and whether a stop text has come. alone: without the prompt."""
 
     def __init__(
-        self, tokenizer: "Tokenizer", records: list[dict[str, Any]], stops: list[str], *, live: bool, chat: bool
+        self, tokenizer: "Tokenizer", records: list[dict[str, Any]], stops: list[str], *, live: bool, alone: bool
     ) -> None:
         self.tokenizer, self.records, self.stops, self.live = tokenizer, records, stops, live
-        self.prompts = ["" if chat else record["prompt"] for record in records]  # what stands before the new text
+        self.prompts = ["" if alone else record["prompt"] for record in records]  # what stands before the new text
         self.printed = 0
 
     def text(self, number: int, ids: list[int]) -> tuple[str, bool]:
-        """The prompt, but of a chat, and what follows, up to a stop text; whether one has come."""
+        """The prompt, unless `alone`, and what follows, up to a stop text; whether one has come."""
         from neomoba_dist.generate.text import continued_text
 
         prompt = self.prompts[number]

@@ -10,13 +10,14 @@ often, but for a few at either end.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from neomoba_dist.config.span_corruption import noise_counts
 from neomoba_dist.data.counter import SPANS, Counter
-from neomoba_dist.data.errors import AgreedError
+from neomoba_dist.data.errors import AgreedError, DataError
 from neomoba_dist.data.rows import RowBlock
 from neomoba_dist.data.tokenizer import Tokenizer
 
@@ -89,6 +90,30 @@ def choose_spans(tokens: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _choose(words: np.ndarray, count: int) -> np.ndarray:
     """`count` different places of random words, ascending."""
     return np.sort(np.argsort(words, kind="stable")[:count])
+
+
+def encode_source(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+    """Ids of a text that is to be filled in, as a document with dropped spans, and the id of the sentinel after those
+    that stand in it, with which what is written ends; None where the tokenizer has no more.
+
+    A space before a sentinel belongs to the span, because tokens begin with their space. DataError without a sentinel.
+    """
+    named = [name for name in SENTINEL_NAMES if tokenizer.id_of(name.format(0)) is not None]
+    for name in named:
+        before, after = map(re.escape, name.split("{}"))
+        first, *rest = re.split(rf" ?{before}(\d+){after}", text)
+        ids, numbers = tokenizer.encode(first), rest[::2]
+        for number, piece in zip(numbers, rest[1::2], strict=True):
+            sentinel = tokenizer.id_of(name.format(number))
+            if sentinel is None:
+                raise DataError(f"{name.format(number)}: the tokenizer has no such sentinel; use lower numbers")
+            ids += [sentinel, *tokenizer.encode(piece)]
+        if numbers:
+            return tokenizer.wrap_document(ids), tokenizer.id_of(name.format(1 + max(map(int, numbers))))
+    if not named:
+        raise DataError(f"the tokenizer has no sentinels ({SENTINEL_NAMES[0].format(0)}, ...); give the model's own")
+    start = text if len(text) <= 40 else text[:40] + "..."
+    raise DataError(f"prompt {start!r}: write {named[0].format(0)}, {named[0].format(1)}, ... where text is missing")
 
 
 def find_sentinels(tokenizer: Tokenizer, needed: int, length: int, corpus: str) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Text from a causal model, on any tensor- and pipeline-parallel layout."""
+"""Text from a causal model or an encoder-decoder, on any layout that the model runs on."""

@@ -1,5 +1,7 @@
 """Decoding of a batch of prompts of different lengths, on tensor-, context- and pipeline-parallel models.
 
+An encoder-decoder's encoder reads a text for each prompt, once; the keys and values of cross attention are then kept.
+
 Prompts are fed in chunks, then one token per document and step. All tokens of a step are packed, with the borders of
 their documents in cu_seqlens, as in training. MoBA layers decode with full attention, as the paper's authors do
 (arXiv 2502.13189, section 3.3), or with MoBA, choosing the blocks that a pass over the whole text would choose.
@@ -13,10 +15,12 @@ from typing import TypeVar, cast
 
 import torch
 
+from neomoba_dist.config import ModelConfig
 from neomoba_dist.generate.sample import Sampler, Sampling
 from neomoba_dist.generate.stage import GenerationError, Stage, Texts, batch_of, rows_at
 from neomoba_dist.model.attention.cache import KVCache
 from neomoba_dist.model.attention.context.cache import ShardedKVCache
+from neomoba_dist.model.attention.packed import Memory
 from neomoba_dist.model.moe.layer import MoE
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share, padded_split
@@ -32,9 +36,9 @@ class Decoder:
     """One rank's part of decoding. All ranks of a model call the same methods with the same tokens.
 
     capacities: most tokens of every document, prompt included. decode: "full" or "moba", what MoBA layers run; full and
-    sliding-window layers stay what they are. prefill: the same for the first step alone (default: as `decode`); the
-    paper evaluates with MoBA in prefill and full attention after it. Raises GenerationError where the model or the
-    layout cannot be decoded.
+    sliding-window layers stay what they are. prefill: the same for the first step alone, and for an encoder (default:
+    as `decode`); the paper evaluates with MoBA in prefill and full attention after it. Raises GenerationError where the
+    model or the layout cannot be decoded.
     """
 
     def __init__(
@@ -50,11 +54,7 @@ class Decoder:
                 raise GenerationError(f"{name} must be one of {', '.join(DECODES)}, got {value!r}")
         if stage.mesh.sequence_parallel:
             raise GenerationError("decoding needs a mesh without sequence parallelism; set sequence_parallel to false")
-        if config.position_embedding == "learned" and max(capacities) > config.max_position_embeddings:
-            raise GenerationError(
-                f"{max(capacities)} tokens are more than the {config.max_position_embeddings} positions that the model "
-                "learned (neomoba.model.max_position_embeddings); ask for fewer"
-            )
+        _require_positions(config, max(capacities))
         self.stage, self.mesh = stage.eval(), stage.mesh  # experts have a capacity in training only
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
@@ -67,6 +67,22 @@ class Decoder:
             self.cache = KVCache(config, kinds, num_kv_heads, capacities, self.dtype, self.device)
         for layer, kind in zip(self.cache.layers, stage.kinds, strict=True):
             layer.prefill_kind = _kind(kind, prefill or decode)
+        self.read_kind = prefill or decode
+        self.memory: Memory | None = None
+
+    @torch.no_grad()
+    def read(self, sources: Sequence[Sequence[int]] | None) -> None:
+        """Let the encoder of an encoder-decoder read a text for each document, before anything else."""
+        encoder = self.stage.encoder
+        if (sources is None) != (encoder is None):
+            raise GenerationError("an encoder-decoder needs sources, which its encoder reads, and other models none")
+        if sources is None or encoder is None:
+            return
+        _require_positions(encoder.config, max(map(len, sources)))
+        for block, kind in zip(encoder.blocks, encoder.kinds, strict=True):
+            if kind == "moba":
+                block.attention.full = self.read_kind == "full"
+        self.memory = self.stage.read(batch_of(sources, self.device))
 
     @torch.no_grad()
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -80,7 +96,7 @@ class Decoder:
         cu_seqlens = borders.to(self.device)
         position_ids = self.cache.begin(counts)
         input_ids = torch.tensor([i for ids in tokens for i in ids], dtype=torch.int64, device=self.device)
-        return self.stage.run(Texts(input_ids, position_ids, cu_seqlens), self.cache.layers)
+        return self.stage.run(Texts(input_ids, position_ids, cu_seqlens), self.cache.layers, self.memory)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -110,6 +126,15 @@ class Decoder:
                 block.mlp(nothing, torch.zeros(1, dtype=torch.int64, device=self.device))
 
 
+def _require_positions(config: ModelConfig, tokens: int) -> None:
+    """Raises GenerationError where learned positions end before `tokens`."""
+    if config.position_embedding == "learned" and tokens > config.max_position_embeddings:
+        raise GenerationError(
+            f"{tokens} tokens are more than the {config.max_position_embeddings} positions that the model "
+            "learned (neomoba.model.max_position_embeddings); ask for fewer"
+        )
+
+
 def _kind(kind: str, wanted: str) -> str:
     """What a layer runs: its own kind, or full attention where MoBA is not wanted."""
     return "full" if kind == "moba" and wanted == "full" else kind
@@ -120,25 +145,29 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     decode: str = "full",
     prefill: str | None = None,
     prefill_chunk: int | None = None,
-    stop_id: int | None = None,
+    stop_id: int | Sequence[int | None] | None = None,
     stop: Callable[[int, list[int]], bool] | None = None,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """The continuation of every prompt, up to `max_new_tokens` ids and without `stop_id`, which ends it.
 
-    max_new_tokens: of all, or of each. sampling: how a token is chosen. prefill: see `Decoder`. prefill_chunk: most
-    tokens of one prompt that are fed at a time; None: all, each computed by one context-parallel rank. stop:
-    (document, ids so far) -> whether that is enough. Where experts lie on several data-parallel ranks, all of these
-    call this together, each with its own prompts; who is done early idles until the last one is. Raises
+    max_new_tokens, stop_id: of all, or of each. sources: for an encoder-decoder, what its encoder reads for each
+    prompt, which is what its decoder begins with. sampling: how a token is chosen. prefill: see `Decoder`.
+    prefill_chunk: most tokens of one prompt that are fed at a time; None: all, each computed by one context-parallel
+    rank. stop: (document, ids so far) -> whether that is enough. Where experts lie on several data-parallel ranks, all
+    of these call this together, each with its own prompts; who is done early idles until the last one is. Raises
     GenerationError, see `Decoder`.
     """
-    if not prompts or not all(prompts):
+    if not prompts or not all(prompts) or not all(sources or prompts):
         raise GenerationError("a prompt is empty; give every document at least one token")
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     decoder = Decoder(stage, [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)], decode, prefill)
+    decoder.read(sources)
+    ends = [stop_id] * len(prompts) if stop_id is None or isinstance(stop_id, int) else list(stop_id)
     choose = _greedy if sampling.greedy else Sampler(sampling, prompts).choose
     following: dict[int, int] = {}
     if prefill_chunk is None:
@@ -155,7 +184,7 @@ def generate(
         """The documents that go on, step after step."""
         active = list(range(len(prompts)))
         while True:
-            active = [d for d in active if following[d] != stop_id and len(results[d]) < most[d]]
+            active = [d for d in active if following[d] != ends[d] and len(results[d]) < most[d]]
             for d in active:
                 results[d].append(following[d])
             active = [d for d in active if len(results[d]) < most[d] and not (stop and stop(d, results[d]))]

@@ -15,10 +15,12 @@ from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.data.batch import IGNORE_LABEL, Batch
 from neomoba_dist.model.attention.cache import LayerCache
-from neomoba_dist.model.attention.packed import PackedTokens
+from neomoba_dist.model.attention.packed import Memory, PackedTokens
 from neomoba_dist.model.block import Block
+from neomoba_dist.model.encoder_decoder import MODELS, EncoderDecoder
 from neomoba_dist.model.init import Initializer, shard_of
 from neomoba_dist.model.neobert import Embedding, FinalNorm, Head, NeoBERT, layer_list
+from neomoba_dist.model.neobert import Tokens as PackedIds
 from neomoba_dist.model.norm import EmbeddingNorm
 from neomoba_dist.model.positions import PositionEmbedding
 from neomoba_dist.model.segments import NextSentence, SegmentEmbedding
@@ -33,15 +35,9 @@ class GenerationError(ValueError):
     """A model, layout or prompt that cannot be decoded; the message is one line."""
 
 
-class Tokens(Protocol):
+class Tokens(PackedIds, Protocol):
     """What the layers read of a Batch without labels."""
 
-    @property
-    def input_ids(self) -> torch.Tensor: ...
-    @property
-    def position_ids(self) -> torch.Tensor: ...
-    @property
-    def cu_seqlens(self) -> torch.Tensor: ...
     @property
     def token_type_ids(self) -> torch.Tensor | None: ...
 
@@ -87,12 +83,19 @@ def rows_at(hidden_SH: torch.Tensor, positions: torch.Tensor, mesh: Mesh, split:
 class Stage(nn.Module):
     """Blocks first..last of the model; the first stage has the embedding too, the last one the final norm and the head.
 
-    `kinds`: attention of its blocks.
+    `kinds`: attention of its blocks. encoder: of an encoder-decoder, whose decoder this is then; `config` too.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, layers: list[nn.Module], first_block: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layers: list[nn.Module],
+        first_block: int,
+        encoder: "Stage | None" = None,
+    ) -> None:
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.encoder = config, mesh, encoder
         self.layers = nn.ModuleList(layers)
         self.blocks = [layer for layer in layers if isinstance(layer, Block)]
         self.kinds = config.layer_attentions[first_block : first_block + len(self.blocks)]
@@ -102,7 +105,11 @@ class Stage(nn.Module):
         """The whole model as the only stage."""
         added = [layer for layer in (model.positions, model.segments, model.embedding_norm) if layer is not None]
         layers = [model.embedding, *added, *model.blocks, model.final_norm, model.head]
-        return cls(model.config, model.mesh, layers, 0)
+        if not isinstance(model, EncoderDecoder):
+            return cls(model.config, model.mesh, layers, 0)
+        encoder = cls(model.config.encoder, model.mesh, layers, 0)
+        layers = [model.embedding, *added, *model.decoder_blocks, model.decoder_norm, model.head]
+        return cls(model.config.decoder, model.mesh, layers, 0, encoder)
 
     @classmethod
     def build(
@@ -117,7 +124,7 @@ class Stage(nn.Module):
         """This rank's stage with fresh weights; blocks are spread evenly over pp. text_head: of a fine-tuned model."""
         pp = mesh["pp"]
         if pp.size == 1:
-            return cls.of(NeoBERT(config, mesh, seed=seed, dtype=dtype, text_head=text_head))
+            return cls.of(MODELS[config.objective](config, mesh, seed=seed, dtype=dtype, text_head=text_head))
         layers = layer_list(config, Initializer(mesh, seed, config.initializer_range, dtype), text_head=text_head)
         layers = [layer for layer in layers if layer.cls is not NextSentence]
         blocks = [i for i, layer in enumerate(layers) if issubclass(layer.cls, Block)]
@@ -176,11 +183,22 @@ class Stage(nn.Module):
         layer = self.layers[-1]
         return layer if isinstance(layer, TextHead) else None
 
+    def read(self, texts: PackedIds | None) -> Memory | None:
+        """What a decoder attends to: the final states of its encoder, which reads `texts`. None for a model of one."""
+        if self.encoder is None or texts is None:
+            return None
+        states = self.encoder.run(Texts(texts.input_ids, texts.position_ids, texts.cu_seqlens))
+        assert states is not None  # no pipeline has an encoder-decoder
+        return Memory(states, texts.cu_seqlens)
+
     @torch.no_grad()
-    def run(self, tokens: Tokens, caches: Sequence[LayerCache | None] | None = None) -> torch.Tensor | None:
+    def run(
+        self, tokens: Tokens, caches: Sequence[LayerCache | None] | None = None, memory: Memory | None = None
+    ) -> torch.Tensor | None:
         """The layers of all stages: the hidden states after the final norm, [S, H], on the last stage; else None.
 
-        tokens: this rank's share, on its device. caches: of this stage's blocks, for decoding.
+        tokens: this rank's share, on its device. caches: of this stage's blocks, for decoding. memory: what a decoder
+        attends to, see `read`.
         """
         mesh, pp = self.mesh, self.mesh["pp"]
         position_ids, cu_seqlens, weight = tokens.position_ids, tokens.cu_seqlens, next(self.parameters())
@@ -189,6 +207,7 @@ class Stage(nn.Module):
             packed = packed._replace(token_types=tokens.token_type_ids)
         else:
             packed = PackedTokens.of_step(position_ids, cu_seqlens, self.config, weight.dtype)
+        packed = packed._replace(memory=memory)
         if self.is_first:
             state = self.embedding((tokens.input_ids, position_ids, cu_seqlens, packed))
             for layer in self.added:

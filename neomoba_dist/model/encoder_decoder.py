@@ -39,14 +39,14 @@ class DecoderBlock(Block):
         )
         self.cross_dropout = Dropout(f"{name}.cross_attention", config.dropout)
 
-    def cross(self, x_SH: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+    def cross(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
         """Cross attention with its dropout: [S, H] -> [S, H]."""
         assert packed.memory is not None
-        return self.cross_dropout(self.cross_attention(x_SH, packed.cu_seqlens, packed.memory), packed.draws)
+        return self.cross_dropout(self.cross_attention(x_SH, packed.cu_seqlens, packed.memory, cache), packed.draws)
 
     def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
         x_SH = super().attend(x_SH, packed, cache)
-        return x_SH + self.cross(self.cross_norm(x_SH), packed)
+        return x_SH + self.cross(self.cross_norm(x_SH), packed, cache)
 
 
 class PostNormDecoderBlock(DecoderBlock, PostNormBlock):
@@ -54,7 +54,7 @@ class PostNormDecoderBlock(DecoderBlock, PostNormBlock):
 
     def attend(self, x_SH: torch.Tensor, packed: PackedTokens, cache: LayerCache | None) -> torch.Tensor:
         x_SH = PostNormBlock.attend(self, x_SH, packed, cache)
-        return self.cross_norm(x_SH + self.cross(x_SH, packed))
+        return self.cross_norm(x_SH + self.cross(x_SH, packed, cache))
 
 
 DECODER_BLOCKS: dict[str, type[DecoderBlock]] = {"pre": DecoderBlock, "post": PostNormDecoderBlock}

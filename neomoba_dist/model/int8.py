@@ -9,11 +9,13 @@ import logging
 import torch
 from torch import nn
 
+from neomoba_dist.model.attention.cross import CrossAttention
 from neomoba_dist.model.attention.layer import Attention
 from neomoba_dist.model.mlp import GatedMLP, PlainMLP
 
-PROJECTIONS: tuple[tuple[type[nn.Module], tuple[str, str]], ...] = (
+PROJECTIONS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (Attention, ("qkv_proj", "o_proj")),
+    (CrossAttention, ("q_proj", "kv_proj", "o_proj")),
     (GatedMLP, ("gate_up_proj", "down_proj")),
     (PlainMLP, ("up_proj", "down_proj")),
 )

@@ -56,7 +56,8 @@ def test_resume_at_any_layout(tmp_path: Path) -> None:
 
 def test_what_does_not_run_it_says_so() -> None:
     config = pair_config({})
-    with pytest.raises(ConfigError, match=r"encoder-decoder .* no evaluation and no generation here runs it"):
-        Layout().config(config)
+    for layout, key in ((Layout(pp=2), "pipeline_model"), (Layout(cp=2), "context")):
+        with pytest.raises(ConfigError, match=rf"{key}_parallel_size 2 does not work with an encoder-decoder"):
+            layout.config(config)
     with pytest.raises(CheckpointError, match="no counterpart of an encoder-decoder"):
         describe(config.model)

@@ -13,7 +13,9 @@ from launch.generate import main, parse_arguments, read_prompts
 from neomoba_dist.checkpoint.load import load_model
 from neomoba_dist.data.chat import load_chat_template
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.data.span_corruption import encode_source
 from neomoba_dist.generate.decode import generate
+from neomoba_dist.generate.stage import Stage
 from tests.chats import CHATML, make_chat_corpus, write_jsonl
 from tests.corpora import make_corpus
 from tests.decoding import greedy_by_recomputing
@@ -159,6 +161,45 @@ def test_answers_messages_by_the_chat_template(
     capsys.readouterr()
     assert main([*words, "--prompt", "import <|im_end|>"]) == 0
     assert capsys.readouterr().out == found[0]["text"] + "\n", "the answer alone"
+
+
+def test_fills_gaps_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By an encoder-decoder: prompts of different lengths, each up to the sentinel that comes after its own."""
+    corpus = make_corpus(tmp_path, "byte_bpe", sentinels=16)
+    config = make_config(corpus.folder, objective="span_corruption", num_decoder_layers=2)
+    folder, tokenizer = write_run(tmp_path / "run", config), corpus.tokenizer()
+    texts = ["def <extra_id_0>(argument):\n    return <extra_id_1>", "<extra_id_0> os", "a\u00e9 <extra_id_0>"]
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
+    output = tmp_path / "out.jsonl"
+    words = ["--checkpoint", str(folder), "--max_new_tokens", "6"]
+    capsys.readouterr()
+    assert main([*words, "--prompt-file", str(tmp_path / "in.jsonl"), "--output", str(output)]) == 0
+    sources, ends = zip(*(encode_source(tokenizer, text) for text in texts), strict=True)
+    assert list(ends) == [tokenizer.id_of(f"<extra_id_{number}>") for number in (2, 1, 1)]
+    stage = Stage.of(load_model(folder, dtype=torch.float32)[0])
+    starts = [[tokenizer.special.padding]] * 3
+    expected = generate(stage, starts, 6, sources=sources, stop_id=ends)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line, text, ids in zip(lines, texts, expected, strict=True):
+        reason = "length" if len(ids) == 6 else "stop"
+        wanted = {"prompt": text, "text": tokenizer.decode(ids), "tokens": len(ids), "finish_reason": reason}
+        assert line == wanted
+    assert main([*words, "--prompt", texts[0]]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (lines[0]["text"] + "\n", ""), "as it is made, without the prompt"
+    assert main([*words, "--prompt", texts[0], "--int8"]) == 0
+    assert capsys.readouterr().err == ""
+    for more, message in (
+        (("--prompt", "import os"), "prompt 'import os': write <extra_id_0>, <extra_id_1>, ... where text is missing"),
+        (("--prompt", "a <extra_id_0>", "--chat"), "--chat: "),
+        (("--prompt", "a <extra_id_0>", "--pp", "2"), "pipeline_model_parallel_size 2 does not work with an encoder-"),
+        (("--prompt", "a <extra_id_0>", "--cp", "2"), "context_parallel_size 2 does not work with an encoder-decoder"),
+    ):
+        assert main([*words, *more]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert message in said.err
+        assert said.err.count("\n") == 1
 
 
 def test_ranks_say_the_same_once(corpus: Corpus, tmp_path: Path) -> None:

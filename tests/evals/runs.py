@@ -14,6 +14,7 @@ from neomoba_dist.checkpoint.layout import KINDS
 from neomoba_dist.checkpoint.save import save_checkpoint
 from neomoba_dist.checkpoint.state import StateFragment
 from neomoba_dist.config import Config, parse_config
+from neomoba_dist.model.encoder_decoder import MODELS
 from neomoba_dist.model.init import views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
@@ -72,7 +73,9 @@ def write_run(folder: Path, config: Config, *, switch_after: int = 20, fingerpri
     fingerprint: of the training corpus, as the checkpoint names it.
     """
     source = WholeState(
-        config, NeoBERT(config.model, Mesh.single(), seed=7, text_head=config.finetune.head), Mesh.single()
+        config,
+        MODELS[config.model.objective](config.model, Mesh.single(), seed=7, text_head=config.finetune.head),
+        Mesh.single(),
     )
     data = {"data": {"fingerprint": fingerprint}} if fingerprint else {}
     save_checkpoint(folder, 20, source, {"tokens": 20 * TOKENS_PER_UPDATE, "world_size": 4, **data})

@@ -3,8 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 
-from neomoba_dist.config import ParallelConfig
+from neomoba_dist.config import ModelConfig, ParallelConfig
+from neomoba_dist.generate.decode import generate
+from neomoba_dist.generate.stage import Stage
+from neomoba_dist.parallel.mesh import Mesh
+from tests.decoding import random_documents
 from tests.equivalence import assemble, assert_same, parallel_rank, single_process
 from tests.models import tiny_batch, tiny_model
 from tests.parallel.test_engines import SEED, check, make_config
@@ -37,6 +42,21 @@ def test_layers(part: str) -> None:
             for rank_loss, _ in results:
                 assert abs(rank_loss - loss) < 1e-12 * abs(loss), name
             assert_same(assemble([grads for _, grads in results]), gradients, rtol=1e-10)
+
+
+def generating_rank(config: ModelConfig, tp: int) -> list[list[int]]:
+    mesh = Mesh.build(ParallelConfig(**{TP: tp}), num_key_value_heads=config.num_key_value_heads)
+    stage = Stage.build(config, mesh, dtype=torch.float64, seed=5)
+    return generate(stage, [[0]] * 3, 12, sources=random_documents((61, 17, 5)), decode="moba")
+
+
+def test_generation() -> None:
+    """At tp 4 two ranks share each KV head."""
+    config = tiny_model(objective="span_corruption", **PAIR, **PARTS["t5"])
+    (expected,) = run_ranks(1, generating_rank, config, 1)
+    assert len({token for ids in expected for token in ids}) > 5
+    for tp in (2, 4):
+        assert run_ranks(tp, generating_rank, config, tp) == [expected] * tp
 
 
 ENGINES: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any]]] = {

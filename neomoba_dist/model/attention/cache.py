@@ -137,7 +137,8 @@ class LayerCache:
     """What one attention layer keeps.
 
     prefill_kind: attention of the first step, by default as later. k, v [S, N, D]; means [blocks, N, D] of a MoBA
-    layer; tail [documents, W-1, N, D] of a key convolution: the keys before it.
+    layer; tail [documents, W-1, N, D] of a key convolution: the keys before it. memory: keys and values of an encoder's
+    tokens, [E, N, D] each, in a layer with cross attention, which makes them.
     """
 
     def __init__(self, cache: KVCache, kind: str, num_kv_heads: int, dtype: torch.dtype) -> None:
@@ -149,6 +150,7 @@ class LayerCache:
         self.v = torch.zeros_like(self.k)
         tail = max(config.key_conv_width - 1, 0)
         self.tail = self.k.new_zeros(len(cache.capacities), tail, *heads)
+        self.memory: tuple[Tensor, Tensor] | None = None
 
     def _make_buffers(self, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Zeros for the keys and, in a MoBA layer, for the means of all blocks."""
@@ -163,7 +165,7 @@ class LayerCache:
 
     def buffers(self) -> list[Tensor]:
         """All tensors that it keeps."""
-        return [self.k, self.v, self.tail, *([] if self.means is None else [self.means])]
+        return [self.k, self.v, self.tail, *([] if self.means is None else [self.means]), *(self.memory or ())]
 
     def convolve(self, k_TND: Tensor, weight_CW: Tensor) -> Tensor:
         """The key convolution of the new keys with those before them; keeps the new tail."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neomoba_dist.config import ModelConfig
+from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.kernels.cross import cross_attention
 from neomoba_dist.model.attention.layer import rows_of_kv_head
 from neomoba_dist.model.attention.packed import Memory
@@ -52,10 +53,18 @@ class CrossAttention(nn.Module):
             self.q_norm = RMSNorm(f"{name}.q_norm", self.head_dim, config.rms_norm_eps, init, partial=True)
             self.k_norm = RMSNorm(f"{name}.k_norm", self.head_dim, config.rms_norm_eps, init, partial=True)
 
-    def forward(self, x_SH: torch.Tensor, cu_seqlens: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """cu_seqlens: int32 [documents + 1], borders of the documents among the T tokens."""
+    def forward(
+        self, x_SH: torch.Tensor, cu_seqlens: torch.Tensor, memory: Memory, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """cu_seqlens: int32 [documents + 1], borders of the documents among the T tokens.
+
+        cache: of the layer, for decoding; keeps the keys and values of `memory`, which are made in the first step.
+        """
         q = column_linear(x_SH, self.q_proj, self.mesh).unflatten(-1, (-1, self.head_dim))
-        k, v = self.project(memory.states_MH)
+        known = None if cache is None else cache.memory
+        k, v = self.project(memory.states_MH) if known is None else known
+        if cache is not None:
+            cache.memory = k, v
         if self.config.qk_norm:
             q = self.q_norm(q)
         if self.recompute_core and torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from neomoba_dist.data.builders import PairBuilder
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.rows import RowBlock, Source
-from neomoba_dist.data.span_corruption import Pair, SpanCorruption, choose_spans, find_sentinels
+from neomoba_dist.data.span_corruption import Pair, SpanCorruption, choose_spans, encode_source, find_sentinels
 from neomoba_dist.data.stream import UpdateStream
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import make_corpus, make_tokenizer
@@ -219,3 +219,21 @@ def test_sentinels_of_trained_tokenizers(tmp_path: Path, kind: str) -> None:
     assert tokenizer.decode([6]) == "<extra_id_1>"
     with pytest.raises(DataError, match=r"it: its tokenizer has 6 sentinel tokens .* 64 tokens need 7 .*--sentinels 7"):
         find_sentinels(tokenizer, 7, 64, "it")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram"])
+def test_a_text_with_gaps_is_read_as_a_document_without_spans(tmp_path: Path, kind: str) -> None:
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path, kind, sentinels=6))
+    encode, (head, tail) = tokenizer.encode, tokenizer.document_borders
+    assert encode_source(tokenizer, "import <extra_id_0> as f\nf(<extra_id_1>)") == (
+        [*head, *encode("import"), 5, *encode(" as f\nf("), 6, *encode(")"), *tail],
+        7,
+    )
+    assert encode_source(tokenizer, "<extra_id_5>") == ([*head, 10, *tail], None), "the tokenizer's last one"
+    with pytest.raises(DataError, match="<extra_id_6>: the tokenizer has no such sentinel"):
+        encode_source(tokenizer, "a <extra_id_6>")
+    with pytest.raises(DataError, match=r"prompt 'a \[unused0\]': write <extra_id_0>, <extra_id_1>, \.\.\. where text"):
+        encode_source(tokenizer, "a [unused0]")
+    without = load_tokenizer(make_tokenizer(tmp_path / "without", "byte_bpe"))
+    with pytest.raises(DataError, match="the tokenizer has no sentinels"):
+        encode_source(without, "a <extra_id_0>")
