@@ -43,10 +43,10 @@ TASKS: Final = {
     "position_loss": TaskEntry(
         "evals.position_loss", "loss of a token by its position in the document", True, usual=True
     ),
+    "needle": TaskEntry("evals.needle", "finding a passkey hidden at some depth of a long text", True, usual=True),
     "validation_loss": TaskEntry(
         "evals.validation_loss", "loss of the rows that training validates on", True, encoder_decoder=True
     ),
-    "needle": TaskEntry("evals.needle", "finding a passkey hidden at some depth of a long text", True, usual=True),
     "glue": TaskEntry("evals.glue", "a fine-tuned checkpoint on its task of GLUE", False, True),
     "mteb": TaskEntry("evals.mteb_tasks", "embeddings of texts, by the mteb package; mteb:NAME,...", False, True),
     "ruler": TaskEntry("evals.ruler.task", "13 tasks on texts of any length; ruler:vt for one of them", False, True),
