@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
@@ -11,15 +12,18 @@ from tests.programs import ROOT, start_program
 
 
 class Job:
-    """Two ranks of launch/pretrain.py in one run folder; `other`: the configuration of rank 1, if it has its own."""
+    """Two ranks of launch/pretrain.py in one run folder.
 
-    def __init__(self, config: Path, output: Path, other: Path | None = None) -> None:
+    `other`: the configuration of rank 1, if it has its own; `more`: words of the command line.
+    """
+
+    def __init__(self, config: Path, output: Path, other: Path | None = None, more: Sequence[str] = ()) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.output, self.began = output, 0.0
         self.errors = [output.with_name(f"{output.name}.{rank}.{port}.err") for rank in range(2)]
-        words = ["launch/pretrain.py", "--output_dir", str(output), "--ds_config"]
+        words = ["launch/pretrain.py", *more, "--output_dir", str(output), "--ds_config"]
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         self.ranks = [
             start_program(
