@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from neomoba_dist.config.paths import folder_problem
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose flags accept `-` and `_` alike and whose errors are DataError: one line, exit code 1."""
+    """ArgumentParser whose flags accept `-` and `_` alike and whose errors are DataError: one line, exit code 2."""
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses `argv`, the arguments after the command's name."""
@@ -51,20 +52,13 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(main: Callable[[Sequence[str]], None], *, resumes: bool = False) -> NoReturn:
-    """Runs a command on the program's arguments; bad input ends it with one line and exit code 1.
+def run(main: Callable[[Sequence[str]], int | None], *, resumes: bool = False) -> NoReturn:
+    """Runs a command on the program's arguments; bad input ends it with one line and exit code 2.
 
     resumes: what a run that is interrupted tells of the next one.
     """
-    try:
-        main(sys.argv[1:])
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        what_follows = "goes on where it stopped" if resumes else "begins again"
-        sys.stderr.write(f"interrupted: the same command {what_follows}\n")
-        sys.exit(130)
-    sys.exit(0)
+    what_follows = "goes on where it stopped" if resumes else "begins again"
+    sys.exit(exit_code_of(lambda: main(sys.argv[1:]), f"interrupted: the same command {what_follows}"))
 
 
 def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:

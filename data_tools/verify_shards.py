@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, progress, run
 from neomoba_dist.data.errors import DataError
+from neomoba_dist.errors import FOUND
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,8 +143,8 @@ def corpus_problems(folder: Path) -> Iterator[str]:
             bar.update(entry.bytes)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command."""
+def main(argv: Sequence[str]) -> int:
+    """The command. FOUND where a folder has problems."""
     parser = command_parser("verify_shards", __doc__)
     parser.add_argument("folder", type=Path, nargs="+", help="folder of shards")
     args = parser.parse(argv)
@@ -152,8 +154,11 @@ def main(argv: Sequence[str]) -> None:
             found += 1
             print(problem, flush=True)
     if found:
-        raise DataError(f"{found} problems; restore the files or run data_tools.tokenize_corpus with --overwrite")
+        line = f"error: {found} problems; restore the files or run data_tools.tokenize_corpus with --overwrite"
+        print(line, file=sys.stderr)
+        return FOUND
     print("all shards are as the index says")
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from evals.cli import EvalError, Parser, list_of, natural_int, positive_int
 from evals.tasks import TASKS, load_task
+from neomoba_dist.errors import exit_code_of
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -185,39 +186,24 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, or 1 after one line on what is wrong."""
+    """Returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: python -m evals {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
         return 0
-    try:
-        if argv[0] not in COMMANDS:
-            raise EvalError(f"{argv[0]}: no such command; choose from: {', '.join(COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
-    except Exception as error:
-        if not isinstance(error, _user_errors()):
-            raise
-        from neomoba_dist.parallel.launcher import joined_rank
+    return exit_code_of(lambda: command(argv))
 
-        if joined_rank() == 0:  # all ranks find the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+
+def command(argv: Sequence[str]) -> int:
+    """What the first word names. Raises EvalError where nothing has that name."""
+    if argv[0] not in COMMANDS:
+        raise EvalError(f"{argv[0]}: no such command; choose from: {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def names_after(words: Sequence[str]) -> Collection[str] | None:
     """For completion: what may follow some words; None where they name a command, whose flags follow."""
     named = {"bench": _bench_names(), "prepare": ["ruler"]}
     return COMMANDS if not words else named.get(words[0]) if len(words) == 1 else None
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is the whole story for the person at the keyboard."""
-    from neomoba_dist.checkpoint.layout import CheckpointError
-    from neomoba_dist.config import ConfigError
-    from neomoba_dist.data.errors import DataError
-    from neomoba_dist.generate.stage import GenerationError
-    from neomoba_dist.parallel.ledger import CommunicationError
-
-    return EvalError, ConfigError, DataError, CheckpointError, GenerationError, CommunicationError, OSError
 
 
 def _tasks(text: str) -> dict[str, list[str]]:

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.cli import EvalError, positive_int, print_table, write_json
 from evals.grid import GRIDS, ROOT, Grid, grid_names, read_grid
-from evals.runs import Run, read_run
 from neomoba_dist.config import Config, load_config
+
+if TYPE_CHECKING:
+    from evals.runs import Run
 
 RUN_METRICS = (
     "active_parameters", "parameters", "num_key_value_heads", "feed_forward_width", "tokens", "validation_loss",
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(grid: Grid, args: argparse.Namespace, cells: Sequence[Cell]) -> None:
     """The trained and evaluated cells side by side: printed, drawn, written."""
+    from evals.runs import read_run
+
     size = grid.size(args.size)
     found: dict[str, list[dict[str, float]]] = {}
     runs: dict[str, list[Run]] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from data_tools.cli import natural_int as natural_int
 from data_tools.cli import positive_int as positive_int
+from neomoba_dist.errors import UserError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,7 +19,7 @@ T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
 
-class EvalError(Exception):
+class EvalError(UserError):
     """An evaluation that cannot be run: one line that names the flag or file and what to do."""
 
 

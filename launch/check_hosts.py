@@ -6,14 +6,13 @@ Also runs under deepspeed, torchrun and mpirun. A line per host; exit code 1 whe
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
 
 from launch.pretrain import leave
-from neomoba_dist.config import ConfigError
+from neomoba_dist.errors import FOUND, exit_code_of
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -32,34 +31,33 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(command_line: list[str]) -> int:
     """Returns the exit code."""
     arguments = parse_arguments(command_line)
+    return exit_code_of(lambda: check(arguments))
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Measure together with all other ranks; FOUND where a host is to be left out."""
     from neomoba_dist.parallel.host_check import measure, problems
     from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
-    from neomoba_dist.parallel.ledger import CommunicationError
 
-    try:
-        rank, _ = map_launcher_environment()
-        device = initialize_process_group(timeout_minutes=5)
-        size, megabytes = (8192, 256) if device.type == "cuda" else (1024, 16)
-        speeds = measure(device, arguments.size or size, arguments.megabytes or megabytes)
-        found = problems(speeds, arguments.tolerance)
-        if rank == 0:
-            for host in dict.fromkeys(speed.host for speed in speeds):
-                own = [speed for speed in speeds if speed.host == host]
-                reduce = f"{own[0].reduce:.3g} GB/s" if own[0].reduce else "one rank"
-                product = min(speed.product for speed in own)
-                print(
-                    f"{host}: {len(own)} of {len(speeds)} ranks, slowest product {product:.3g} TFLOP/s, "
-                    f"all-reduce {reduce}; {'; '.join(found.get(host, ['sound']))}"
-                )
-            if found and arguments.bad_hosts:
-                arguments.bad_hosts.write_text("".join(f"{host}\n" for host in found))
-        if found and rank == 0:
-            print(f"error: leave out {', '.join(found)}", file=sys.stderr)
-        return 1 if found else 0
-    except (ConfigError, CommunicationError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    rank, _ = map_launcher_environment()
+    device = initialize_process_group(timeout_minutes=5)
+    size, megabytes = (8192, 256) if device.type == "cuda" else (1024, 16)
+    speeds = measure(device, arguments.size or size, arguments.megabytes or megabytes)
+    found = problems(speeds, arguments.tolerance)
+    if rank == 0:
+        for host in dict.fromkeys(speed.host for speed in speeds):
+            own = [speed for speed in speeds if speed.host == host]
+            reduce = f"{own[0].reduce:.3g} GB/s" if own[0].reduce else "one rank"
+            product = min(speed.product for speed in own)
+            print(
+                f"{host}: {len(own)} of {len(speeds)} ranks, slowest product {product:.3g} TFLOP/s, "
+                f"all-reduce {reduce}; {'; '.join(found.get(host, ['sound']))}"
+            )
+        if found and arguments.bad_hosts:
+            arguments.bad_hosts.write_text("".join(f"{host}\n" for host in found))
+    if found and rank == 0:
+        print(f"error: leave out {', '.join(found)}", file=sys.stderr)
+    return FOUND if found else 0
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
-from launch.pretrain import MISTAKE, command_parser
+from launch.pretrain import command_parser
 from neomoba_dist.config import ConfigError
+from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
     from neomoba_dist.checkpoint.load import CheckpointReader
@@ -184,16 +185,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(command_line: list[str]) -> int:
-    """Returns the exit code: 0, or 2 after one line on what is wrong."""
+    """Returns the exit code."""
     arguments = parse_arguments(command_line)
-    from neomoba_dist.checkpoint.layout import CheckpointError
-    from neomoba_dist.data.errors import DataError
+    return exit_code_of(lambda: report(arguments))
 
-    try:
-        found = compress(arguments)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+
+def report(arguments: argparse.Namespace) -> int:
+    """Compress, then print and write what came of it."""
+    found = compress(arguments)
     if arguments.output:
         (Path(arguments.output) / "compress.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1) if arguments.json else table(found))

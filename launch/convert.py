@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
+from neomoba_dist.errors import FOUND, exit_code_of
+
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line: a checkpoint and one thing to do with it."""
@@ -127,7 +129,8 @@ def convert(arguments: argparse.Namespace) -> int:
         print(describe(reader))
     elif arguments.verify:
         if problem := find_damage(reader.folder):
-            raise CheckpointError(problem)
+            print(f"error: {problem}", file=sys.stderr)
+            return FOUND
         known = "all files are there (version 1 has no checksums)" if reader.index["version"] == 1 else "whole"
         print(f"{reader.folder}: {known}")
     elif arguments.diff is not None:
@@ -135,7 +138,7 @@ def convert(arguments: argparse.Namespace) -> int:
         for name, largest, problem in differences(reader, open_checkpoint(arguments.diff)):
             print(f"{name}: {problem or f'{largest:.3e}'}")
             apart |= largest > 0
-        return int(apart)
+        return FOUND if apart else 0
     else:
         for file in merge(reader, Path(arguments.merge)):
             print(f"{file}: {file.stat().st_size:,} bytes")
@@ -143,17 +146,9 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def main(command_line: list[str]) -> int:
-    """Returns the exit code: 0, or 1 after one line on what is wrong."""
+    """Returns the exit code."""
     arguments = parse_arguments(command_line)
-    from neomoba_dist.checkpoint.layout import CheckpointError
-    from neomoba_dist.config import ConfigError
-    from neomoba_dist.data.errors import DataError
-
-    try:
-        return convert(arguments)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code_of(lambda: convert(arguments))
 
 
 if __name__ == "__main__":

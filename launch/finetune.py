@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
 
-from launch.pretrain import INTERRUPTED, REFUSED, UNLIKE, leave, run, shared_parser
+from launch.pretrain import REFUSED, UNLIKE, leave, run, shared_parser
 from neomoba_dist.config import Config, ConfigError, load_config
 from neomoba_dist.config.finetune import for_task
 from neomoba_dist.config.load import read_tree
 from neomoba_dist.config.paths import folder_problem
 from neomoba_dist.config.text_tasks import TEXT_TASKS, names_of
+from neomoba_dist.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from neomoba_dist.data.examples import Examples

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
 from launch.pretrain import command_parser, leave
+from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
     from neomoba_dist.config import ModelConfig
@@ -277,22 +278,9 @@ def check_length(model: "ModelConfig", prompt: int, new: int) -> None:
 
 
 def main(command_line: list[str]) -> int:
-    """Returns the exit code: 0, or 1 after one line on what is wrong."""
+    """Returns the exit code."""
     arguments = parse_arguments(command_line)
-    from evals.cli import EvalError
-    from neomoba_dist.checkpoint.layout import CheckpointError
-    from neomoba_dist.config import ConfigError
-    from neomoba_dist.data.errors import DataError
-    from neomoba_dist.generate.decode import GenerationError
-    from neomoba_dist.parallel.launcher import joined_rank
-
-    try:
-        run(arguments)
-    except (CheckpointError, ConfigError, DataError, GenerationError, EvalError) as error:
-        if joined_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(lambda: run(arguments))
 
 
 if __name__ == "__main__":

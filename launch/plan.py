@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
-from launch.pretrain import MISTAKE, command_parser
+from launch.pretrain import command_parser
 from neomoba_dist.config import Config, ConfigError, load_config
+from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
     from neomoba_dist.train.planner import Layout, Planner
@@ -196,13 +197,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(command_line: list[str]) -> int:
-    """Returns the exit code: 0, or 2 after one line on what is wrong."""
+    """Returns the exit code."""
     arguments = parse_arguments(command_line)
-    try:
-        return run(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    return exit_code_of(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launc
 from neomoba_dist.config import BatchPlan, Config, ConfigError, load_config
 from neomoba_dist.config.load import read_json, read_tree
 from neomoba_dist.config.paths import folder_problem
+from neomoba_dist.errors import FOUND, INTERRUPTED, MISTAKE, UserError
 
 if TYPE_CHECKING:
     from neomoba_dist.parallel.mesh import Mesh
@@ -97,8 +98,6 @@ def dry_run(config: Config, world_size: int) -> None:
         print(describe(config))
 
 
-MISTAKE = 2  # exit code for what will be as wrong the next time: configuration, command line, files that are not there
-INTERRUPTED = 75  # exit code (EX_TEMPFAIL) where a signal or the file STOP came before the last step: saved
 UNLIKE = ("local_rank", "ds_config", "set")  # flags that ranks may have differently: what the last two say is compared
 REFUSED = "REFUSED"  # file in --output_dir beside the exit code MISTAKE, which launchers do not pass on reliably
 
@@ -234,7 +233,7 @@ def run(
     train: Callable[[argparse.Namespace, Config, int], int],
 ) -> int:
     """What every command that trains does around `train`. Returns the exit code: 0, INTERRUPTED, or after one line on
-    what is wrong MISTAKE or 1."""
+    what is wrong MISTAKE or FOUND."""
     speaks = True
     try:
         config = load(arguments)
@@ -258,14 +257,14 @@ def run(
         faulthandler.register(signal.SIGUSR2)  # `kill -USR2` shows where a rank hangs
         return train(arguments, config, world_size)
     except Exception as error:
-        if not isinstance(error, _user_errors()):
+        if not isinstance(error, UserError):
             traceback.print_exc()  # not raised: only `leave` ends the process without waiting for the other ranks
         elif speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif _ranks_have_met() and not getattr(error, "on_all_ranks", False):  # a rank may be the only one that knows
+        elif _ranks_have_met() and not error.on_all_ranks:  # a rank may be the only one that knows
             print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         if not _is_mistake(error):
-            return 1
+            return FOUND
         if speaks and arguments.output_dir:
             with suppress(OSError):  # perhaps there is no such folder, and that is the mistake
                 (Path(arguments.output_dir) / REFUSED).write_text(f"{error}\n")
@@ -288,26 +287,14 @@ def _is_mistake(error: Exception) -> bool:
 
     if isinstance(error, ReadError):
         return False
-    agreed = not _ranks_have_met() or getattr(error, "on_all_ranks", False)
-    return isinstance(error, ConfigError) or (isinstance(error, DataError | CheckpointError) and agreed)
+    if isinstance(error, ConfigError):
+        return True
+    return isinstance(error, DataError | CheckpointError) and (error.on_all_ranks or not _ranks_have_met())
 
 
 def _ranks_have_met() -> bool:
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_initialized()
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is the whole story for the person at the keyboard; their modules load late."""
-    from neomoba_dist.checkpoint.layout import CheckpointError
-    from neomoba_dist.data.errors import DataError
-    from neomoba_dist.parallel.ledger import CommunicationError
-
-    errors: tuple[type[Exception], ...] = (ConfigError, DataError, CheckpointError, CommunicationError)
-    for module, name in (("trainer", "TrainingError"), ("guard", "DisagreementError"), ("metrics", "RunLogError")):
-        if loaded := sys.modules.get(f"neomoba_dist.train.{module}"):
-            errors += (getattr(loaded, name),)
-    return errors
 
 
 def leave(code: int) -> None:

@@ -10,8 +10,10 @@ Each is a module of its own and can be started by itself, which launchers of sev
 import runpy
 import sys
 from collections.abc import Collection, Sequence
+from typing import NoReturn
 
 from neomoba_dist import completion
+from neomoba_dist.errors import MISTAKE
 
 COMMANDS = {
     "pretrain": ("launch.pretrain", "train one phase"),
@@ -61,14 +63,20 @@ def main() -> None:
         return
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        sys.exit(f"error: {name}: no such command; choose from: {', '.join(COMMANDS)}")
+        refuse(f"{name}: no such command; choose from: {', '.join(COMMANDS)}")
     module = COMMANDS[name][0]
     if name == "data":
         if rest[0] not in DATA:
-            sys.exit(f"error: data {rest[0]}: no such command; choose from: {', '.join(DATA)}")
+            refuse(f"data {rest[0]}: no such command; choose from: {', '.join(DATA)}")
         module, rest = f"{module}.{rest[0]}", rest[1:]
     sys.argv = [f"neomoba {name}", *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def refuse(problem: str) -> NoReturn:
+    """End with one line and the code of a mistake."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

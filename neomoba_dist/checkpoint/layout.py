@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from neomoba_dist.config.paths import is_file_name
+from neomoba_dist.errors import UserError
 
 FORMAT = "neomoba-checkpoint"
 VERSION = 2
@@ -32,10 +33,8 @@ RANKS_PER_FOLDER = 256
 _STEP = re.compile(r"step_(\d+)")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message is one line that names the file."""
-
-    on_all_ranks = False
 
 
 class AgreedCheckpointError(CheckpointError):

@@ -1,7 +1,9 @@
 """The error of the configuration: one line for the user, never a stack trace."""
 
+from neomoba_dist.errors import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
     """A configuration that cannot be used.
 
     The message names the file and key and what to do. `main()` prints it and exits non-zero. Characters that would

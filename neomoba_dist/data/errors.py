@@ -1,10 +1,10 @@
 """The exceptions of the data side."""
 
+from neomoba_dist.errors import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """A corpus, shard or tokenizer that cannot be used: one line that names the file and what to do."""
-
-    on_all_ranks = False  # whether every rank of the job raises it
 
 
 class AgreedError(DataError):

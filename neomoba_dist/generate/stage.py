@@ -14,6 +14,7 @@ from torch import nn
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.data.batch import IGNORE_LABEL, Batch
+from neomoba_dist.errors import UserError
 from neomoba_dist.model.attention.cache import LayerCache
 from neomoba_dist.model.attention.packed import Memory, PackedTokens
 from neomoba_dist.model.block import Block
@@ -31,7 +32,7 @@ from neomoba_dist.parallel.documents import check_cu_seqlens
 from neomoba_dist.parallel.mesh import Mesh
 
 
-class GenerationError(ValueError):
+class GenerationError(UserError):
     """A model, layout or prompt that cannot be decoded; the message is one line."""
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from neomoba_dist.errors import UserError
 
-class CommunicationError(RuntimeError):
+
+class CommunicationError(UserError, RuntimeError):
     """A collective failed or timed out; the message names the operation, the axis and the ranks."""
-
-    on_all_ranks = False  # whether it is enough that one rank of each host says so
 
 
 @dataclass

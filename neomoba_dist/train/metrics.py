@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neomoba_dist.config import Config
+from neomoba_dist.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 NO_CURVES = ("tokens_per_expert", "row_ids", "rank_seconds")  # lists that are not one number per layer
@@ -18,7 +19,7 @@ MOST_CURVES = 16  # layers that TensorBoard and W&B show; of deeper models an ev
 ROUTING_LISTS = ("kl_to_uniform", "max_violation", "router_entropy")  # one number per layer with experts
 
 
-class RunLogError(RuntimeError):
+class RunLogError(UserError):
     """The log cannot be written; the message is one line."""
 
 

@@ -30,6 +30,7 @@ from neomoba_dist.checkpoint.hf import HuggingFaceReader, export_folder, import_
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.checkpoint.tokenizer import chat_template_of
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.generate.decode import generate
 from neomoba_dist.generate.stage import Stage, batch_of
 from neomoba_dist.model.attention.layer import set_full_attention
@@ -385,5 +386,5 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
         HuggingFaceReader(tmp_path / "hub")
     shutil.rmtree(tmp_path / "hub")
     result = run_program("launch/convert.py", "--from", "hf", "--input", tmp_path / "hub", "--output", tmp_path / "run")
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert result.stderr.count("\n") == 1

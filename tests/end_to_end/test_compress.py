@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launch.pretrain import MISTAKE
 from neomoba_dist.checkpoint.convert import read_whole
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.checkpoint.prune import prune
 from neomoba_dist.checkpoint.tokenizer import tokenizer_of
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.model.int8 import num_bytes, quantize_projections
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.pretrain import MISTAKE
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.config import parse_config
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.tokenizer import load_tokenizer
+from neomoba_dist.errors import MISTAKE
 from tests.checkpoint.test_resume import folder_state
 from tests.corpora import make_tokenizer
 from tests.programs import run_program

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.pretrain import MISTAKE
 from neomoba_dist.checkpoint.hf import export_folder
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.checkpoint.tokenizer import tokenizer_of
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.model.init import ShardedTensorSpec
 from tests.corpora import make_corpus
 from tests.evals.runs import make_config, write_run

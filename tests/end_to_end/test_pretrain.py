@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.pretrain import MISTAKE
 from neomoba_dist.config import load_config
+from neomoba_dist.errors import MISTAKE
 from tests.programs import run_program
 from tests.runs import metrics, run_config
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.pretrain import MISTAKE, load, parse_arguments
+from launch.pretrain import load, parse_arguments
 from neomoba_dist.checkpoint.layout import CheckpointError
+from neomoba_dist.errors import MISTAKE
 from tests.chats import shared_chats
 from tests.evals.runs import make_config, write_run
 from tests.programs import ROOT, run_program

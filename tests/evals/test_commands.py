@@ -74,6 +74,7 @@ def test_from_checkpoint_to_report(runs: dict[str, Path], corpus: Corpus, tmp_pa
         (["run", "--tasks", "needle", "--help"], "needle:"),
         (["report", "--help"], "--eval DIR"),
         (["bench", "--help"], "python -m evals bench NAME"),
+        (["ablation", "--help"], "--part I/N"),
     ],
 )
 def test_help_is_quick(arguments: list[str], said: str) -> None:

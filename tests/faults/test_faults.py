@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.pretrain import INTERRUPTED
+from neomoba_dist.errors import INTERRUPTED
 from neomoba_dist.train.metrics import METRICS_FILE
 from neomoba_dist.train.trainer import INTERRUPTED_FILE
 from tests.faults.job import Job, curve, steps, weights

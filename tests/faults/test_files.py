@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from launch.pretrain import MISTAKE, REFUSED
+from launch.pretrain import REFUSED
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.train.metrics import METRICS_FILE, RunLog, RunLogError
 from tests.faults.job import Job, steps
 from tests.programs import ROOT, run_program

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from neomoba_dist.__main__ import COMMANDS, DATA, usage
+from neomoba_dist.errors import MISTAKE
 from tests.programs import ROOT, run_program
 
 
@@ -47,7 +48,7 @@ def test_it_starts_them(words: tuple[str, ...], said: str) -> None:
 @pytest.mark.parametrize(("words", "said"), [(("train",), "train: no such"), (("data", "make"), "data make: no such")])
 def test_what_is_not_there(words: tuple[str, ...], said: str) -> None:
     result = run_program("-m", "neomoba_dist", *words)
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
 

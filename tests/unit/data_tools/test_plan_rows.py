@@ -23,6 +23,7 @@ from neomoba_dist.data.plan import ROWS_FILE, Planner
 from neomoba_dist.data.rows import Source
 from neomoba_dist.data.stream import UpdateStream
 from neomoba_dist.data.validation import validation_batches
+from neomoba_dist.errors import MISTAKE
 from tests.corpora import folder_digests, make_corpus
 from tests.programs import ROOT, run_program
 
@@ -112,7 +113,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, monkeypatch: pyte
 
 def test_a_mistake_at_the_shell_is_one_line() -> None:
     result = run_program("-m", "data_tools.plan_rows", "--ds_config", "ds_configs/none.json")
-    assert result.returncode == 1
+    assert result.returncode == MISTAKE
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neomoba_dist.generate.decode import Decoder, generate
-from neomoba_dist.generate.stage import Stage
+from neomoba_dist.generate.stage import GenerationError, Stage
 from neomoba_dist.model.attention import cache as cache_module
 from neomoba_dist.model.attention import moba
 from neomoba_dist.model.attention.kernels.full import attend_documents
@@ -200,17 +200,17 @@ def test_memory_of_the_cache() -> None:
 
 def test_refusals() -> None:
     stage = Stage.of(make())
-    with pytest.raises(ValueError, match="generation needs a causal model"):
+    with pytest.raises(GenerationError, match="generation needs a causal model"):
         Decoder(Stage.of(NeoBERT(tiny_model(), Mesh.single())), [4])
-    with pytest.raises(ValueError, match="decode must be one of full, moba"):
+    with pytest.raises(GenerationError, match="decode must be one of full, moba"):
         Decoder(stage, [4], "dense")
-    with pytest.raises(ValueError, match="document 1: 0 \\+ 3 tokens do not fit a cache of 2"):
+    with pytest.raises(GenerationError, match="document 1: 0 \\+ 3 tokens do not fit a cache of 2"):
         Decoder(stage, [4, 2]).step([[1], [1, 2, 3]])
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(GenerationError, match="a prompt is empty"):
         generate(stage, [[1], []], 4)
-    with pytest.raises(ValueError, match="1025 tokens are more than the 1024 positions"):
+    with pytest.raises(GenerationError, match="1025 tokens are more than the 1024 positions"):
         generate(Stage.of(make(position_embedding="learned")), [[1]], 1024)
     broken = make()
     broken.final_norm.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="logits are not numbers"):
+    with pytest.raises(GenerationError, match="logits are not numbers"):
         generate(Stage.of(broken), [[1]], 1)
