@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, progress, run
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.errors import FOUND
+from neomoba_dist.errors import FAILED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,7 +144,7 @@ def corpus_problems(folder: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. FOUND where a folder has problems."""
+    """The command. FAILED where a folder has problems."""
     parser = command_parser("verify_shards", __doc__)
     parser.add_argument("folder", type=Path, nargs="+", help="folder of shards")
     args = parser.parse(argv)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     if found:
         line = f"error: {found} problems; restore the files or run data_tools.tokenize_corpus with --overwrite"
         print(line, file=sys.stderr)
-        return FOUND
+        return FAILED
     print("all shards are as the index says")
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, positive_int, print_table, write_json
+from evals.cli import EvalError, FailedError, positive_int, print_table, write_json
 from evals.grid import GRIDS, ROOT, Grid, grid_names, read_grid
 from neomoba_dist.config import Config, load_config
 
@@ -178,14 +178,14 @@ def require_same(folder: Path, config: Config) -> None:
 
 
 def train(ds_config: Path, cell: Cell, ranks: int) -> None:
-    """All phases of a cell; finished ones are left alone. Raises EvalError when one fails."""
+    """All phases of a cell; finished ones are left alone. Raises FailedError when one fails."""
     program = [str(ROOT / "launch" / "pretrain.py"), "--ds_config", str(ds_config)]
     before: list[str] = []
     for folder, words in cell.phases:
         print(f"== {cell.arm}, seed {cell.seed}: {folder}", flush=True)
         command = [*_start(ranks), *program, "--output_dir", str(folder), *before, "--set", *words]
         if subprocess.run(command, check=False).returncode:
-            raise EvalError(f"{folder}: the training failed; its message is above")
+            raise FailedError(f"{folder}: the training failed; its message is above")
         before = ["--init_from", str(folder)]
 
 
@@ -193,7 +193,7 @@ def evaluate(folder: Path, arguments: Sequence[str], ranks: int) -> None:
     """The grid's tasks on a finished run; what is in the journal already is not computed again."""
     command = [*_start(ranks), "-m", "evals", "run", "--checkpoint", str(folder), "--output", str(folder / "evals")]
     if subprocess.run([*command, *arguments], check=False, cwd=ROOT).returncode:
-        raise EvalError(f"{folder}: the evaluation failed; its message is above")
+        raise FailedError(f"{folder}: the evaluation failed; its message is above")
 
 
 def _start(ranks: int) -> list[str]:

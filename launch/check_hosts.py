@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launcher only launch/ is on the path
 
 from launch.pretrain import leave
-from neomoba_dist.errors import FOUND, exit_code_of
+from neomoba_dist.errors import FAILED, exit_code_of
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main(command_line: list[str]) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Measure together with all other ranks; FOUND where a host is to be left out."""
+    """Measure together with all other ranks; FAILED where a host is to be left out."""
     from neomoba_dist.parallel.host_check import measure, problems
     from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
 
@@ -57,7 +57,7 @@ def check(arguments: argparse.Namespace) -> int:
             arguments.bad_hosts.write_text("".join(f"{host}\n" for host in found))
     if found and rank == 0:
         print(f"error: leave out {', '.join(found)}", file=sys.stderr)
-    return FOUND if found else 0
+    return FAILED if found else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
-from neomoba_dist.errors import FOUND, exit_code_of
+from neomoba_dist.errors import FAILED, exit_code_of
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -130,7 +130,7 @@ def convert(arguments: argparse.Namespace) -> int:
     elif arguments.verify:
         if problem := find_damage(reader.folder):
             print(f"error: {problem}", file=sys.stderr)
-            return FOUND
+            return FAILED
         known = "all files are there (version 1 has no checksums)" if reader.index["version"] == 1 else "whole"
         print(f"{reader.folder}: {known}")
     elif arguments.diff is not None:
@@ -138,7 +138,7 @@ def convert(arguments: argparse.Namespace) -> int:
         for name, largest, problem in differences(reader, open_checkpoint(arguments.diff)):
             print(f"{name}: {problem or f'{largest:.3e}'}")
             apart |= largest > 0
-        return FOUND if apart else 0
+        return FAILED if apart else 0
     else:
         for file in merge(reader, Path(arguments.merge)):
             print(f"{file}: {file.stat().st_size:,} bytes")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # under a launc
 from neomoba_dist.config import BatchPlan, Config, ConfigError, load_config
 from neomoba_dist.config.load import read_json, read_tree
 from neomoba_dist.config.paths import folder_problem
-from neomoba_dist.errors import FOUND, INTERRUPTED, MISTAKE, UserError
+from neomoba_dist.errors import FAILED, INTERRUPTED, MISTAKE, UserError
 
 if TYPE_CHECKING:
     from neomoba_dist.parallel.mesh import Mesh
@@ -233,7 +233,7 @@ def run(
     train: Callable[[argparse.Namespace, Config, int], int],
 ) -> int:
     """What every command that trains does around `train`. Returns the exit code: 0, INTERRUPTED, or after one line on
-    what is wrong MISTAKE or FOUND."""
+    what is wrong MISTAKE or FAILED."""
     speaks = True
     try:
         config = load(arguments)
@@ -264,7 +264,7 @@ def run(
         elif _ranks_have_met() and not error.on_all_ranks:  # a rank may be the only one that knows
             print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         if not _is_mistake(error):
-            return FOUND
+            return FAILED
         if speaks and arguments.output_dir:
             with suppress(OSError):  # perhaps there is no such folder, and that is the mistake
                 (Path(arguments.output_dir) / REFUSED).write_text(f"{error}\n")

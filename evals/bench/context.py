@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, list_of, positive_int, print_table, progress, write_json
+from evals.cli import FailedError, list_of, positive_int, print_table, progress, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def measure(tokens: int, ranks: int) -> dict[str, Any]:
         command += ["-m", "evals.bench._context_rank", str(tokens), folder]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if process.returncode:
-            raise EvalError(f"bench context: {ranks} ranks failed at {tokens} tokens: {process.stderr[-2000:]}")
+            raise FailedError(f"bench context: {ranks} ranks failed at {tokens} tokens: {process.stderr[-2000:]}")
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     predicted = 0.0 if ranks == 1 else sum(row["forward"] + row["backward"] for row in predict(tokens, ranks, shape))
     worst = {key: max(rank[key] for rank in found) for key in found[0]}

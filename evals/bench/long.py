@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from evals.bench._processor import processor_name
-from evals.cli import EvalError, positive_int, write_json
+from evals.cli import FailedError, positive_int, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run, watch, print. Raises EvalError where the evaluation fails."""
+    """Run, watch, print. Raises FailedError where the evaluation fails."""
     length = str(args.length)
     words = ["-m", "evals", "run", "--tasks", "needle,position_loss", "--checkpoint", str(args.checkpoint)]
     words += ["--lengths", length, "--samples", "1", "--depths", "50", "--length", length, "--rule", "complete"]
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     process = subprocess.Popen([sys.executable, *launcher, *words], cwd=ROOT)
     peak = watch(process)
     if process.returncode:
-        raise EvalError("bench long: the evaluation failed; its message is above")
+        raise FailedError("bench long: the evaluation failed; its message is above")
     result = {
         "command": shlex.join(["python", "-m", "evals", "bench", "long", *sys.argv[3:]]),
         "machine": processor_name(),

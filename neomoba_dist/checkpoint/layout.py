@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from neomoba_dist.config.paths import is_file_name
-from neomoba_dist.errors import UserError
+from neomoba_dist.errors import FAILED, UserError
 
 FORMAT = "neomoba-checkpoint"
 VERSION = 2
@@ -46,6 +46,8 @@ class AgreedCheckpointError(CheckpointError):
 class ReadError(CheckpointError):
     """A file that is there could not be read, as a disk of many machines has it now and then: perhaps it can the next
     time."""
+
+    exit_code = FAILED
 
 
 class AgreedReadError(ReadError):

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from neomoba_dist.errors import UserError
+from neomoba_dist.errors import FAILED, UserError
 
 
 class CommunicationError(UserError, RuntimeError):
     """A collective failed or timed out; the message names the operation, the axis and the ranks."""
+
+    exit_code = FAILED
 
 
 @dataclass

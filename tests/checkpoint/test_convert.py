@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from launch.convert import main
 from neomoba_dist.checkpoint.convert import merge
 from neomoba_dist.checkpoint.load import CheckpointReader
+from neomoba_dist.errors import FAILED, MISTAKE
 from tests.checkpoint.test_layouts import whole_tensors
 from tests.ranks import run_ranks
 from tests.runs import run_config, train_here
@@ -44,7 +45,7 @@ def test_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "tensor_model_parallel_size 2" in said
     assert main([str(run), "--verify"]) == 0
     assert main([str(run), "--diff", str(run)]) == 0
-    assert main([str(run), "--merge", str(tmp_path)]) == 1
+    assert main([str(run), "--merge", str(tmp_path)]) == MISTAKE
     assert "is there already" in capsys.readouterr().err
 
 
@@ -57,9 +58,9 @@ def test_differences_and_damage(run: Path, tmp_path: Path, capsys: pytest.Captur
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # a bit of the last weight's exponent
     file.write_bytes(data)
-    assert main([str(run), "--diff", str(other)]) == 1
+    assert main([str(run), "--diff", str(other)]) == FAILED
     assert sum(not line.endswith(" 0.000e+00") for line in capsys.readouterr().out.splitlines()) == 1
-    assert main([str(other), "--verify"]) == 1
+    assert main([str(other), "--verify"]) == FAILED
     assert "checksum is wrong" in capsys.readouterr().err
-    assert main([str(other), "--merge", str(tmp_path / "merged")]) == 1
+    assert main([str(other), "--merge", str(tmp_path / "merged")]) == MISTAKE
     assert not (tmp_path / "merged").exists()

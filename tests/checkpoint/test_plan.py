@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from launch.convert import main
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.train.checkpoint_plan import plan_checkpoint, standard_config
 from tests.ranks import run_ranks
 from tests.runs import run_config, train_here
@@ -55,5 +56,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "5 GB/s per machine" in said
     assert [line.split()[2] for line in said.splitlines()[2:]] == ["8", "64"]
-    assert main(["--verify"]) == 1
+    assert main(["--verify"]) == MISTAKE
     assert "name a run folder or a step_N folder" in capsys.readouterr().err

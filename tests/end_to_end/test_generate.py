@@ -14,6 +14,7 @@ from neomoba_dist.checkpoint.load import load_model
 from neomoba_dist.data.chat import load_chat_template
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.span_corruption import encode_source
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.generate.decode import generate
 from neomoba_dist.generate.stage import Stage
 from tests.chats import CHATML, make_chat_corpus, write_jsonl
@@ -93,7 +94,7 @@ def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: py
         ((short, "--prompt-file", chats, "--chat"), "a message without 'role' or 'content'"),
         ((short, "--tp", "2"), "--tp 2 takes 2 ranks or a multiple, this launch has 1"),
     ):
-        assert main(["--prompt", PROMPT, "--checkpoint", *map(str, words)]) == 1
+        assert main(["--prompt", PROMPT, "--checkpoint", *map(str, words)]) == MISTAKE
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("error: ")

@@ -13,6 +13,7 @@ from evals import ablation
 from evals.__main__ import main
 from evals.grid import grid_names, read_grid
 from neomoba_dist.config import load_config
+from neomoba_dist.errors import MISTAKE
 from tests.programs import ROOT, run_program
 from tests.runs import shared_corpus
 
@@ -132,7 +133,7 @@ def test_a_grid(tmp_path: Path, forked: list[list[str]], capfd: pytest.CaptureFi
     )
     capfd.readouterr()
 
-    assert main([*words, "neomoba.phase.learning_rate=0.002"]) == 1
+    assert main([*words, "neomoba.phase.learning_rate=0.002"]) == MISTAKE
     error = capfd.readouterr().err
     assert "was trained with neomoba.phase.learning_rate 0.001, not 0.002; give another --output" in error
     assert error.count("\n") == 1
@@ -163,7 +164,7 @@ def test_the_mean_its_spread_and_the_difference() -> None:
     ],
 )
 def test_bad_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str) -> None:
-    assert main(["ablation", str(grid_file(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 1
+    assert main(["ablation", str(grid_file(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == MISTAKE
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -171,14 +172,14 @@ def test_bad_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: 
 
 
 def test_bad_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ablation", "nothing", "--output", str(tmp_path)]) == 1
+    assert main(["ablation", "nothing", "--output", str(tmp_path)]) == MISTAKE
     assert "choose from: block_size, " in capsys.readouterr().err
     for bad in ("0/2", "3/2", "2", "a/b"):
-        assert main(["ablation", "top_k", "--output", str(tmp_path), "--part", bad]) == 1
+        assert main(["ablation", "top_k", "--output", str(tmp_path), "--part", bad]) == MISTAKE
         assert f"{bad!r} is not I/N with I from 1 to N, as in 2/8" in capsys.readouterr().err
-    assert main(["ablation", "top_k", "--size", "7b", "--output", str(tmp_path)]) == 1
+    assert main(["ablation", "top_k", "--size", "7b", "--output", str(tmp_path)]) == MISTAKE
     assert "choose from: tiny, 125m" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("{")
-    assert main(["ablation", str(tmp_path / "bad.json"), "--output", str(tmp_path)]) == 1
+    assert main(["ablation", str(tmp_path / "bad.json"), "--output", str(tmp_path)]) == MISTAKE
     assert "bad.json: cannot be read" in capsys.readouterr().err
     assert read_grid("three_way").sizes["tiny"].ds_config == ROOT / "ds_configs" / "three_way_tiny.json"

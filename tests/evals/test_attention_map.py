@@ -17,6 +17,7 @@ from evals import attention_map
 from evals.attention_map import cell_tokens
 from neomoba_dist.checkpoint.load import load_model
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.generate.stage import batch_of
 from tests.evals.runs import make_config, write_run
 from tests.evals.test_layouts import require_close
@@ -242,7 +243,7 @@ def test_full_attention_has_no_blocks(runs: dict[str, Path], tmp_path: Path) -> 
 def test_mistakes(
     runs: dict[str, Path], more: list[object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(runs["clm"], tmp_path, *more) == 1
+    assert evaluate(runs["clm"], tmp_path, *more) == MISTAKE
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1

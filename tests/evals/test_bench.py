@@ -15,6 +15,7 @@ import evals.__main__ as program
 from evals.bench import gpu, recall
 from evals.bench._attention_timing import Setting, _flex, _is_earlier, causal_block_mask, sdpa, tensors
 from evals.bench._profile import kernel_times, profile_lines
+from neomoba_dist.errors import MISTAKE
 from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,10 +125,10 @@ def test_short_calls_make_one_summary(
     assert shown.index("7 passed") < shown.index("1.100 x a dense layer")
     assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["tests", "moe"]
 
-    assert program.main([*words, "test"]) == 1
+    assert program.main([*words, "test"]) == MISTAKE
     assert "--only test: no such stage; choose of tests, " in capsys.readouterr().err
     monkeypatch.setattr(gpu, "machine", lambda: {**head, "device": "another"})
-    assert program.main([*words, "tests"]) == 1
+    assert program.main([*words, "tests"]) == MISTAKE
     assert "another machine" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from evals.__main__ import main
+from neomoba_dist.errors import MISTAKE
 
 MODEL = ("hidden_size=32", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=8",
          "intermediate_size=48", "vocab_size=151", "moba_block_size=8", "moba_top_k=2")  # fmt: skip
@@ -44,5 +45,5 @@ def test_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_refusals(change: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "decoding", *SMALL, "--set", f"neomoba.model.{change}"]) == 1
+    assert main(["bench", "decoding", *SMALL, "--set", f"neomoba.model.{change}"]) == MISTAKE
     assert message in capsys.readouterr().err

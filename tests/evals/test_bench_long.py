@@ -8,6 +8,7 @@ import pytest
 
 import evals.__main__ as program
 from evals.bench.long import watch
+from neomoba_dist.errors import FAILED
 
 MIB = 2**20
 HOLD = "import time; held = bytearray(64 << 20); time.sleep(1.5)"
@@ -30,6 +31,6 @@ def test_a_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     works = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **given: works([sys.executable, "-c", "raise SystemExit(3)"]))
     words = ["bench", "long", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert program.main(words) == 1
+    assert program.main(words) == FAILED
     assert "bench long: the evaluation failed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

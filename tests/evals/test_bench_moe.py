@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from evals.__main__ import main
+from neomoba_dist.errors import MISTAKE
 
 SMALL = ["--tokens", "64", "--hidden", "24", "--width", "16", "--repetitions", "1", "--device", "cpu"]
 
@@ -19,5 +20,5 @@ def test_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_refusal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "moe", *SMALL, "--top-k", "9"]) == 1
+    assert main(["bench", "moe", *SMALL, "--top-k", "9"]) == MISTAKE
     assert capsys.readouterr().err == "error: --top-k 9 is larger than --experts 8; lower it\n"

@@ -9,6 +9,7 @@ import pytest
 from evals.__main__ import main
 from evals.bench._scale_corpus import lengths_of, make_corpus
 from neomoba_dist.data.check import open_corpus
+from neomoba_dist.errors import MISTAKE
 
 
 def test_a_generated_corpus_reads_like_any_other(tmp_path: Path) -> None:
@@ -47,5 +48,5 @@ def test_a_rank_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "scale", *words]) == 1
+    assert main(["bench", "scale", *words]) == MISTAKE
     assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from evals.__main__ import main
+from neomoba_dist.errors import MISTAKE
 from tests.programs import run_program
 
 MODEL = ("num_hidden_layers=2", "hybrid_layer_count=0", "hidden_size=32", "num_attention_heads=4",
@@ -33,7 +34,7 @@ def test_the_peer_trains_the_same(peer: str, goal: float, tmp_path: Path) -> Non
 
 def test_a_plain_loop_in_bf16_is_refused() -> None:
     done = run_program("-m", "evals", "bench", "train_step", *SMALL, "bf16.enabled=true", "--peer", "plain")
-    assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (1, "error: --peer plain: a")
+    assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (MISTAKE, "error: --peer plain: a")
 
 
 @pytest.mark.full

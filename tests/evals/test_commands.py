@@ -15,6 +15,7 @@ import pytest
 import evals.__main__ as program
 from evals.load import load_subject
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.errors import MISTAKE
 from tests.corpora import make_corpus
 from tests.evals.runs import make_config, write_run
 from tests.programs import ROOT, run_program
@@ -134,7 +135,7 @@ def test_wrong_options_of_run(
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[object], *said: str) -> None:
     """The command ends with exit code 1 and one line that holds `said`."""
-    assert program.main([str(word) for word in arguments]) == 1
+    assert program.main([str(word) for word in arguments]) == MISTAKE
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")

@@ -20,6 +20,7 @@ from evals.efficiency_passes import Pass, measure, passes, text_batch, token_los
 from evals.load import Layout, Subject, load_subject
 from neomoba_dist.config.schema import FinetuneConfig
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.model.attention.kernels.full import full_attention
 from neomoba_dist.parallel.context_split import local_share
 from tests.evals.runs import make_config, write_run
@@ -214,11 +215,11 @@ def refused(run: Path, output: Path, *more: object) -> tuple[int, str]:
 
 def test_refusals(runs: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
     (code, said), _ = run_ranks(2, refused, runs["clm"], tmp_path, "--pp", 2)
-    assert code == 1
+    assert code == MISTAKE
     assert "--pp 2: efficiency times passes of whole models; give --pp 1" in said
     config = dataclasses.replace(make_config(corpus.folder), finetune=FinetuneConfig(tasks="sst2", pooling="mean"))
     corpus.tokenizer().save(tmp_path / "run")
     code, said = refused(write_run(tmp_path / "run", config), tmp_path)
-    assert code == 1
+    assert code == MISTAKE
     assert "is fine-tuned on whole texts" in said
     assert said.count("\n") == 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import evals.__main__ as program
+from neomoba_dist.errors import MISTAKE
 from tests.evals.runs import half_done, journal_lines
 from tests.ranks import run_ranks
 
@@ -97,7 +98,7 @@ def test_goes_on_at_another_world_size(runs: dict[str, Path], expected: dict[str
 def test_wrong_layouts(
     runs: dict[str, Path], more: list[object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(runs["clm"], tmp_path, *more) == 1
+    assert evaluate(runs["clm"], tmp_path, *more) == MISTAKE
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1

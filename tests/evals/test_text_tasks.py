@@ -15,6 +15,7 @@ from evals import glue
 from evals.load import load_subject
 from neomoba_dist.config.schema import FinetuneConfig
 from neomoba_dist.data.corpus import Corpus
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.generate.stage import batch_of
 from tests.evals.runs import EXPERTS, half_done, journal_lines, make_config, write_run
 from tests.glue import sentence, write_mnli_and_rte, write_pairs
@@ -279,7 +280,7 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evaluate(finetuned if kind == "finetuned" else runs[kind], tmp_path, *words) == 1
+    assert evaluate(finetuned if kind == "finetuned" else runs[kind], tmp_path, *words) == MISTAKE
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

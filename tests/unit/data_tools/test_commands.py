@@ -21,7 +21,7 @@ from evals.__main__ import main as evaluate
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.tokenizer import load_tokenizer
-from neomoba_dist.errors import MISTAKE
+from neomoba_dist.errors import FAILED, MISTAKE
 from tests.corpora import SHARED_DATA, folder_digests, make_tokenizer, write_texts
 from tests.programs import ROOT, run_program
 
@@ -98,7 +98,7 @@ def test_from_text_to_rows(tmp_path: Path) -> None:
     payload[2000] ^= 1
     shard.write_bytes(payload)
     result = _run("verify_shards", shards / "train")
-    assert result.returncode == MISTAKE
+    assert result.returncode == FAILED
     assert f"{shard}: offset 512: " in result.stdout
     assert result.stderr.splitlines()[-1].startswith("error: 1 problems")
 
@@ -124,7 +124,7 @@ def test_from_text_to_rows(tmp_path: Path) -> None:
         (("inspect_shards", "none"), "error: folder: no finished corpus in none"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
     result = _run(*arguments)
     assert result.returncode == MISTAKE
     assert result.stdout == ""

@@ -204,7 +204,7 @@ def test_refusals() -> None:
         Decoder(Stage.of(NeoBERT(tiny_model(), Mesh.single())), [4])
     with pytest.raises(GenerationError, match="decode must be one of full, moba"):
         Decoder(stage, [4], "dense")
-    with pytest.raises(GenerationError, match="document 1: 0 \\+ 3 tokens do not fit a cache of 2"):
+    with pytest.raises(ValueError, match="document 1: 0 \\+ 3 tokens do not fit a cache of 2"):
         Decoder(stage, [4, 2]).step([[1], [1, 2, 3]])
     with pytest.raises(GenerationError, match="a prompt is empty"):
         generate(stage, [[1], []], 4)
