@@ -196,7 +196,7 @@ def test_fills_gaps_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (("--prompt", "a <extra_id_0>", "--pp", "2"), "pipeline_model_parallel_size 2 does not work with an encoder-"),
         (("--prompt", "a <extra_id_0>", "--cp", "2"), "context_parallel_size 2 does not work with an encoder-decoder"),
     ):
-        assert main([*words, *more]) == 1
+        assert main([*words, *more]) == MISTAKE
         said = capsys.readouterr()
         assert said.err.startswith("error: ")
         assert message in said.err

@@ -12,6 +12,7 @@ from evals.runs import read_run
 from neomoba_dist.checkpoint.load import load_model
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.validation import validation_batches
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.model.attention.layer import set_full_attention
 from tests.corpora import make_corpus
 from tests.evals.runs import LENGTH, make_config, write_run
@@ -54,7 +55,7 @@ def test_other_tasks_do_not_run_an_encoder_decoder(
     pair_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["run", "--tasks", "position_loss", "--checkpoint", str(pair_run), "--output", str(tmp_path)]
-    assert program.main(words) == 1
+    assert program.main(words) == MISTAKE
     said = capsys.readouterr().err
     assert "--tasks position_loss: does not run an encoder-decoder" in said
     assert said.endswith("give --tasks validation_loss\n")
