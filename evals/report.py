@@ -275,8 +275,8 @@ def ablation_section(result: Mapping[str, Any]) -> list[str]:
 
 def missing_section(runs: Sequence[Run], results: Mapping[str, object]) -> list[str]:
     """Says which tasks have no result of the last run, and how to make one."""
-    pairs = bool(runs and runs[-1].config.model.num_decoder_layers)
-    usual = [name for name, task in TASKS.items() if (task.encoder_decoder if pairs else task.usual)]
+    encoder_decoder = bool(runs and runs[-1].config.model.num_decoder_layers)
+    usual = [name for name, task in TASKS.items() if (task.encoder_decoder if encoder_decoder else task.usual)]
     missing = [name for name in usual if name not in results]
     if not missing or not runs:
         return []

@@ -163,13 +163,13 @@ def run(arguments: argparse.Namespace) -> None:
     records = read_prompts(arguments)
     reader = CheckpointReader(arguments.checkpoint)
     config = Layout(arguments.tp, arguments.pp, arguments.cp, arguments.ep).config(reader.config)
-    pairs = bool(config.model.num_decoder_layers)
-    if not config.model.causal and not pairs:
+    encoder_decoder = bool(config.model.num_decoder_layers)
+    if not config.model.causal and not encoder_decoder:
         raise ConfigError(
             f'{reader.folder}: a model of neomoba.model.objective "mlm" does not continue text; give a run of "clm" or '
             '"span_corruption"'
         )
-    if pairs and arguments.chat:
+    if encoder_decoder and arguments.chat:
         raise ConfigError(f"--chat: {reader.folder} is of an encoder-decoder, which fills gaps; leave --chat out")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {arguments.max_new_tokens}; give at least 1")
@@ -182,16 +182,16 @@ def run(arguments: argparse.Namespace) -> None:
             f"--chat: no chat template beside the tokenizer of {reader.folder}; name a folder that has both with "
             "--tokenizer, or leave --chat out"
         )
-    prompts = encode_gaps(records, tokenizer) if pairs else encode_prompts(records, tokenizer, template)
+    prompts = encode_gaps(records, tokenizer) if encoder_decoder else encode_prompts(records, tokenizer, template)
     longest = max(map(len, prompts.sources or prompts.ids))
-    check_length(config.model, longest, 0 if pairs else arguments.max_new_tokens)
+    check_length(config.model, longest, 0 if encoder_decoder else arguments.max_new_tokens)
     join_world()
     mesh = build_mesh(config, "cpu" if arguments.int8 else "auto")
     require_whole_weights(reader, mesh)
     stage = load_stage(reader, config, mesh, int8=arguments.int8)
     speaks = mesh.rank == 0
     live = speaks and not arguments.output and len(records) == 1
-    shown = Shown(tokenizer, records, arguments.stop, live=live, alone=pairs or arguments.chat)
+    shown = Shown(tokenizer, records, arguments.stop, live=live, alone=encoder_decoder or arguments.chat)
     found = generate(
         stage, prompts.ids, arguments.max_new_tokens, sources=prompts.sources, decode=arguments.decode,
         stop_id=prompts.end, stop=shown.enough, sampling=sampling,

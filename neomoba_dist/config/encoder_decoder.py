@@ -55,7 +55,7 @@ def _unusual(config: Config) -> Iterator[tuple[str, object, object]]:
 def _sequence_parallel(config: Config) -> Iterator[str]:
     """Refuse rows of the encoder or decoder that do not divide over the tensor-parallel ranks."""
     tp, micro = config.parallel.tensor_model_parallel_size, config.micro_batch_size
-    lengths = config.pair_lengths
+    lengths = config.corrupted_lengths
     if config.parallel.sequence_parallel and any(micro * length % tp for length in (lengths.encoder, lengths.decoder)):
         yield (
             f"neomoba.parallel.sequence_parallel cannot divide rows of {lengths.encoder} tokens of the encoder and "

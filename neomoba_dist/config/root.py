@@ -18,7 +18,7 @@ from neomoba_dist.config.schema import (
     ParallelConfig,
     PhaseConfig,
 )
-from neomoba_dist.config.span_corruption import PairLengths, pair_lengths
+from neomoba_dist.config.span_corruption import CorruptedLengths, corrupted_lengths
 
 DEFAULT_GRADIENT_CLIPPING: Final = 1.0  # DeepSpeed 0.19's own default; earlier versions took 0
 
@@ -76,14 +76,14 @@ class Config:
         return float(self.deepspeed.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING))
 
     @property
-    def pair_lengths(self) -> PairLengths:
+    def corrupted_lengths(self) -> CorruptedLengths:
         """Of an encoder-decoder: tokens of a row of each of the two, and how many sentinels a document may need."""
-        return pair_lengths(self.phase.sequence_length, self.data.max_documents_per_row)
+        return corrupted_lengths(self.phase.sequence_length, self.data.max_documents_per_row)
 
     @property
     def row_length(self) -> int:
         """Tokens of the longest rows that the model reads; those of an encoder-decoder are its encoder's."""
-        return self.pair_lengths.encoder if self.model.num_decoder_layers else self.phase.sequence_length
+        return self.corrupted_lengths.encoder if self.model.num_decoder_layers else self.phase.sequence_length
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole JSON again with every default resolved; `parse_config` of it gives an equal Config."""

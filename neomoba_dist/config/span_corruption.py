@@ -17,7 +17,7 @@ _BORDERS: Final = 2  # tokens of a document that are never dropped: its first an
 _STEP: Final = 16  # rows come in whole multiples of it, where sequence_length does
 
 
-class PairLengths(NamedTuple):
+class CorruptedLengths(NamedTuple):
     """Tokens of a row of the encoder and of the decoder, and how many sentinels a document may need."""
 
     encoder: int
@@ -47,7 +47,7 @@ def decoder_tokens(tokens: int) -> int:
     return dropped + spans + 1 if dropped else 0
 
 
-def pair_lengths(sequence_length: int, max_documents: int) -> PairLengths:
+def corrupted_lengths(sequence_length: int, max_documents: int) -> CorruptedLengths:
     """What rows of `sequence_length` tokens in at most `max_documents` documents become at most, rounded up.
 
     Every row of the encoder has room for padding, so that the decoder's padding has something to attend to.
@@ -62,4 +62,4 @@ def pair_lengths(sequence_length: int, max_documents: int) -> PairLengths:
     decoder = (_DECODER_GROWTH * sequence_length + more[1] * max_documents) // PERIOD
     step = _STEP if sequence_length % _STEP == 0 else 1
     encoder, decoder = (-(-length // step) * step for length in (encoder, max(decoder, 1)))
-    return PairLengths(encoder, decoder, sentinels=noise_counts(sequence_length)[1] + 1)
+    return CorruptedLengths(encoder, decoder, sentinels=noise_counts(sequence_length)[1] + 1)

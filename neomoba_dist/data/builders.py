@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from neomoba_dist.config import DataConfig
-from neomoba_dist.config.span_corruption import pair_lengths
+from neomoba_dist.config.span_corruption import corrupted_lengths
 from neomoba_dist.data.batch import IGNORE_LABEL, PADDING_POSITION, Batch, EncoderTokens
 from neomoba_dist.data.build import BatchBuilder, Builder
 from neomoba_dist.data.corpus import Corpus
@@ -20,7 +20,7 @@ from neomoba_dist.data.sentence_pairs import SentencePairs, count_pairs
 from neomoba_dist.data.span_corruption import SpanCorruption, find_sentinels
 
 
-class PairBuilder(Builder):
+class SpanCorruptionBuilder(Builder):
     """Rows with corrupted documents: the encoder's and the decoder's tokens, in rows of fixed lengths of their own.
 
     Documents follow one another in both, padding is the last one of each row, and an empty one where there is none. The
@@ -32,14 +32,14 @@ class PairBuilder(Builder):
         self, corpus: Corpus, settings: DataConfig, *, objective: str, length: int, seed: int, pin_memory: bool = False
     ) -> None:
         super().__init__(corpus, settings, objective=objective, length=length, seed=seed, pin_memory=pin_memory)
-        self.lengths = pair_lengths(length, settings.max_documents_per_row)
+        self.lengths = corrupted_lengths(length, settings.max_documents_per_row)
         sentinels = find_sentinels(corpus.tokenizer(), self.lengths.sentinels, length, corpus.name)
         self._corruption = SpanCorruption(seed, sentinels, corpus.ordinary)
 
     def build(self, block: RowBlock) -> Batch:
-        rows = self._corruption.pairs(block)
-        sources = [[pair.source for pair in row] for row in rows]
-        targets = [[pair.target for pair in row] for row in rows]
+        rows = self._corruption.corrupt(block)
+        sources = [[text.source for text in row] for row in rows]
+        targets = [[text.target for text in row] for row in rows]
         labels = self._packed(targets, self.lengths.decoder, IGNORE_LABEL)
         read = [[_shifted(target, block.padding_id) for target in row] for row in targets]
         return Batch(
@@ -101,7 +101,7 @@ class SentencePairBuilder(BatchBuilder):
 BUILDERS: Final[Mapping[str, type[Builder]]] = {
     "mlm": BatchBuilder,
     "clm": BatchBuilder,
-    "span_corruption": PairBuilder,
+    "span_corruption": SpanCorruptionBuilder,
 }
 
 

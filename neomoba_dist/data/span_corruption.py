@@ -25,7 +25,7 @@ from neomoba_dist.data.tokenizer import Tokenizer
 SENTINEL_NAMES = ("<extra_id_{}>", "[unused{}]", "<unused{}>", "<|reserved_special_token_{}|>")
 
 
-class Pair(NamedTuple):
+class Corrupted(NamedTuple):
     """What becomes of one document: what the encoder reads and what the decoder writes, each an array of ids."""
 
     source: np.ndarray
@@ -42,23 +42,23 @@ class SpanCorruption:
     def __init__(self, seed: int, sentinels: np.ndarray, ordinary: np.ndarray) -> None:
         self._counter, self._sentinels, self._ordinary = Counter(seed, SPANS), sentinels, ordinary
 
-    def pairs(self, block: RowBlock) -> list[list[Pair]]:
+    def corrupt(self, block: RowBlock) -> list[list[Corrupted]]:
         """The documents of every row, in order."""
-        found: list[list[Pair]] = [[] for _ in block.row_ids]
+        found: list[list[Corrupted]] = [[] for _ in block.row_ids]
         words = [self._counter.words(row_id, block.length) for row_id in block.row_ids.tolist()]
         for start, length in zip(block.piece_start.tolist(), block.piece_length.tolist(), strict=True):
             row, place = divmod(start, block.length)
             tokens = block.tokens_T[start : start + length].astype(np.int64)
-            found[row].append(self._pair(tokens, words[row][place : place + length]))
+            found[row].append(self._corrupt(tokens, words[row][place : place + length]))
         return found
 
-    def _pair(self, tokens: np.ndarray, words: np.ndarray) -> Pair:
+    def _corrupt(self, tokens: np.ndarray, words: np.ndarray) -> Corrupted:
         """words: random uint64, one for each token."""
         first, last = int(not self._ordinary[tokens[0]]), len(tokens) - int(not self._ordinary[tokens[-1]])
         body = tokens[first : max(first, last)]
         starts, lengths = choose_spans(len(body), words)
         if not len(starts):
-            return Pair(tokens, tokens[:0])
+            return Corrupted(tokens, tokens[:0])
         edges = np.zeros(len(body) + 1, np.int64)
         edges[starts], edges[starts + lengths] = 1, -1
         dropped = edges[:-1].cumsum().astype(bool)
@@ -68,7 +68,7 @@ class SpanCorruption:
         kept[starts] = True
         source = np.concatenate((tokens[:first], source[kept], tokens[first + len(body) :]))
         before = np.append(0, lengths.cumsum())  # places of the sentinels among the dropped tokens
-        return Pair(source, np.insert(body[dropped], before, self._sentinels[: len(before)]))
+        return Corrupted(source, np.insert(body[dropped], before, self._sentinels[: len(before)]))
 
 
 def choose_spans(tokens: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

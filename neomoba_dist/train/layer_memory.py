@@ -35,7 +35,7 @@ class Tokens:
         """Of the rank at `mesh`; in an encoder-decoder those of the decoder, or of the encoder."""
         length = config.phase.sequence_length
         if config.model.num_decoder_layers:
-            length = config.pair_lengths.encoder if encoder else config.pair_lengths.decoder
+            length = config.corrupted_lengths.encoder if encoder else config.corrupted_lengths.decoder
         here = config.micro_batch_size * length
         if mesh["cp"].size > 1:
             here = padded_split(here, mesh, config.model).local_tokens

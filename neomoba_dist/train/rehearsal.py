@@ -39,8 +39,8 @@ def largest_batches(config: Config, plan: BatchPlan) -> Sequence[Batch]:
     """
     rows, length, encoder = plan.micro_batch_size, config.phase.sequence_length, None
     if config.model.num_decoder_layers:
-        length = config.pair_lengths.decoder
-        encoder = EncoderTokens(**_full_rows(config, rows, config.pair_lengths.encoder))
+        length = config.corrupted_lengths.decoder
+        encoder = EncoderTokens(**_full_rows(config, rows, config.corrupted_lengths.encoder))
     tokens = _full_rows(config, rows, length)
     labels = tokens["input_ids"].clone()
     if config.model.objective == "mlm":

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from neomoba_dist.config import DataConfig
-from neomoba_dist.config.span_corruption import decoder_tokens, encoder_tokens, noise_counts, pair_lengths
+from neomoba_dist.config.span_corruption import corrupted_lengths, decoder_tokens, encoder_tokens, noise_counts
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.data.builders import PairBuilder
+from neomoba_dist.data.builders import SpanCorruptionBuilder
 from neomoba_dist.data.corpus import Corpus
 from neomoba_dist.data.errors import DataError
 from neomoba_dist.data.rows import RowBlock, Source
-from neomoba_dist.data.span_corruption import Pair, SpanCorruption, choose_spans, encode_source, find_sentinels
+from neomoba_dist.data.span_corruption import Corrupted, SpanCorruption, choose_spans, encode_source, find_sentinels
 from neomoba_dist.data.stream import UpdateStream
 from neomoba_dist.data.tokenizer import load_tokenizer
 from tests.corpora import make_corpus, make_tokenizer
@@ -37,7 +37,7 @@ def _block(rows: int, first_row: int = 0, documents: tuple[int, ...] = (90, 3, 2
     return RowBlock(tokens.reshape(-1).astype(np.uint16), ids, starts, np.tile(documents, rows), 0, {})
 
 
-def _restored(pair: Pair) -> list[int]:
+def _restored(pair: Corrupted) -> list[int]:
     """The text, from what the encoder reads and what the decoder writes."""
     spans: dict[int, list[int]] = {}
     for token in pair.target.tolist():
@@ -58,7 +58,7 @@ def _restored(pair: Pair) -> list[int]:
 
 def test_both_sides_together_hold_the_text() -> None:
     block = _block(200)
-    rows = SpanCorruption(7, SENTINELS, ORDINARY).pairs(block)
+    rows = SpanCorruption(7, SENTINELS, ORDINARY).corrupt(block)
     assert [len(row) for row in rows] == [3] * 200
     pairs = [pair for row in rows for pair in row]
     for pair, start, length in zip(pairs, block.piece_start, block.piece_length, strict=True):
@@ -96,7 +96,7 @@ def test_every_place_is_dropped_about_equally_often() -> None:
 
 def test_a_function_of_seed_and_row() -> None:
     def drawn(seed: int, block: RowBlock) -> list[list[list[int]]]:
-        rows = SpanCorruption(seed, SENTINELS, ORDINARY).pairs(block)
+        rows = SpanCorruption(seed, SENTINELS, ORDINARY).corrupt(block)
         return [[side.tolist() for pair in row for side in pair] for row in rows]
 
     block = _block(3, first_row=5)
@@ -110,7 +110,9 @@ def test_a_function_of_seed_and_row() -> None:
 def test_the_drawn_spans_never_change() -> None:
     """Pinned: a resumed run draws the spans of the run it continues."""
     tokens = np.arange(100, 132)
-    pair = SpanCorruption(3, SENTINELS, ORDINARY).pairs(RowBlock(tokens, np.array([1]), *np.array([[0], [32]]), 0, {}))
+    pair = SpanCorruption(3, SENTINELS, ORDINARY).corrupt(
+        RowBlock(tokens, np.array([1]), *np.array([[0], [32]]), 0, {})
+    )
     assert pair[0][0].target.tolist() == [10, 116, 117, 118, 119, 11, 125, 12]
 
 
@@ -123,14 +125,14 @@ def test_no_row_is_longer_than_its_bound() -> None:
         if len(lengths) < most and length > sum(lengths):
             lengths.append(length - sum(lengths))
         borders = [int(generator.integers(0, min(2, n) + 1)) for n in lengths]
-        bound = pair_lengths(length, most)
+        bound = corrupted_lengths(length, most)
         source = sum(border + encoder_tokens(n - border) for n, border in zip(lengths, borders, strict=True))
         target = sum(decoder_tokens(n - border) for n, border in zip(lengths, borders, strict=True))
         assert source < bound.encoder, "padding has a place"
         assert target <= bound.decoder
         assert max(noise_counts(n)[1] for n in lengths) < bound.sentinels
-    assert pair_lengths(100, 25).decoder == 25 * decoder_tokens(4), "nor is any shorter"
-    assert pair_lengths(110, 10).encoder == 10 * (2 + encoder_tokens(9)) + 1
+    assert corrupted_lengths(100, 25).decoder == 25 * decoder_tokens(4), "nor is any shorter"
+    assert corrupted_lengths(110, 10).encoder == 10 * (2 + encoder_tokens(9)) + 1
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def _documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 
 def test_batches_of_a_real_corpus(corpus: Corpus) -> None:
-    stream, lengths = _stream(corpus), pair_lengths(256, 16)
+    stream, lengths = _stream(corpus), corrupted_lengths(256, 16)
     batches, _ = next(iter(stream))
     tokenizer = corpus.tokenizer()
     sentinels = find_sentinels(tokenizer, lengths.sentinels, 256, "it").tolist()
@@ -203,7 +205,7 @@ def test_ranks_divide_an_update_and_a_resumed_run_goes_on(corpus: Corpus) -> Non
 def test_a_damaged_row_becomes_padding(corpus: Corpus) -> None:
     stream = _stream(corpus)
     block = stream.rows.read(stream.rows.row_ids(np.arange(2))).without(np.array([True, False]))
-    batch = PairBuilder(
+    batch = SpanCorruptionBuilder(
         corpus, DataConfig(train="-", **SETTINGS), objective="span_corruption", length=256, seed=3
     ).build(block)
     assert (batch.labels[: len(batch.labels) // 2] == -100).all()
