@@ -3,6 +3,7 @@
 python launch/plan.py --ds_config ds_configs/phase3.json --gpus 64 --gpu_memory 80
 python launch/plan.py --ds_config ds_configs/scale_70b.json --gpus 1024 --build
 python launch/plan.py --ds_config ds_configs/phase1.json --gpus 8 --write my_phase1.json
+python launch/plan.py --ds_config ds_configs/distill.json --teacher runs/phase3 --gpus 8
 
 Memory is that of the fullest rank, uncompiled. Times follow from the stated rates and from nothing measured: read them
 as an order among layouts. docs/planner.md says what they count.
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from neomoba_dist.config import Config, ConfigError, load_config
 from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
+    from neomoba_dist.train.distill_plan import PlannedTeacher
     from neomoba_dist.train.planner import Layout, Planner
 
 GIB = 2**30
@@ -42,6 +44,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser, add = command_parser(__doc__)
     add("ds_config", required=True, metavar="FILE", help="JSON of a phase")
     add("set", nargs="+", action="extend", default=[], metavar="PATH.TO.KEY=VALUE", help="override keys of the JSON")
+    add("teacher", metavar="DIR", help="of a student, as with launch/distill.py: a run or checkpoint, or of the hub")
     add("gpus", required=True, type=int, metavar="N", help="number of ranks")
     add("gpu_memory", type=float, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
     add(
@@ -93,6 +96,35 @@ def traffic(layout: "Layout") -> str:
     return f"a rank computes {step.compute:.3g} s and receives: {', '.join(moved) or 'nothing'}"
 
 
+def teacher_of(config: Config) -> "PlannedTeacher | None":
+    """The model that `neomoba.distill.teacher` names. Raises ConfigError."""
+    if config.distill.teacher is None:
+        return None
+    from neomoba_dist.checkpoint.hf import open_checkpoint
+    from neomoba_dist.checkpoint.layout import CheckpointError
+    from neomoba_dist.train.distill_plan import PlannedTeacher
+
+    try:
+        taught_by = open_checkpoint(config.distill.teacher).config
+    except CheckpointError as error:
+        raise ConfigError(
+            f"neomoba.distill.teacher: {error}; name one with --teacher, or plan the student alone with "
+            "--set neomoba.distill.teacher=null"
+        ) from error
+    return PlannedTeacher(replace(taught_by, source=f"--teacher {config.distill.teacher}"))
+
+
+def teacher(layout: "Layout") -> list[str]:
+    """What the teacher costs, where there is one."""
+    beside, flops = layout.teacher, layout.step.teacher_flops
+    if not flops:
+        return []
+    return [
+        f"teacher: {flops / 1e15:.3g} PFLOP an update, {beside.weights / GIB:.2g} GiB of weights and "
+        f"{(beside.kept + beside.passing) / GIB:.2g} GiB of its states and logits on the fullest rank"
+    ]
+
+
 def muon(layout: "Layout") -> list[str]:
     """What Muon's whole matrices cost, where it is the optimizer."""
     step, held = layout.step, layout.muon_memory / GIB
@@ -124,6 +156,7 @@ def as_json(layout: "Layout") -> dict[str, Any]:
         "batch": asdict(layout.plan),
         "memory": asdict(layout.memory) | {"total": layout.memory.total},
         "muon_memory": layout.muon_memory,
+        "teacher": layout.teacher._asdict(),
         "step": asdict(layout.step),
     }
 
@@ -135,7 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} is {getattr(arguments, flag)}; give more than 0")
     if not 0 <= arguments.reserve < 1:
         raise ConfigError(f"--reserve is {arguments.reserve}; give a part of the memory, 0 to 1")
-    config = load_config(arguments.ds_config, arguments.set)
+    changes = [f"neomoba.distill.teacher={arguments.teacher}"] if arguments.teacher else []
+    config = load_config(arguments.ds_config, [*arguments.set, *changes])
     from neomoba_dist.train.planner import Planner, parameter_counts, settings
     from neomoba_dist.train.step_plan import Machine
 
@@ -148,7 +182,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.nvlink * 1e9,
         arguments.network * 1e9,
     )
-    planner, budget = Planner(arguments.gpus, machine), arguments.gpu_memory * (1 - arguments.reserve) * GIB
+    planner = Planner(arguments.gpus, machine, teacher=teacher_of(config))
+    budget = arguments.gpu_memory * (1 - arguments.reserve) * GIB
     refusal, named = "", []
     try:
         config = planner.with_recompute(config, budget)
@@ -181,7 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         print(*([refusal] if refusal else []), *(table(named) if named else []), sep="\n")
         for name, layout in named[:2]:
-            print(*(f"{name} {line}" for line in (traffic(layout), *muon(layout))), sep="\n")
+            print(*(f"{name} {line}" for line in (traffic(layout), *muon(layout), *teacher(layout))), sep="\n")
         print(
             f"{len(search.layouts)} ways to cut {arguments.gpus} GPUs fit; counted with ZeRO stages, {search.refused} "
             f"cannot run and {search.large} are too large"

@@ -122,7 +122,18 @@ class Stage:
         return sum(len(indices) for _, indices in self.blocks)
 
 
-def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> RankMemory:
+class Beside(NamedTuple):
+    """Bytes that a teacher adds: weights, what is kept for the student's backward pass, what passes by then."""
+
+    weights: int = 0
+    kept: int = 0
+    passing: int = 0
+
+
+NO_TEACHER = Beside()
+
+
+def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teacher: Beside = NO_TEACHER) -> RankMemory:
     """The most that the rank at `mesh` holds.
 
     At the start of an update's last backward pass, at its end, or in the optimizer's step. ConfigError for offload.
@@ -133,12 +144,12 @@ def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> Ra
     zero = zero_memory(config, mesh, stage)
     kept, passing = activation_memory(config, plan, mesh, stage)
     several = plan.gradient_accumulation_steps > 1
-    states = RankMemory(zero.weights, zero.gradients, zero.optimizer, 0, 0)
+    states = RankMemory(zero.weights + teacher.weights, zero.gradients, zero.optimizer, 0, 0)
     backward = replace(
         states,
         gradients=zero.gradients if several or config.zero_stage == 3 else 0,
-        activations=kept,
-        buffers=zero.buckets + passing,
+        activations=kept + teacher.kept,
+        buffers=zero.buckets + passing + teacher.passing,
     )
     # the sum of earlier micro-batches, where these are not added to it in float32 as they are reduced
     doubled = zero.own if several and config.zero_stage == 2 and not _adds_in_place(config) else 0

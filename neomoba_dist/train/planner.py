@@ -13,8 +13,9 @@ from neomoba_dist.config.rules import check_rules
 from neomoba_dist.model.init import views_of
 from neomoba_dist.parallel.mesh import Axis, Mesh
 from neomoba_dist.train.checkpoint_plan import stage_module
+from neomoba_dist.train.distill_plan import PlannedTeacher
 from neomoba_dist.train.expert_groups import check_rows
-from neomoba_dist.train.memory_plan import RankMemory, Stage, matrix_memory, plan_memory
+from neomoba_dist.train.memory_plan import NO_TEACHER, Beside, RankMemory, Stage, matrix_memory, plan_memory
 from neomoba_dist.train.step_plan import Machine, StepPlan, plan_step, update_flops
 
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")  # the less, the faster
@@ -24,12 +25,13 @@ RESERVE = 0.1  # part of a device's memory for what is not planned
 @dataclass(frozen=True)
 class Layout:
     """A configuration on its ranks. memory: of the fullest rank. muon_memory: bytes that Muon holds for a moment of an
-    update, of which `memory` has them if it is the fullest one."""
+    update, of which `memory` has them if it is the fullest one. teacher: its part of `memory`."""
 
     config: Config
     plan: BatchPlan
     memory: RankMemory
     muon_memory: int
+    teacher: Beside
     step: StepPlan
 
     @property
@@ -52,13 +54,15 @@ class Layout:
 class Planner:
     """For one number of ranks and one kind of machine. The model's parts are built once, on the meta device.
 
-    device: "cuda" or "cpu", where the model would run.
+    device: "cuda" or "cpu", where the model would run. teacher: of a student.
     """
 
-    def __init__(self, world_size: int, machine: Machine, device: str = "cuda") -> None:
-        self.world_size, self.machine, self.device = world_size, machine, torch.device(device)
+    def __init__(
+        self, world_size: int, machine: Machine, device: str = "cuda", teacher: PlannedTeacher | None = None
+    ) -> None:
+        self.world_size, self.machine, self.device, self.teacher = world_size, machine, torch.device(device), teacher
         self._stages: dict[tuple[Any, ...], Stage] = {}
-        self._flops: dict[tuple[ModelConfig, float, int, int], float] = {}
+        self._flops: dict[tuple[ModelConfig, float, int, int], tuple[float, float]] = {}
 
     def layout(self, config: Config) -> Layout:
         """What the configuration comes to. Raises ConfigError where it cannot run on these ranks."""
@@ -66,7 +70,11 @@ class Planner:
         stages = config.parallel.pipeline_model_parallel_size
         places = [self._place(config, stage) for stage in sorted({0, stages - 1})]  # others hold and do less
         check_rows(config, places[0][0])
-        memory = max((plan_memory(config, plan, *place) for place in places), key=lambda found: found.total)
+        found = []
+        for place in places:
+            beside = self._teacher_memory(config, plan, place[0])
+            found.append((plan_memory(config, plan, *place, beside), beside))
+        memory, teacher = max(found, key=lambda pair: pair[0].total)
         muon_memory = max(matrix_memory(*place, config.zero_stage) for place in places)
         phase = (
             config.model,
@@ -75,9 +83,10 @@ class Planner:
             plan.tokens_per_update,
         )
         if phase not in self._flops:
-            self._flops[phase] = update_flops(config, plan)
-        step = plan_step(config, plan, *places[0], self.machine, self._flops[phase])
-        return Layout(config, plan, memory, muon_memory, step)
+            taught = self.teacher.flops(config, plan) if self.teacher else 0.0
+            self._flops[phase] = update_flops(config, plan), taught
+        step = plan_step(config, plan, *places[0], self.machine, *self._flops[phase])
+        return Layout(config, plan, memory, muon_memory, teacher, step)
 
     def with_recompute(self, config: Config, budget: float) -> Config:
         """With `recompute: auto` made the least recomputation that fits the budget, or "full" where none does.
@@ -139,6 +148,12 @@ class Planner:
                 if layout.memory.total > budget:
                     break
                 yield layout
+
+    def _teacher_memory(self, config: Config, plan: BatchPlan, mesh: Mesh) -> Beside:
+        if self.teacher is None:
+            return NO_TEACHER
+        _, stage = self._place(self.teacher.beside(config), mesh["pp"].index)
+        return self.teacher.memory(config, plan, mesh, stage)
 
     def _place(self, config: Config, stage: int) -> tuple[Mesh, Stage]:
         """The first rank of a pipeline stage, and what it holds."""

@@ -41,12 +41,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """flops: of the whole update, as MFU counts them. received: bytes of the busiest kind of rank, by axis. compute,
-    communication: seconds without waiting; muon_flops, muon: operations and seconds of the rank that has most matrices
-    to make orthogonal, beside `flops` and `compute`; bubble: share of the step in which a pipeline stage waits;
-    seconds: of the step."""
+    """flops: of the whole update, as MFU counts them; teacher_flops: of a teacher, beside them. received: bytes of the
+    busiest kind of rank, by axis. compute, communication: seconds without waiting; muon_flops, muon: operations and
+    seconds of the rank that has most matrices to make orthogonal, beside `flops` and `compute`; bubble: share of the
+    step in which a pipeline stage waits; seconds: of the step.
+    """
 
     flops: float
+    teacher_flops: float
     muon_flops: int
     muon: float
     received: Mapping[str, float]
@@ -60,10 +62,8 @@ class StepPlan:
 def update_flops(config: Config, plan: BatchPlan) -> float:
     """Operations of an update whose rows are one document each, the mean over the phase's full and sparse steps."""
     length, fraction = config.phase.sequence_length, config.phase.full_attention_fraction
-    counted = length if config.model.causal else round(length * config.data.mlm_probability)
-    row, encoder, rows = torch.tensor([length]), None, plan.rows_per_update
+    counted, row, encoder, rows = counted_tokens(config), torch.tensor([length]), None, plan.rows_per_update
     if config.model.num_decoder_layers:
-        counted = decoder_tokens(length)
         row, encoder = torch.tensor([counted]), torch.tensor([encoder_tokens(length)])
     return rows * sum(
         part * step_flops(config.model, row, counted, full, encoder)
@@ -72,12 +72,22 @@ def update_flops(config: Config, plan: BatchPlan) -> float:
     )
 
 
-def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine: Machine, flops: float) -> StepPlan:
+def counted_tokens(config: Config) -> int:
+    """Of a row, those that enter the loss."""
+    length = config.phase.sequence_length
+    if config.model.num_decoder_layers:
+        return decoder_tokens(length)
+    return length if config.model.causal else round(length * config.data.mlm_probability)
+
+
+def plan_step(
+    config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine: Machine, flops: float, teacher_flops: float = 0
+) -> StepPlan:
     """A step of the rank at `mesh`; that of a stage with most blocks is the slowest. flops: see `update_flops`."""
     micro_batches, pp = plan.gradient_accumulation_steps, mesh["pp"].size
     again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
     share = stage.num_blocks * pp / config.model.num_layers  # 1, but for stages with more blocks than others
-    compute = flops * (1 + again) * share / plan.world_size / (machine.peak * machine.share)
+    compute = (flops * (1 + again) + teacher_flops) * share / plan.world_size / (machine.peak * machine.share)
     received = Counter(layer_bytes(config, mesh, stage, micro_batches))
     received.update(zero_bytes(config, mesh, stage, micro_batches))
     received.update(matrix_bytes(mesh, stage))
@@ -89,6 +99,7 @@ def plan_step(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, machine
     step = (compute + sum(seconds.values()) - reduction) * slots / micro_batches + reduction + muon
     return StepPlan(
         flops=flops,
+        teacher_flops=teacher_flops,
         muon_flops=orthogonalised,
         muon=muon,
         received=dict(received),

@@ -6,18 +6,23 @@ All allocations of tensors count, those inside torch's and DeepSpeed's operators
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.checkpoint_plan import stage_module
+from neomoba_dist.train.distill import build_distill_engine
+from neomoba_dist.train.distill_plan import PlannedTeacher
 from neomoba_dist.train.engine import build_engine
-from neomoba_dist.train.memory_plan import Stage, plan_memory
+from neomoba_dist.train.memory_plan import Beside, Stage, plan_memory
 from neomoba_dist.train.rehearsal import largest_batches
+from tests.evals.runs import write_run
 from tests.ranks import run_ranks
 from tests.runs import build_mesh
 
@@ -82,9 +87,15 @@ def _config(name: str, optimizer: str = "adamw") -> Config:
     )
 
 
-def _planned(config: Config, mesh: Mesh) -> int:
-    stage = Stage.of(stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"]), config.phase.optimizer)
-    return plan_memory(config, config.plan(mesh["world"].size), mesh, stage).total
+def _stage(config: Config, mesh: Mesh) -> Stage:
+    return Stage.of(stage_module(config, mesh["tp"], mesh["pp"], mesh["ep"]), config.phase.optimizer)
+
+
+def _planned(config: Config, mesh: Mesh, teacher: PlannedTeacher | None = None) -> int:
+    plan, beside = config.plan(mesh["world"].size), Beside()
+    if teacher:
+        beside = teacher.memory(config, plan, mesh, _stage(teacher.beside(config), mesh))
+    return plan_memory(config, plan, mesh, _stage(config, mesh), beside).total
 
 
 def _patient(wait: Callable[..., bool]) -> Callable[..., bool]:
@@ -99,12 +110,13 @@ def _patient(wait: Callable[..., bool]) -> Callable[..., bool]:
     return waited
 
 
-def _measured_and_planned(config: Config) -> tuple[int, int]:
+def _measured_and_planned(config: Config, teacher: Path | None = None) -> tuple[int, int]:
     """The most bytes of tensors that were alive at once from before the engine was built to after an update."""
     dist.Work.wait = _patient(dist.Work.wait)  # type: ignore[method-assign]  # in a forked rank, which ends with this
     mesh, activities = build_mesh(config), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        engine = build_engine(config, config.plan(dist.get_world_size()), mesh)
+        plan, reader = config.plan(dist.get_world_size()), None if teacher is None else CheckpointReader(teacher)
+        engine = build_distill_engine(config, plan, mesh, reader) if reader else build_engine(config, plan, mesh)
         batches = largest_batches(config, engine.plan)
         engine.rehearse(batches)  # makes AdamW's moments
         engine.set_full_attention(True)
@@ -115,7 +127,7 @@ def _measured_and_planned(config: Config) -> tuple[int, int]:
     for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         alive += change
         most = max(most, alive)
-    return most, _planned(config, mesh)
+    return most, _planned(config, mesh, PlannedTeacher(reader.config) if reader else None)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +139,23 @@ def _measured_and_planned(config: Config) -> tuple[int, int]:
 )
 def test_within_a_tenth_of_what_is_measured(name: str, optimizer: str) -> None:
     for measured, planned in run_ranks(LAYOUTS[name][0], _measured_and_planned, _config(name, optimizer)):
+        assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden_weight"),
+    [
+        pytest.param(*pair, marks=pytest.mark.full)
+        for pair in (("one", 0.0), ("one", 1.0), ("dp2_zero2_bf16", 1.0), ("dp2_zero3", 1.0), ("tp2", 1.0))
+    ],
+)
+def test_with_a_teacher(name: str, hidden_weight: float, tmp_path: Path) -> None:
+    config = _config(name)
+    model = replace(config.model, num_hidden_layers=10, intermediate_size=384)
+    write_run(tmp_path / "teacher", replace(_config("one"), model=model))
+    settings = {"teacher": str(tmp_path / "teacher"), "hidden_weight": hidden_weight}
+    config = replace(config, distill=replace(config.distill, **settings))
+    for measured, planned in run_ranks(LAYOUTS[name][0], _measured_and_planned, config, tmp_path / "teacher"):
         assert planned == pytest.approx(measured, rel=0.1)
 
 

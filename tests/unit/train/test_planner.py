@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from launch import plan
 from neomoba_dist.config import Config, ConfigError, load_config, parse_config
 from neomoba_dist.model.init import views_of
 from neomoba_dist.parallel.mesh import Axis
 from neomoba_dist.train.checkpoint_plan import stage_module
+from neomoba_dist.train.distill_plan import PlannedTeacher
 from neomoba_dist.train.muon import Matrix, busiest_flops, in_rounds, matrices_of, orthogonalise
 from neomoba_dist.train.planner import Planner, parameter_counts, settings
-from neomoba_dist.train.step_plan import Machine
+from neomoba_dist.train.step_plan import Machine, update_flops
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 GIB = 2**30
@@ -92,6 +94,31 @@ def test_seconds_follow_from_the_rates() -> None:
     slow = Planner(64, Machine(peak=1e15, network=1e9)).layout(config).step
     assert slow.communication["tp"] == step.communication["tp"], "8 tensor-parallel ranks are in one machine"
     assert slow.communication["dp_cp"] > step.communication["dp_cp"]
+
+
+def test_a_teacher_adds_its_forward_pass_and_its_weights() -> None:
+    config, student = phase3(), phase3("neomoba.model.num_hidden_layers=6")
+    alone = Planner(8, Machine()).layout(student)
+    taught = Planner(8, Machine(), teacher=PlannedTeacher(config)).layout(student)
+    assert alone.step.teacher_flops == sum(alone.teacher) == 0
+    assert taught.step.flops == alone.step.flops
+    sparse = replace(config, phase=replace(config.phase, full_attention_fraction=0.0))
+    assert taught.step.teacher_flops == pytest.approx(update_flops(sparse, config.plan(8)) / 3)
+    more = taught.step.teacher_flops / (8 * 989e12 * 0.5)
+    assert taught.step.compute == pytest.approx(alone.step.compute + more)
+    assert taught.teacher.weights == pytest.approx(2 * parameter_counts(config)[0], rel=0.01)
+    assert taught.memory.weights == alone.memory.weights + taught.teacher.weights
+    other = replace(config, model=replace(config.model, vocab_size=100), source="--teacher runs/other")
+    with pytest.raises(ConfigError, match="--teacher runs/other: its vocab_size is 100"):
+        Planner(8, Machine(), teacher=PlannedTeacher(other)).layout(student)
+
+
+def test_a_missing_teacher_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ds_config", str(CONFIGS / "distill.json"), "--teacher", str(tmp_path), "--gpus", "8"]
+    assert plan.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"neomoba.distill.teacher: {tmp_path}: no checkpoint here" in said
 
 
 def test_muon_takes_the_time_of_its_busiest_rank() -> None:
