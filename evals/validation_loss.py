@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evals.cli import positive_int
+from evals.cli import EvalError, positive_int
 from evals.position_loss import Estimate
 from evals.score_table import csv as csv
 from evals.score_table import figure as figure
@@ -39,7 +40,8 @@ def prepare(subject: Subject, args: argparse.Namespace) -> list[Batch]:
     rows = args.validation_rows or config.log.validation_rows
     return validation_batches(
         subject.corpus,
-        config.data,
+        # no folder for plans: that is for ranks that share a plan out
+        replace(config.data, cache=None),
         objective=config.model.objective,
         sequence_length=config.phase.sequence_length,
         micro_batch_size=1,
@@ -49,22 +51,30 @@ def prepare(subject: Subject, args: argparse.Namespace) -> list[Batch]:
 
 
 def run(subject: Subject, plan: list[Batch]) -> Result:
-    """Mean losses with every kind of attention, over the same labels."""
+    """Mean losses with every kind of attention, over the same labels. Raises EvalError where they are not numbers."""
 
     def measure(batches: list[Batch]) -> list[dict[str, Any]]:
-        losses = [-float(subject.model.log_likelihoods(batch)[0].double().sum()) for batch in batches]
-        return [{"loss": loss, "count": batch.local_valid()} for loss, batch in zip(losses, batches, strict=True)]
+        (batch,) = batches
+        loss = -float(subject.model.log_likelihoods(batch)[0].double().sum())
+        return [{"loss": loss, "count": batch.local_valid()}]
 
     found = {}
+    workers = replace(subject.workers, batch_tokens=1)  # a row each: who shares experts makes as many passes as others
     for attention in subject.attentions:
         subject.model.use(attention)
         items = [
             Item(subject.key("validation_loss", subject.corpus.fingerprint, number), len(batch.input_ids), batch)
             for number, batch in enumerate(plan)
         ]
-        measured = subject.workers.run(f"validation_loss, {attention}", items, measure)
+        measured = workers.run(f"validation_loss, {attention}", items, measure)
         sums, counts = (np.array([entry[key] for entry in measured]) for key in ("loss", "count"))
-        found[attention] = Estimate.of(sums, counts).to_dict()
+        estimate = Estimate.of(sums, counts)
+        if not np.isfinite(estimate.mean):
+            raise EvalError(
+                f"validation_loss: the loss is not a number; the weights of {subject.checkpoint} are damaged, or no "
+                f"row of {subject.corpus.folder} has labels"
+            )
+        found[attention] = estimate.to_dict()
     return {
         "rows": [
             {"name": name, "metric": "loss", "value": entry["loss"], "samples": len(plan)}

@@ -57,7 +57,9 @@ class RowTransfer:
 
     def wait(self) -> torch.Tensor:
         """Everybody's rows, in axis order. To be called once."""
-        return self._rows if self._journey is None else _Arrive.apply(self._rows, self._journey)
+        rows = self._rows
+        del self._rows  # as in UnderWay
+        return rows if self._journey is None else _Arrive.apply(rows, self._journey)
 
 
 @dataclass

@@ -1,19 +1,27 @@
 """The held-out loss is that of training's validation, for every objective; what else runs encoder-decoders."""
 
 import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from evals import __main__ as program
+from evals import validation_loss
+from evals.cli import EvalError
 from evals.report import missing_section
 from evals.runs import read_run
+from evals.work import Workers, item_key
 from neomoba_dist.checkpoint.load import load_model
 from neomoba_dist.data.check import open_corpus
 from neomoba_dist.data.validation import validation_batches
 from neomoba_dist.errors import MISTAKE
 from neomoba_dist.model.attention.layer import set_full_attention
+from neomoba_dist.parallel.mesh import Mesh
 from tests.corpora import make_corpus
 from tests.evals.runs import LENGTH, make_config, write_run
 
@@ -49,6 +57,35 @@ def test_it_is_the_loss_of_validation(
         assert row["value"] == pytest.approx(losses / result["tokens"], rel=1e-6)
     assert result["rows"][0]["value"] != result["rows"][1]["value"]
     assert f"{result['rows'][0]['value']:.4f}" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class CountedWorkers(Workers):
+    """Rows that are measured in one round, which must be as many for all who share experts."""
+
+    def _measured(self, measure: Any, values: list[Any]) -> list[dict[str, Any]]:
+        assert len(values) == 1
+        return super()._measured(measure, values)
+
+
+def test_rounds_of_one_row_no_folder_for_plans_and_a_broken_model(pair_run: Path, tmp_path: Path) -> None:
+    config = read_run(pair_run).config
+    cache = tmp_path / "cache"
+    subject: Any = SimpleNamespace(
+        config=replace(config, data=replace(config.data, cache=str(cache))),
+        corpus=open_corpus(Path(str(config.data.validation))),
+        checkpoint=pair_run,
+        attentions=["full"],
+        key=item_key,
+        workers=CountedWorkers(Mesh.single()),
+        model=SimpleNamespace(use=lambda kind: None, log_likelihoods=lambda batch: (-torch.ones(batch.local_valid()),)),
+    )
+    plan = validation_loss.prepare(subject, Namespace(validation_rows=3, limit=None))
+    assert not cache.exists()
+    assert validation_loss.run(subject, plan)["rows"][0]["value"] == 1.0
+    subject.model.log_likelihoods = lambda batch: (torch.full((1,), torch.nan),)
+    with pytest.raises(EvalError, match=r"validation_loss: the loss is not a number; the weights of .* are damaged"):
+        validation_loss.run(subject, plan)
 
 
 def test_other_tasks_do_not_run_an_encoder_decoder(

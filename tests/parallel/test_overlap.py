@@ -15,7 +15,7 @@ from neomoba_dist.model.moe.layer import moe_layers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import column_linear
-from neomoba_dist.parallel.transfers import RingTransfer, UnderWay
+from neomoba_dist.parallel.transfers import RingTransfer, RowTransfer, UnderWay
 from tests.expert_parallel import moe_model
 from tests.parallel.test_context_attention import ONE, Case, rank_results
 from tests.ranks import run_ranks
@@ -104,6 +104,14 @@ def test_the_shared_expert_beside_rows_and_their_gradients() -> None:
     forward = ["exchange", "exchange", "shared expert", "exchange is there", "exchange"]
     backward = ["exchange", "exchange", "gradient of down", "gradient of gate_up", "exchange is there"]
     assert run_ranks(2, expert_rank) == [forward + backward] * 2
+
+
+def test_rows_that_have_arrived_are_held_by_no_transfer() -> None:
+    """The experts keep theirs until they are done."""
+    rows = torch.ones(2, 1)
+    transfer = RowTransfer(rows, Mesh.single(), "ep", [2], [2])
+    assert transfer.wait() is rows
+    assert not any(isinstance(value, torch.Tensor) for value in vars(transfer).values())
 
 
 def context_rank(ranks: int, kind: str, strategy: str, transfers: type) -> list[bool]:
