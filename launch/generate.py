@@ -176,6 +176,11 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else tokenizer_of(reader)
     if tokenizer is None:
         raise ConfigError(f"{reader.folder}: its tokenizer is not here; name its folder with --tokenizer")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {arguments.tokenizer}: has {tokenizer.vocab_size} ids, the model only "
+            f"{config.model.vocab_size}; give the one that the model was trained with"
+        )
     template = chat_template_of(reader, tokenizer, arguments.tokenizer) if arguments.chat else None
     if arguments.chat and template is None:
         raise ConfigError(

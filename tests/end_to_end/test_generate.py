@@ -78,6 +78,8 @@ def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: py
     short = write_run(tmp_path / "short", learned)
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "user"}]}\n')
+    large = tmp_path / "vocab.txt"
+    large.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("w{}".format, range(9000))]))
     capsys.readouterr()
     for words, message in (
         ((encoder,), 'neomoba.model.objective "mlm" does not continue text'),
@@ -92,6 +94,7 @@ def test_what_is_wrong_takes_one_line(corpus: Corpus, tmp_path: Path, capsys: py
         ((short, "--chat"), "--chat: no chat template beside the tokenizer of"),
         ((short, "--prompt-file", chats), 'give one {"prompt": "..."} a line (KeyError(\'prompt\'))'),
         ((short, "--prompt-file", chats, "--chat"), "a message without 'role' or 'content'"),
+        ((short, "--tokenizer", large), "vocab.txt: has 9005 ids, the model only "),
         ((short, "--tp", "2"), "--tp 2 takes 2 ranks or a multiple, this launch has 1"),
     ):
         assert main(["--prompt", PROMPT, "--checkpoint", *map(str, words)]) == MISTAKE
