@@ -25,7 +25,7 @@ from launch.pretrain import command_parser, leave
 from neomoba_dist.errors import exit_code_of
 
 if TYPE_CHECKING:
-    from neomoba_dist.config import ModelConfig
+    from neomoba_dist.config import Config, ModelConfig
     from neomoba_dist.data.chat import ChatTemplate
     from neomoba_dist.data.tokenizer import Tokenizer
 
@@ -120,11 +120,12 @@ class Prompts(NamedTuple):
     sources: list[list[int]] | None = None
 
 
-def encode_gaps(records: list[dict[str, Any]], tokenizer: "Tokenizer") -> Prompts:
+def encode_gaps(records: list[dict[str, Any]], tokenizer: "Tokenizer", config: "Config") -> Prompts:
     """Prompts of an encoder-decoder: its encoder reads them, its decoder begins as in training. Raises DataError."""
     from neomoba_dist.data.span_corruption import encode_source
 
-    encoded = [encode_source(tokenizer, record["prompt"]) for record in records]
+    needed = config.corrupted_lengths.sentinels
+    encoded = [encode_source(tokenizer, record["prompt"], needed) for record in records]
     return Prompts(
         [[tokenizer.special.padding]] * len(records), [end for _, end in encoded], [source for source, _ in encoded]
     )
@@ -187,7 +188,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"--chat: no chat template beside the tokenizer of {reader.folder}; name a folder that has both with "
             "--tokenizer, or leave --chat out"
         )
-    prompts = encode_gaps(records, tokenizer) if encoder_decoder else encode_prompts(records, tokenizer, template)
+    prompts = (
+        encode_gaps(records, tokenizer, config) if encoder_decoder else encode_prompts(records, tokenizer, template)
+    )
     longest = max(map(len, prompts.sources or prompts.ids))
     check_length(config.model, longest, 0 if encoder_decoder else arguments.max_new_tokens)
     join_world()

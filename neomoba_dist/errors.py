@@ -19,18 +19,26 @@ class UserError(Exception):
     on_all_ranks = False  # whether every rank of the job raises it, so that one of them may speak for all
 
 
+NOT_AS_NAMED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 def exit_code_of(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Runs a command that does not train. interrupted: what is said at Ctrl-C.
 
-    Ranks that have met find the same mistakes: the first of them says what is wrong.
+    Ranks that have met find the same mistakes, and the first of them says what is wrong; of what failed, each says its
+    own.
     """
     try:
         return command() or 0
-    except (UserError, OSError) as error:
-        said, code = f"error: {error}", getattr(error, "exit_code", MISTAKE)
+    except UserError as error:
+        said, code, alone = f"{error}", error.exit_code, error.exit_code == FAILED and not error.on_all_ranks
+    except OSError as error:  # a full disk, say, need not be full the next time
+        said, code, alone = f"{error}", MISTAKE if isinstance(error, NOT_AS_NAMED) else FAILED, True
     except KeyboardInterrupt:
-        said, code = interrupted, CANCELLED
-    dist = sys.modules.get("torch.distributed")  # not imported for this: most mistakes are found before
-    if dist is None or not dist.is_initialized() or dist.get_rank() == 0:
-        print(said, file=sys.stderr, flush=True)
+        said, code, alone = interrupted, CANCELLED, False
+    dist = sys.modules.get("torch.distributed")  # not imported for this: most mistakes are found before ranks meet
+    rank = dist.get_rank() if dist is not None and dist.is_initialized() else 0
+    start = "" if code == CANCELLED else "error: "
+    if rank == 0 or alone:
+        print(f"{start}{f'rank {rank}: ' if rank else ''}{said}", file=sys.stderr, flush=True)
     return code

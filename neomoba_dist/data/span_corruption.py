@@ -92,28 +92,42 @@ def _choose(words: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(words, kind="stable")[:count])
 
 
-def encode_source(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+def encode_source(tokenizer: Tokenizer, text: str, needed: int) -> tuple[list[int], int | None]:
     """Ids of a text that is to be filled in, as a document with dropped spans, and the id of the sentinel after those
     that stand in it, with which what is written ends; None where the tokenizer has no more.
 
-    A space before a sentinel belongs to the span, because tokens begin with their space. DataError without a sentinel.
+    needed: sentinels of the training rows, which tell how they are named. A space before a sentinel belongs to the
+    span, because tokens begin with their space. DataError for a text without sentinels or with one twice.
     """
-    named = [name for name in SENTINEL_NAMES if tokenizer.id_of(name.format(0)) is not None]
-    for name in named:
-        before, after = map(re.escape, name.split("{}"))
-        first, *rest = re.split(rf" ?{before}(\d+){after}", text)
-        ids, numbers = tokenizer.encode(first), rest[::2]
-        for number, piece in zip(numbers, rest[1::2], strict=True):
-            sentinel = tokenizer.id_of(name.format(number))
-            if sentinel is None:
-                raise DataError(f"{name.format(number)}: the tokenizer has no such sentinel; use lower numbers")
-            ids += [sentinel, *tokenizer.encode(piece)]
-        if numbers:
-            return tokenizer.wrap_document(ids), tokenizer.id_of(name.format(1 + max(map(int, numbers))))
-    if not named:
-        raise DataError(f"the tokenizer has no sentinels ({SENTINEL_NAMES[0].format(0)}, ...); give the model's own")
+    name = next((name for name in SENTINEL_NAMES if len(_sentinels(tokenizer, name, needed)) == needed), None)
+    if name is None:
+        raise DataError(
+            f"the tokenizer has no {needed} sentinels ({SENTINEL_NAMES[0].format(0)}, ...); give the model's"
+        )
+    before, after = map(re.escape, name.split("{}"))
+    first, *rest = re.split(rf" ?{before}(\d+){after}", text)
+    ids, numbers = tokenizer.encode(first), rest[::2]
     start = text if len(text) <= 40 else text[:40] + "..."
-    raise DataError(f"prompt {start!r}: write {named[0].format(0)}, {named[0].format(1)}, ... where text is missing")
+    if not numbers:
+        raise DataError(f"prompt {start!r}: write {name.format(0)}, {name.format(1)}, ... where text is missing")
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"prompt {start!r}: a sentinel stands twice; number them {name.format(0)}, {name.format(1)}, ..."
+        )
+    for number, piece in zip(numbers, rest[1::2], strict=True):
+        sentinel = tokenizer.id_of(name.format(number))
+        if sentinel is None:
+            raise DataError(f"{name.format(number)}: the tokenizer has no such sentinel; use lower numbers")
+        ids += [sentinel, *tokenizer.encode(piece)]
+    return tokenizer.wrap_document(ids), tokenizer.id_of(name.format(1 + max(map(int, numbers))))
+
+
+def _sentinels(tokenizer: Tokenizer, name: str, most: int) -> list[int]:
+    """Ids of the first ones of a name, up to `most`."""
+    ids: list[int] = []
+    while len(ids) < most and (token_id := tokenizer.id_of(name.format(len(ids)))) is not None:
+        ids.append(token_id)
+    return ids
 
 
 def find_sentinels(tokenizer: Tokenizer, needed: int, length: int, corpus: str) -> np.ndarray:
@@ -123,9 +137,7 @@ def find_sentinels(tokenizer: Tokenizer, needed: int, length: int, corpus: str) 
     """
     most: list[int] = []
     for name in SENTINEL_NAMES:
-        ids: list[int] = []
-        while len(ids) < needed and (token_id := tokenizer.id_of(name.format(len(ids)))) is not None:
-            ids.append(token_id)
+        ids = _sentinels(tokenizer, name, needed)
         if len(ids) == needed:
             return np.array(ids, np.int64)
         most = max(most, ids, key=len)

@@ -178,7 +178,7 @@ def test_fills_gaps_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = ["--checkpoint", str(folder), "--max_new_tokens", "6"]
     capsys.readouterr()
     assert main([*words, "--prompt-file", str(tmp_path / "in.jsonl"), "--output", str(output)]) == 0
-    sources, ends = zip(*(encode_source(tokenizer, text) for text in texts), strict=True)
+    sources, ends = zip(*(encode_source(tokenizer, text, 2) for text in texts), strict=True)
     assert list(ends) == [tokenizer.id_of(f"<extra_id_{number}>") for number in (2, 1, 1)]
     stage = Stage.of(load_model(folder, dtype=torch.float32)[0])
     starts = [[tokenizer.special.padding]] * 3

@@ -227,15 +227,19 @@ def test_sentinels_of_trained_tokenizers(tmp_path: Path, kind: str) -> None:
 def test_a_text_with_gaps_is_read_as_a_document_without_spans(tmp_path: Path, kind: str) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, kind, sentinels=6))
     encode, (head, tail) = tokenizer.encode, tokenizer.document_borders
-    assert encode_source(tokenizer, "import <extra_id_0> as f\nf(<extra_id_1>)") == (
+    assert encode_source(tokenizer, "import <extra_id_0> as f\nf(<extra_id_1>)", 6) == (
         [*head, *encode("import"), 5, *encode(" as f\nf("), 6, *encode(")"), *tail],
         7,
     )
-    assert encode_source(tokenizer, "<extra_id_5>") == ([*head, 10, *tail], None), "the tokenizer's last one"
+    assert encode_source(tokenizer, "<extra_id_5>", 6) == ([*head, 10, *tail], None), "the tokenizer's last one"
     with pytest.raises(DataError, match="<extra_id_6>: the tokenizer has no such sentinel"):
-        encode_source(tokenizer, "a <extra_id_6>")
+        encode_source(tokenizer, "a <extra_id_6>", 6)
     with pytest.raises(DataError, match=r"prompt 'a \[unused0\]': write <extra_id_0>, <extra_id_1>, \.\.\. where text"):
-        encode_source(tokenizer, "a [unused0]")
+        encode_source(tokenizer, "a [unused0]", 6)
+    with pytest.raises(DataError, match="a sentinel stands twice"):
+        encode_source(tokenizer, "<extra_id_0> a <extra_id_0>", 6)
+    with pytest.raises(DataError, match="the tokenizer has no 7 sentinels"):
+        encode_source(tokenizer, "a <extra_id_0>", 7)
     without = load_tokenizer(make_tokenizer(tmp_path / "without", "byte_bpe"))
-    with pytest.raises(DataError, match="the tokenizer has no sentinels"):
-        encode_source(without, "a <extra_id_0>")
+    with pytest.raises(DataError, match="the tokenizer has no 2 sentinels"):
+        encode_source(without, "a <extra_id_0>", 2)
