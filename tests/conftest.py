@@ -4,14 +4,18 @@ import gc
 import os
 import threading
 from collections.abc import Generator
+from contextlib import suppress
 
 import pytest
-from tqdm import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# its own lock is one for all forked processes, and a rank that a test kills while it holds it would hang all later ones
-tqdm.set_lock(threading.RLock())
+# tqdm's own lock is one for all forked processes, and a rank that a test kills while it holds it would hang all later
+# ones; the tests of kernels run where there is no tqdm
+with suppress(ImportError):
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 # files of few tests that take minutes: last in line, they would leave one of two workers idle

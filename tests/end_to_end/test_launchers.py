@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from neomoba_dist.errors import MISTAKE
 from tests.programs import ROOT
 from tests.runs import run_config
 
@@ -101,7 +102,7 @@ def test_ranks_that_would_each_work_alone_are_refused(tmp_path: Path) -> None:
         *(sys.executable, *words, "--output", tmp_path / "corpus"), OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"
     )
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    assert process.returncode == MISTAKE
     assert output.splitlines()[-1].startswith("error: 2 processes were started, but mpi4py runs on MPICH Version: 5")
     assert not (tmp_path / "corpus").exists()
 
