@@ -11,6 +11,7 @@ import torch
 
 from data_tools.run_rows import find_step, read_rows
 from neomoba_dist.config import Config, parse_config
+from neomoba_dist.errors import MISTAKE
 from neomoba_dist.train.engine import Engine
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 from tests.corpora import make_corpus
@@ -86,7 +87,7 @@ def test_text_is_shown(run: tuple[Path, Rows]) -> None:
 
 def fails(*words: object) -> str:
     done = run_program("-m", "data_tools.inspect_shards", *words)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (MISTAKE, "", 1), done.stderr
     return done.stderr
 
 
