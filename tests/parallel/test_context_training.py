@@ -1,4 +1,4 @@
-"""Context parallelism in training: phase 3 at 32k tokens, and one sequence of 131,072 tokens within 4 GiB per rank."""
+"""Context parallelism in training: phase 3 at 32k tokens, and one sequence of 131,072 tokens in 3.5 GiB per rank."""
 
 import resource
 from dataclasses import replace
@@ -48,7 +48,8 @@ def test_phase_3(length: int, tmp_path: Path) -> None:
 
 
 def long_rank(tokens: int, steps: int) -> tuple[list[float], int]:
-    """Losses of some optimizer steps on one sequence, and the most bytes that this process ever held."""
+    """Losses of some optimizer steps on one sequence, and the most bytes that this process held for them."""
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the parent, which may have run many tests
     model = {name: value for name, value in vars(MODEL).items() if name != "max_position_embeddings"}
     config = build(
         {
@@ -63,7 +64,7 @@ def long_rank(tokens: int, steps: int) -> tuple[list[float], int]:
     engine.set_full_attention(False)
     batch = long_batch(tokens)
     losses = [engine.update([replace(batch)], 1e-2).loss for _ in range(steps)]
-    return losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return losses, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began) * 1024
 
 
 def check_long(tokens: int, steps: int) -> None:
@@ -72,7 +73,7 @@ def check_long(tokens: int, steps: int) -> None:
     for losses, peak in results:
         assert losses == results[0][0]
         assert losses[-1] < losses[0] - 0.05
-        assert tokens < 131072 or peak < 4 * 2**30
+        assert tokens < 131072 or peak < 3.5 * 2**30
 
 
 def test_one_sequence_of_8k_tokens_over_four_ranks() -> None:
