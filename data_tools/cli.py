@@ -52,7 +52,7 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(main: Callable[[Sequence[str]], int | None], *, resumes: bool = False) -> NoReturn:
+def run(main: Callable[[Sequence[str]], None], *, resumes: bool = False) -> NoReturn:
     """Runs a command on the program's arguments; bad input ends it with one line and exit code 2.
 
     resumes: what a run that is interrupted tells of the next one.

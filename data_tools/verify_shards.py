@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.cli import command_parser, progress, run
 from neomoba_dist.data.errors import DataError
-from neomoba_dist.errors import FAILED
+from neomoba_dist.errors import FailedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,8 +142,8 @@ def corpus_problems(folder: Path) -> Iterator[str]:
             bar.update(entry.bytes)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command. FAILED where a folder has problems."""
+def main(argv: Sequence[str]) -> None:
+    """The command."""
     parser = command_parser("verify_shards", __doc__)
     parser.add_argument("folder", type=Path, nargs="+", help="folder of shards")
     args = parser.parse(argv)
@@ -154,11 +153,8 @@ def main(argv: Sequence[str]) -> int:
             found += 1
             print(problem, flush=True)
     if found:
-        line = f"error: {found} problems; restore the files or run data_tools.tokenize_corpus with --overwrite"
-        print(line, file=sys.stderr)
-        return FAILED
+        raise FailedError(f"{found} problems; restore the files or run data_tools.tokenize_corpus with --overwrite")
     print("all shards are as the index says")
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import EvalError, FailedError, positive_int, print_table, write_json
+from evals.cli import EvalError, positive_int, print_table, write_json
 from evals.grid import GRIDS, ROOT, Grid, grid_names, read_grid
 from neomoba_dist.config import Config, load_config
+from neomoba_dist.errors import FailedError
 
 if TYPE_CHECKING:
     from evals.runs import Run

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from data_tools.cli import natural_int as natural_int
 from data_tools.cli import positive_int as positive_int
-from neomoba_dist.errors import FAILED, UserError
+from neomoba_dist.errors import UserError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -21,12 +21,6 @@ Number = TypeVar("Number", int, float)
 
 class EvalError(UserError):
     """An evaluation that cannot be run: one line that names the flag or file and what to do."""
-
-
-class FailedError(EvalError):
-    """What a command started did not end well; perhaps it does the next time."""
-
-    exit_code = FAILED
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in the other launch files
 
-from neomoba_dist.errors import FAILED, exit_code_of
+from neomoba_dist.errors import FAILED, FailedError, exit_code_of
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -129,8 +129,7 @@ def convert(arguments: argparse.Namespace) -> int:
         print(describe(reader))
     elif arguments.verify:
         if problem := find_damage(reader.folder):
-            print(f"error: {problem}", file=sys.stderr)
-            return FAILED
+            raise FailedError(problem)
         known = "all files are there (version 1 has no checksums)" if reader.index["version"] == 1 else "whole"
         print(f"{reader.folder}: {known}")
     elif arguments.diff is not None:

@@ -282,14 +282,9 @@ def start_talking(rank: int, quiet: bool, verbose: bool) -> None:
 
 def _is_mistake(error: Exception) -> bool:
     """Whether a second attempt is sure to fail alike, unlike what happens to one rank while all work together."""
-    from neomoba_dist.checkpoint.layout import CheckpointError, ReadError
-    from neomoba_dist.data.errors import DataError
-
-    if isinstance(error, ReadError):
+    if not isinstance(error, UserError) or error.exit_code != MISTAKE:
         return False
-    if isinstance(error, ConfigError):
-        return True
-    return isinstance(error, DataError | CheckpointError) and (error.on_all_ranks or not _ranks_have_met())
+    return isinstance(error, ConfigError) or error.on_all_ranks or not _ranks_have_met()
 
 
 def _ranks_have_met() -> bool:

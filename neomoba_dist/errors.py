@@ -19,6 +19,12 @@ class UserError(Exception):
     on_all_ranks = False  # whether every rank of the job raises it, so that one of them may speak for all
 
 
+class FailedError(UserError):
+    """What a command started did not end well, or a check found what it looks for."""
+
+    exit_code = FAILED
+
+
 NOT_AS_NAMED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 

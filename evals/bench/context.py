@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.cli import FailedError, list_of, positive_int, print_table, progress, write_json
+from evals.cli import list_of, positive_int, print_table, progress, write_json
+from neomoba_dist.errors import FailedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

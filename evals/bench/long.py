@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from evals.bench._processor import processor_name
-from evals.cli import FailedError, positive_int, write_json
+from evals.cli import positive_int, write_json
+from neomoba_dist.errors import FailedError
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

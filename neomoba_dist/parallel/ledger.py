@@ -5,13 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from neomoba_dist.errors import FAILED, UserError
+from neomoba_dist.errors import FailedError
 
 
-class CommunicationError(UserError, RuntimeError):
+class CommunicationError(FailedError, RuntimeError):
     """A collective failed or timed out; the message names the operation, the axis and the ranks."""
-
-    exit_code = FAILED
 
 
 @dataclass

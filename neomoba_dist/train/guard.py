@@ -19,7 +19,7 @@ from torch import nn
 
 from neomoba_dist.config import ConfigError
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.errors import UserError
+from neomoba_dist.errors import FailedError
 from neomoba_dist.model.init import ShardedTensorSpec, views_of
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.parallel.comm import all_gather, all_gather_objects
@@ -29,7 +29,7 @@ from neomoba_dist.parallel.mesh import Mesh
 SHOWN = 8  # ranks, keys or tensors that a line names
 
 
-class DisagreementError(UserError):
+class DisagreementError(FailedError):
     """Ranks differ in what they must have alike."""
 
     on_all_ranks = True

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neomoba_dist.config import Config
-from neomoba_dist.errors import UserError
+from neomoba_dist.errors import FailedError
 
 METRICS_FILE = "metrics.jsonl"
 NO_CURVES = ("tokens_per_expert", "row_ids", "rank_seconds")  # lists that are not one number per layer
@@ -19,7 +19,7 @@ MOST_CURVES = 16  # layers that TensorBoard and W&B show; of deeper models an ev
 ROUTING_LISTS = ("kl_to_uniform", "max_violation", "router_entropy")  # one number per layer with experts
 
 
-class RunLogError(UserError):
+class RunLogError(FailedError):
     """The log cannot be written; the message is one line."""
 
 

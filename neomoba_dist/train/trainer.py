@@ -18,7 +18,7 @@ from neomoba_dist.config import Config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.data.examples import ExampleStream
 from neomoba_dist.data.stream import UpdateStream
-from neomoba_dist.errors import UserError
+from neomoba_dist.errors import FailedError
 from neomoba_dist.parallel.comm import on_first_rank, sum_together
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.bad_steps import StepJudge
@@ -38,7 +38,7 @@ from neomoba_dist.train.stragglers import EVERY, Stragglers, straggler_line
 INTERRUPTED_FILE = "INTERRUPTED"
 
 
-class TrainingError(UserError):
+class TrainingError(FailedError):
     """Training cannot go on; the message is one line that says why and from where to go on."""
 
 
