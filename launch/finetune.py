@@ -174,7 +174,7 @@ def finetune(
     from neomoba_dist.checkpoint.resume import Candidates, check_resume, require_whole_weights
     from neomoba_dist.data.examples import ExampleStream
     from neomoba_dist.parallel.comm import any_rank, on_first_rank
-    from neomoba_dist.train.engine import FlatEngine
+    from neomoba_dist.train.engines import FlatEngine
     from neomoba_dist.train.finetune import FinetuneTrainer, split_outputs, write_predictions
     from neomoba_dist.train.text_scores import predictions
 

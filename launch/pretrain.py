@@ -129,7 +129,7 @@ def train(arguments: argparse.Namespace, config: Config, world_size: int, build:
         path = arguments.init_from
         start = UpcycledReader(path, config) if arguments.upcycle else open_checkpoint(path)
 
-    from neomoba_dist.train.engine import build_engine
+    from neomoba_dist.train.engines import build_engine
     from neomoba_dist.train.guard import require_equal_start, versions
     from neomoba_dist.train.health import watched
     from neomoba_dist.train.memory import memory_explained

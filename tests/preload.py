@@ -14,7 +14,7 @@ import megatron.core.tensor_parallel
 import numpy as np
 import torch.utils.tensorboard
 
-import neomoba_dist.train.engine
+import neomoba_dist.train.engines
 from neomoba_dist.data.pack import Packing, plan_rows
 
 for method in ("best_fit", "concat"):

@@ -12,7 +12,8 @@ from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.assemble import build_stream, build_validation, open_corpora
-from neomoba_dist.train.engine import Engine, build_engine
+from neomoba_dist.train.engine import Engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 from neomoba_dist.train.rehearsal import rehearse
 from neomoba_dist.train.trainer import Trainer

@@ -79,9 +79,9 @@ def model_stages(config: Any, plan: Any, mesh: Any, scratch: Path) -> None:
 
     from neomoba_dist.checkpoint.layout import KINDS
     from neomoba_dist.checkpoint.write import write_fragments
-    from neomoba_dist.train import engine as module
+    from neomoba_dist.train.engines import FlatEngine, PipelineParallelEngine
 
-    kind: Any = module.PipelineParallelEngine if mesh["pp"].size > 1 else module.FlatEngine
+    kind: Any = PipelineParallelEngine if mesh["pp"].size > 1 else FlatEngine
 
     class Measured(kind):
         def _build_module(self) -> Any:
@@ -118,7 +118,7 @@ def main(words: list[str]) -> None:
         import numpy as np
         import torch
 
-        import neomoba_dist.train.engine  # noqa: F401
+        import neomoba_dist.train.engines  # noqa: F401
         from neomoba_dist.data.pack import Packing, plan_rows
 
         torch.set_num_threads(1)

@@ -181,7 +181,7 @@ def print_comparison(found: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     try:
-        from neomoba_dist.train.engine import build_engine
+        from neomoba_dist.train.engines import build_engine
     except ImportError as error:
         raise EvalError(f"training steps need DeepSpeed ({error}); install requirements.txt") from error
     import torch

@@ -32,7 +32,8 @@ from neomoba_dist.model.init import Initializer, views_of
 from neomoba_dist.model.neobert import Head
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.parallel.tensor import enter_tensor_parallel
-from neomoba_dist.train.engine import Engine, FlatEngine, PipelineParallelEngine
+from neomoba_dist.train.engine import Engine
+from neomoba_dist.train.engines import FlatEngine, PipelineParallelEngine
 from neomoba_dist.train.fragments import by_part
 
 

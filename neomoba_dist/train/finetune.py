@@ -22,7 +22,7 @@ from neomoba_dist.model.text_heads import SCORE_UNIT
 from neomoba_dist.parallel.comm import all_gather_objects
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.bad_steps import StepJudge
-from neomoba_dist.train.engine import FlatEngine
+from neomoba_dist.train.engines import FlatEngine
 from neomoba_dist.train.health import Watchdog
 from neomoba_dist.train.text_scores import scores
 from neomoba_dist.train.trainer import Trainer

@@ -176,7 +176,7 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
     buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
-    # stage 1 fills it with the sums, stage 2 as `engine._average_in` has it
+    # stage 1 fills it with the sums, stage 2 as `gradient_sums.average_in` has it
     buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
     step = matrix_memory(mesh, stage, number) + (0 if _adds_in_place(config) else 4 * largest)
     if number == 3:  # gathered weights stay until as many others have been used as may live

@@ -21,7 +21,7 @@ from neomoba_dist.checkpoint.verify import find_damage
 from neomoba_dist.config import Config
 from neomoba_dist.model.init import ShardedTensorSpec
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.ranks import run_ranks
 from tests.runs import build_mesh, run_config, train_here
 

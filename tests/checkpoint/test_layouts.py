@@ -13,7 +13,7 @@ from neomoba_dist.checkpoint.layout import KINDS
 from neomoba_dist.checkpoint.load import CheckpointReader, load_model
 from neomoba_dist.config import Config
 from neomoba_dist.model.init import views_of
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.equivalence import Pieces, assemble, state_pieces
 from tests.ranks import run_ranks
 from tests.runs import build_mesh, metrics, run_config, train_here

@@ -9,7 +9,7 @@ import torch
 from neomoba_dist.checkpoint.layout import CheckpointError
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.checkpoint.test_layouts import assert_goes_on
 from tests.checkpoint.test_resume import folder_state
 from tests.ranks import run_ranks

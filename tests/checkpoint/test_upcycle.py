@@ -15,7 +15,7 @@ from neomoba_dist.config import Config
 from neomoba_dist.model.init import views_of
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.equivalence import Pieces, assemble, pieces, state_pieces
 from tests.models import tiny_batch
 from tests.ranks import run_ranks

@@ -41,6 +41,7 @@ def main(changes: list[str]) -> None:
     from neomoba_dist.parallel.launcher import initialize_process_group, map_launcher_environment
     from neomoba_dist.parallel.mesh import Mesh
     from neomoba_dist.train import engine as module
+    from neomoba_dist.train.engines import build_engine
 
     small = ["num_hidden_layers=3", "hidden_size=256", "num_attention_heads=4", "intermediate_size=512"]
     small += ["hybrid_layer_count=1", "moba_block_size=128", "max_position_embeddings=2048"]
@@ -50,7 +51,7 @@ def main(changes: list[str]) -> None:
     map_launcher_environment()
     mesh = Mesh.build(config.parallel, initialize_process_group())
     plan = config.plan(1)
-    engine = module.build_engine(config, plan, mesh)
+    engine = build_engine(config, plan, mesh)
     engine.set_full_attention(config.phase.full_attention_fraction == 1)
     batches = random_batches(config, plan)
     assert len(batches) == 2

@@ -16,7 +16,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import Engine, UpdateResult, build_engine
+from neomoba_dist.train.engine import Engine, UpdateResult
+from neomoba_dist.train.engines import build_engine
 from tests.equivalence import Pieces, assemble, assert_same, state_pieces
 from tests.parallel.test_engines import LAYOUTS, RATE, make_config, plain_loop, reference, updates
 from tests.ranks import run_ranks

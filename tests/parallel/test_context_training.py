@@ -11,7 +11,7 @@ import torch
 from evals.bench._context_rank import MODEL, long_batch
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.train.assemble import build_stream, open_corpora
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.configs import build
 from tests.ranks import run_ranks
 from tests.runs import build_mesh, metrics, run_config, train_here

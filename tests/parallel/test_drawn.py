@@ -9,7 +9,7 @@ import torch
 
 from neomoba_dist.config import Config
 from neomoba_dist.model import init
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.parallel.test_engines import make_config
 from tests.ranks import run_ranks
 from tests.runs import build_mesh

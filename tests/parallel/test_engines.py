@@ -23,7 +23,7 @@ from neomoba_dist.model.moe.layer import saved_buffers
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.compiled import compile_summary
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.expert_groups import update_biases
 from neomoba_dist.train.guard import code_fingerprint
 from neomoba_dist.train.layer_stats import LayerStatistics

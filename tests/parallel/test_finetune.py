@@ -18,7 +18,7 @@ from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.model.text_heads import HEAD_NAME
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import FlatEngine
+from neomoba_dist.train.engines import FlatEngine
 from neomoba_dist.train.finetune import split_outputs
 from neomoba_dist.train.optim import parameter_groups
 from tests.equivalence import Pieces, assemble, assert_same, pieces, state_pieces

@@ -15,7 +15,7 @@ from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.equivalence import Pieces, assemble, pieces, state_pieces
 from tests.models import LENGTH, tiny_batch
 from tests.parallel.test_engines import make_config

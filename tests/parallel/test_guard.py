@@ -9,7 +9,7 @@ import torch
 
 from neomoba_dist.config import ConfigError, parse_config
 from neomoba_dist.model.init import shard_of
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.guard import DisagreementError, odd_ranks, require_agreement, require_equal_start, weight_sums
 from neomoba_dist.train.metrics import METRICS_FILE, read_metrics
 from neomoba_dist.train.trainer import Trainer

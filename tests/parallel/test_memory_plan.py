@@ -19,7 +19,7 @@ from neomoba_dist.parallel.mesh import Mesh
 from neomoba_dist.train.checkpoint_plan import stage_module
 from neomoba_dist.train.distill import build_distill_engine
 from neomoba_dist.train.distill_plan import PlannedTeacher
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.memory_plan import Beside, Stage, plan_memory
 from neomoba_dist.train.rehearsal import largest_batches
 from tests.evals.runs import write_run

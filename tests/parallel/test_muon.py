@@ -9,7 +9,7 @@ import torch
 
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.muon import Muon, orthogonalise, scaled_update
 from tests.equivalence import Pieces, assemble, state_pieces
 from tests.parallel.test_engines import LAYOUTS, RATE, check, make_config, updates

@@ -13,7 +13,7 @@ from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.comm import all_reduce
 from neomoba_dist.parallel.context_split import local_share
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.equivalence import Pieces, assemble, assert_same, pieces, state_pieces
 from tests.models import LENGTH, tiny_model
 from tests.pairs import PAIRS, pair_batch, pair_loss, with_counts

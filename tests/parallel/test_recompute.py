@@ -6,7 +6,7 @@ import torch.distributed as dist
 from neomoba_dist.config import Config
 from neomoba_dist.model.block import Block
 from neomoba_dist.train import recompute
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.planner import Planner
 from neomoba_dist.train.rehearsal import largest_batches
 from neomoba_dist.train.step_plan import Machine

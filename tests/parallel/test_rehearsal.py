@@ -8,7 +8,7 @@ import torch
 
 from neomoba_dist.config import Config
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from neomoba_dist.train.memory import OutOfMemoryError, memory_explained
 from neomoba_dist.train.rehearsal import largest_batches, rehearse
 from tests.faults.job import weights

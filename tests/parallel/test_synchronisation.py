@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
-from neomoba_dist.train.engine import build_engine
+from neomoba_dist.train.engines import build_engine
 from tests.parallel.test_engines import LAYOUTS, RATE, make_config, updates
 from tests.ranks import run_ranks
 from tests.runs import build_mesh

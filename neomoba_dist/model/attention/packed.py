@@ -103,7 +103,7 @@ def _ropes(
 
 
 def _sized_by_documents(placed: PlacedBlocks, cu_seqlens: Tensor) -> PlacedBlocks:
-    """For torch.compile, to which the number of borders may have been declared as one that changes (train/engine)."""
+    """For torch.compile, to which the number of borders may have been declared as one that changes (train/engines)."""
     if getattr(cu_seqlens, "_dynamo_weak_dynamic_indices", None):
         for tensor, dim in zip(placed, (1, 0, 0, 0), strict=True):
             if tensor is not None:

@@ -37,7 +37,7 @@ def test_one_graph_for_all_steps(name: str, objective: str) -> None:
         batch = tiny_batch(step, objective=objective)
         tail = batch.cu_seqlens[-1:].expand(4**step)
         batch = replace(batch, cu_seqlens=torch.cat((batch.cu_seqlens, tail)))
-        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # as train/engine.py does
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # as train/engines.py does
         losses = [model(batch)[0] for model in (plain, compiled)]
         for loss in losses:
             loss.backward()
