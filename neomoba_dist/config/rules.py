@@ -10,6 +10,7 @@ from typing import Final
 from neomoba_dist.config.attention import attention_problems
 from neomoba_dist.config.batch import nearest_multiples
 from neomoba_dist.config.context import FULL_STRATEGIES, MOBA_STRATEGIES, possible, ulysses_ranks
+from neomoba_dist.config.cuda_graphs import cuda_graphs
 from neomoba_dist.config.distill import distillation
 from neomoba_dist.config.encoder_decoder import encoder_decoder
 from neomoba_dist.config.errors import ConfigError
@@ -325,4 +326,5 @@ RULES: Final[tuple[Callable[[Config], Iterator[str]], ...]] = (
     checkpoints,
     finetuning,
     distillation,
+    cuda_graphs,
 )

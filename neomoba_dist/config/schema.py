@@ -216,10 +216,15 @@ class PhaseConfig:
     full_attention_schedule: Literal["tail", "interleave"] = "tail"
     recompute: Literal["none", "full", "selective", "auto"] = "none"
     recompute_every: Parts = 1
-    compile: Literal["auto", True, False] = "auto"
+    compile: Literal["auto", True, False, "cuda_graphs"] = "auto"
     allow_tf32: bool = True
     deterministic: bool = False
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 1234
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether layers are compiled and run by CUDA graphs."""
+        return self.compile == "cuda_graphs"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ and, by default, with MoBA in all but the last `hybrid_layer_count` layers (arXi
 Shape letters: T tokens, S tokens of this rank (T / tp under sequence parallelism), H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import nn
 from neomoba_dist.config import ModelConfig
 from neomoba_dist.config.text_tasks import HeadConfig
 from neomoba_dist.model.attention.packed import PackedTokens
-from neomoba_dist.model.block import BLOCKS, State
+from neomoba_dist.model.block import BLOCKS, Block, State
 from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions, OutputMatrix, vocab_parallel_cross_entropy
 from neomoba_dist.model.dropout import EmbeddingDropout, draws_of_tokens
 from neomoba_dist.model.init import Initializer, shard_of
@@ -282,6 +282,7 @@ class NeoBERT(nn.Module):
             self.dropout = dropout
             del blocks[0]
         self.blocks = nn.ModuleList(blocks)
+        self.run_block: Callable[[Block, State], State] = lambda block, state: block(state)  # or train.graphs
         self.head: Head | TextHead
         if text_head:
             self.head = head.cls(**head.kwargs)  # type: ignore[assignment]
@@ -293,7 +294,7 @@ class NeoBERT(nn.Module):
         of_pairs = (batch.token_type_ids, batch.pairs)
         state = self.first_state(batch, batch.row_ids, self.row_length, self.config, self.dropout, of_pairs)
         for block in self.blocks:
-            state = block(state)
+            state = self.run_block(cast(Block, block), state)
             yield state
 
     def first_state(

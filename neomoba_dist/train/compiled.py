@@ -26,7 +26,7 @@ def is_compiled(config: Config, mesh: Mesh) -> bool:
     ZeRO-3, whose hooks cut every layer to pieces, and fine-tuning, whose micro-batches have as many rows as texts fill.
     """
     if config.phase.compile != "auto":
-        return config.phase.compile
+        return bool(config.phase.compile)  # "cuda_graphs" too
     pretraining = config.finetune.tasks is None
     return mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neomoba_dist.config import BatchPlan, Config
-from neomoba_dist.data.batch import Batch
+from neomoba_dist.config import BatchPlan, Config, ConfigError
+from neomoba_dist.data.batch import LEAST_DOCUMENTS, Batch
 from neomoba_dist.model.attention.packed import PackedTokens
 from neomoba_dist.model.cross_entropy import EAGER, ChunkFunctions
 from neomoba_dist.model.dropout import draws_of_tokens
@@ -19,11 +19,25 @@ from neomoba_dist.parallel.mesh import DeepSpeedMPU, Mesh
 from neomoba_dist.parallel.pipeline import PIPELINE_SETTINGS, build_pipeline
 from neomoba_dist.train.compiled import compiled_chunks
 from neomoba_dist.train.engine import Engine
+from neomoba_dist.train.graphs import CapturedBlocks
 from neomoba_dist.train.losses import tokens_per_pair
 
 
 class FlatEngine(Engine):
     """pp = 1: the whole model in every process (but for tp), ZeRO 1, 2 or 3 over dp x cp."""
+
+    def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
+        if config.phase.cuda_graphs and mesh.device.type != "cuda":
+            raise ConfigError("neomoba.phase.compile cuda_graphs: there is no GPU here; set it to auto")
+        super().__init__(config, plan, mesh)
+        if config.phase.cuda_graphs:
+            self.capture_blocks()
+
+    def capture_blocks(self) -> None:
+        """From now on blocks run in training by graphs, each recorded when a step of its kind first needs it."""
+        assert isinstance(self.module, NeoBERT)
+        self.captured = CapturedBlocks(self.module.blocks, self.layer_statistics.sums)
+        self.module.run_block = self.captured
 
     def _build_module(self) -> nn.Module:
         build = MODELS[self.config.model.objective]
@@ -71,7 +85,8 @@ class FlatEngine(Engine):
 
     def _on_device(self, batch: Batch) -> Batch:
         """This rank's share, with no more document borders than are of use; a pipeline needs fixed shapes."""
-        local = self._local(batch.trimmed())
+        least = self.captured.documents if self.captured is not None and self.module.training else LEAST_DOCUMENTS
+        local = self._local(batch.trimmed(least))
         if self.compiled:
             for part in (local, local.encoder):
                 if part is not None:

@@ -17,7 +17,7 @@ from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import parts_of
 from neomoba_dist.model.neobert import Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.layer_memory import Tokens, block_memory, encoder_end_memory, head_memory
+from neomoba_dist.train.layer_memory import Held, Tokens, block_memory, encoder_end_memory, head_memory
 from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
 from neomoba_dist.train.optim import moments_of, parameter_groups
 
@@ -144,11 +144,12 @@ def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teach
     zero = zero_memory(config, mesh, stage)
     kept, passing = activation_memory(config, plan, mesh, stage)
     several = plan.gradient_accumulation_steps > 1
-    states = RankMemory(zero.weights + teacher.weights, zero.gradients, zero.optimizer, 0, 0)
+    graphs = graph_memory(config, mesh, stage)
+    states = RankMemory(zero.weights + teacher.weights, zero.gradients, zero.optimizer, graphs, 0)
     backward = replace(
         states,
         gradients=zero.gradients if several or config.zero_stage == 3 else 0,
-        activations=kept + teacher.kept,
+        activations=graphs + kept + teacher.kept,
         buffers=zero.buckets + passing + teacher.passing,
     )
     # the sum of earlier micro-batches, where these are not added to it in float32 as they are reduced
@@ -209,10 +210,35 @@ def _adds_in_place(config: Config) -> bool:
     return config.dtype_name != "float32" and config.gradient_dtype == "fp32" and config.zero_stage < 3
 
 
+def graph_memory(config: Config, mesh: Mesh, stage: Stage) -> int:
+    """Bytes of the memory of CUDA graphs (train/graphs.py), which nothing else can use: what blocks keep and hold in
+    passing, and what goes into each and comes out, for every kind of step."""
+    if not config.phase.cuda_graphs:
+        return 0
+    tokens, held = Tokens.of(config, mesh), blocks_memory(config, mesh, stage)
+    kinds = 2 if 0 < config.phase.full_attention_fraction < 1 else 1
+    hidden = tokens.element * tokens.between * config.model.hidden_size
+    # an input, an output and their gradients; blocks keep the input of one kind without graphs, too
+    states = stage.num_blocks * (4 * kinds - 1) * hidden
+    elements = sum(len(indices) * sum(p.numel() for p in block.parameters()) for block, indices in stage.blocks)
+    return round(held.kept + held.passing) + states + kinds * tokens.element * elements
+
+
+def blocks_memory(config: Config, mesh: Mesh, stage: Stage) -> Held:
+    """What the blocks of a stage keep of a micro-batch for its backward pass, and the most that one of these holds."""
+    phase, kept, passing = config.phase, 0.0, 0.0
+    for block, indices in stage.blocks:
+        ways = Counter(recompute_of(index, phase.recompute, phase.recompute_every) for index in indices)
+        for way, number in ways.items():
+            held = block_memory(block, config, mesh, Tokens.of_block(block, config, mesh), way)
+            kept, passing = kept + number * held.kept, max(passing, held.passing)
+    return Held(kept, passing)
+
+
 def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> tuple[int, int]:
     """Bytes that layers keep for backward passes, and the most that one of these holds beside them.
 
-    A pipeline stage keeps as many micro-batches as there are stages from it on.
+    A pipeline stage keeps as many micro-batches as there are stages from it on. Without blocks that run by graphs.
     """
     tokens, phase, pp = Tokens.of(config, mesh), config.phase, mesh["pp"]
     kept, passing = 0.0, 0.0
@@ -226,11 +252,9 @@ def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage)
         kept += encoder.between * config.model.hidden_size * (config.model.dropout > 0)
     if config.model.dropout and pp.index == 0:
         kept += tokens.between * config.model.hidden_size  # a byte each: which of the embedding are kept
-    for block, indices in stage.blocks:
-        ways = Counter(recompute_of(index, phase.recompute, phase.recompute_every) for index in indices)
-        for way, number in ways.items():
-            held = block_memory(block, config, mesh, Tokens.of_block(block, config, mesh), way)
-            kept, passing = kept + number * held.kept, max(passing, held.passing)
+    if not phase.cuda_graphs:
+        of_blocks = blocks_memory(config, mesh, stage)
+        kept, passing = kept + of_blocks.kept, of_blocks.passing
     if pp.size > 1:
         output = tokens.element * tokens.between * config.model.hidden_size
         kept = (kept + output) * min(pp.size - pp.index, plan.gradient_accumulation_steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,32 @@ SETTINGS = {
     "eager": ("neomoba.phase.compile=false",),
     "recomputed": ("neomoba.phase.recompute=full",),
     "full": ("neomoba.phase.full_attention_fraction=1",),
+    "graphs": ("neomoba.phase.compile=cuda_graphs",),
+    "graphs, recomputed": ("neomoba.phase.compile=cuda_graphs", "neomoba.phase.recompute=full"),
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_host_waits_once_in_an_update(name: str) -> None:
+    assert "three updates, one of them without waiting: loss" in updates(SETTINGS[name])
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_same_updates() -> None:
+    """Bit for bit: the same kernels in the same order, on the same numbers."""
+    exact = "neomoba.phase.deterministic=true"
+    plain, graphs = (updates((f"neomoba.phase.compile={how}", exact)) for how in ("true", "cuda_graphs"))
+    assert plain == graphs
+
+
+def updates(changes: Sequence[str]) -> str:
+    """What the last line of `main` says, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
-    words = [sys.executable, "-m", "tests.gpu.test_update_gpu", *SETTINGS[name]]
+    words = [sys.executable, "-m", "tests.gpu.test_update_gpu", *changes]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "three updates, one of them without waiting: loss" in done.stdout
+    return done.stdout.splitlines()[-1]
 
 
 def main(changes: list[str]) -> None:
@@ -70,7 +86,7 @@ def main(changes: list[str]) -> None:
     allow("error")
     result = engine.update(batches, 1e-3)
     allow("default")
-    print(f"three updates, one of them without waiting: loss {result.loss}", flush=True)
+    print(f"three updates, one of them without waiting: loss {result.loss}, norm {result.grad_norm}", flush=True)
     torch.distributed.destroy_process_group()
 
 

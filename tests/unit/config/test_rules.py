@@ -16,6 +16,7 @@ from tests.configs import build
 TP = "neomoba.parallel.tensor_model_parallel_size"
 PP = "neomoba.parallel.pipeline_model_parallel_size"
 CP = "neomoba.parallel.context_parallel_size"
+GRAPHS = {"neomoba.phase.compile": "cuda_graphs", "bf16.enabled": True}
 PAIR = {"neomoba.model.objective": "span_corruption", "neomoba.model.num_decoder_layers": 4}
 
 BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, what the line says, what mends it
@@ -52,6 +53,38 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
         {TP: 4, "neomoba.model.num_key_value_heads": 2, "neomoba.model.moba_gate": "kv_group"},
         "neomoba.model.moba_gate kv_group adds up",
         {"neomoba.model.moba_gate": "per_head"},
+    ),
+    ({**GRAPHS, TP: 2}, f"neomoba.phase.compile cuda_graphs records whole layers, and {TP} 2 cuts them", {TP: 1}),
+    ({**GRAPHS, CP: 2}, f"{CP} 2 cuts them; set it to 1, or compile to auto", {CP: 1}),
+    (
+        {**GRAPHS, "zero_optimization.stage": 3},
+        "which those of zero_optimization.stage 3 do not; set the stage to 1 or 2",
+        {"zero_optimization.stage": 2},
+    ),
+    (
+        {**GRAPHS, "bf16.enabled": False},
+        "neomoba.phase.compile cuda_graphs writes each micro-batch's gradients where the last one's were",
+        {"bf16.enabled": True},
+    ),
+    (
+        {**GRAPHS, "data_types.grad_accum_dtype": "bf16"},
+        "set bf16.enabled to true and delete data_types",
+        {"data_types.grad_accum_dtype": "fp32"},
+    ),
+    (
+        {**GRAPHS, "neomoba.distill.teacher": "runs/teacher"},
+        "neomoba.phase.compile cuda_graphs records the pretraining of one stack of layers",
+        {"neomoba.phase.compile": "auto"},
+    ),
+    (
+        {
+            **GRAPHS,
+            "neomoba.model.num_experts": 4,
+            "neomoba.model.moe_capacity_factor": 1.0,
+            "neomoba.model.moe_overflow": "reroute",
+        },
+        "which neomoba.model.moe_overflow reroute has; set it to drop",
+        {"neomoba.model.moe_overflow": "drop"},
     ),
     ({"zero_optimization.stage": 0}, "set zero_optimization.stage to 1", {"zero_optimization.stage": 1}),
     ({"zero_optimization.stage": 2, PP: 2}, "cannot be combined with " + PP, {"zero_optimization.stage": 1}),

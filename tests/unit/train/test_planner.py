@@ -45,6 +45,22 @@ def test_memory_measured_on_a_gpu(name: str, stage: int, recompute: str, measure
     assert total / GIB == pytest.approx(measured, rel=0.02)
 
 
+def test_graphs_keep_memory_for_each_kind_of_step() -> None:
+    """An input, an output and their gradients of every block, and its weights' gradients."""
+    planner, graphs = Planner(1, Machine()), ["neomoba.phase.recompute=none", "neomoba.phase.compile=cuda_graphs"]
+    plain, one, two = (
+        planner.layout(phase3(*settings, f"neomoba.phase.full_attention_fraction={fraction}")).memory
+        for settings, fraction in ((graphs[:1], 0), (graphs, 0), (graphs, 0.1))
+    )
+    model = phase3().model
+    hidden = 2 * phase3().micro_batch_size * phase3().phase.sequence_length * model.hidden_size
+    rows = 3 * model.intermediate_size + model.hidden_size * 8 // 3 + 2  # four KV heads for twelve; two norms
+    elements = model.num_hidden_layers * rows * model.hidden_size
+    assert two.activations - one.activations == 4 * model.num_hidden_layers * hidden + 2 * elements
+    assert one.activations - plain.activations > 3 * model.num_hidden_layers * hidden
+    assert (two.weights, two.optimizer) == (plain.weights, plain.optimizer)
+
+
 def test_proposals_load_fit_and_come_in_order(tmp_path: Path) -> None:
     planner, budget = Planner(16, Machine()), 20 * GIB
     search = planner.best(phase3(), budget)

@@ -185,6 +185,7 @@ def test_step_flops_of_the_matrices() -> None:
         ("cuda", ["zero_optimization.stage=3"], False),
         ("cuda", ["neomoba.finetune.tasks=sst2"], False),
         ("cuda", ["neomoba.phase.compile=false"], False),
+        ("cuda", ["neomoba.phase.compile=cuda_graphs"], True),
         ("cpu", ["neomoba.phase.compile=true"], True),
     ],
 )
