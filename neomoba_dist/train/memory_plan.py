@@ -23,6 +23,7 @@ from neomoba_dist.train.optim import moments_of, parameter_groups
 
 # DeepSpeed's own defaults (deepspeed/runtime/zero/config.py), in elements
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+PREFETCH_BUCKET, PERSISTENCE_THRESHOLD = 50_000_000, 100_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ZeroMemory:
     """Bytes of what DeepSpeed keeps of a rank's parameters, whatever the batch.
 
     own: gradients of this rank's partitions. buckets: of collectives, from the first backward pass to the last one.
-    reduced: beside them while one is reduced. step: gradients of the largest partition, as the optimizer takes them,
+    fetching: beside them while ZeRO-3 gathers weights. reduced: while a bucket is reduced. step: gradients of the largest partition, as the optimizer takes them,
     and what Muon gathers.
     """
 
@@ -55,6 +56,7 @@ class ZeroMemory:
     own: int
     optimizer: int
     buckets: int
+    fetching: int
     reduced: int
     step: int
 
@@ -150,7 +152,7 @@ def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teach
         states,
         gradients=zero.gradients if several or config.zero_stage == 3 else 0,
         activations=graphs + kept + teacher.kept,
-        buffers=zero.buckets + passing + teacher.passing,
+        buffers=zero.buckets + zero.fetching + passing + teacher.passing,
     )
     # the sum of earlier micro-batches, where these are not added to it in float32 as they are reduced
     doubled = zero.own if several and config.zero_stage == 2 and not _adds_in_place(config) else 0
@@ -168,27 +170,34 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
     element = 4 if config.dtype_name == "float32" else 2
     summed = 4 if config.gradient_dtype == "fp32" else 2
     sent = 4 if config.communication_dtype == "fp32" else 2
-    elements = owned = largest = optimizer = 0
-    masters = 0 if number == 3 and element == 4 else 4  # weights in float32 are their own there
+    elements = owned = largest = optimizer = fetching = 0
     for group in stage.groups:
         part = group.partition(mesh[group.axis].size, number)
         elements, owned, largest = elements + sum(group.sizes), owned + part, max(largest, part)
-        optimizer += (masters + 4 * group.moments) * part
+        optimizer += 4 * (1 + group.moments) * part
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
     buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
     # stage 1 fills it with the sums, stage 2 as `gradient_sums.average_in` has it
     buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
     step = matrix_memory(mesh, stage, number) + (0 if _adds_in_place(config) else 4 * largest)
-    if number == 3:  # gathered weights stay until as many others have been used as may live
-        buckets += element * min(elements, zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    if number == 3:
+        small = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+        sizes = [size for group in stage.groups for size in group.sizes if size > small]
+        # gathered weights stay until as many others have been used as may live, which is looked at before a layer's are
+        # fetched; small ones stay in any case
+        live = zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS) + max(sizes, default=0)
+        buckets += element * (elements - sum(sizes) + min(sum(sizes), live))
         step += buckets
+        # what is fetched together arrives in one tensor, rank by rank, and is copied from there
+        fetching = element * min(sum(sizes), zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
     return ZeroMemory(
         weights=element * (owned if number == 3 else elements),
         gradients=summed * (elements if number == 1 else owned),
         own=summed * owned,
         optimizer=optimizer,
         buckets=buckets,
+        fetching=fetching,
         reduced=sent * min(elements, bucket),
         step=step,
     )

@@ -30,6 +30,8 @@ TP, PP, CP, EP = (f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline
 PAIR = {"objective": "span_corruption", "num_decoder_layers": 3}
 WIDE = {"vocab_size": 200, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 SHORT = {"train_micro_batch_size_per_gpu": 1, "sequence_length": 64}
+FEW_LIVE = {"stage": 3, "reduce_bucket_size": 300_000, "stage3_prefetch_bucket_size": 200_000}
+FEW_LIVE |= {"stage3_max_live_parameters": 600_000, "stage3_max_reuse_distance": 600_000}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 128}
 # ranks, axes, ZeRO stage, recomputation, changes of the model, other settings
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str, Any]]] = {
@@ -56,6 +58,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "wide": (1, {}, 1, "full", WIDE, SHORT),
     "wide_dp2_zero2_bf16": (2, {}, 2, "full", WIDE, {**SHORT, "bf16": {"enabled": True}}),
     "wide_tp2": (2, {TP: 2}, 1, "full", WIDE, SHORT),
+    # weights that are gathered are larger than all that layers keep
+    "wide_zero3": (2, {}, 3, "none", WIDE, SHORT),
+    "wide_zero3_bf16": (2, {}, 3, "full", WIDE, {**SHORT, "bf16": {"enabled": True}}),
+    "wide_zero3_of_four": (4, {}, 3, "full", WIDE, SHORT),
+    "wide_zero3_few_live": (2, {}, 3, "full", WIDE, {**SHORT, "zero_optimization": FEW_LIVE}),
     "wide_tp2_kv_copied": (2, {TP: 2}, 1, "full", {**WIDE, "num_key_value_heads": 1}, SHORT),
 }
 WIDE_ONES = tuple(name for name in LAYOUTS if "wide" in name)
