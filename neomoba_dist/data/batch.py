@@ -73,14 +73,18 @@ class Batch:
         """Tokens in a row."""
         return self.input_ids.numel() // self.rows
 
+    def document_room(self) -> int:
+        """The next power of two for its number of documents, at least LEAST_DOCUMENTS; for a batch on the host."""
+        documents = max(int((part.cu_seqlens < len(part.input_ids)).sum()) for part in (self, self.encoder) if part)
+        return max(LEAST_DOCUMENTS, 1 << (documents - 1).bit_length())
+
     def trimmed(self, least: int = LEAST_DOCUMENTS) -> Batch:
         """The same documents without most of the repeated T at the end of `cu_seqlens`; for a batch on the host.
 
         A GPU starts work for every document, empty or not. What stays is a power of two, so that there are few shapes,
         or `least`, if that is more.
         """
-        documents = max(int((part.cu_seqlens < len(part.input_ids)).sum()) for part in (self, self.encoder) if part)
-        kept = max(least, 1 << (documents - 1).bit_length())
+        kept = max(least, self.document_room())
         encoder = self.encoder and replace(self.encoder, cu_seqlens=self.encoder.cu_seqlens[: kept + 1])
         return replace(self, cu_seqlens=self.cu_seqlens[: kept + 1], encoder=encoder)
 

@@ -61,6 +61,8 @@ class FlatEngine(Engine):
     def _run_update(self, batches: Sequence[Batch]) -> None:
         assert isinstance(self.module, NeoBERT)
         self.module.step = self.step
+        if self.captured is not None:
+            self.captured.make_room(max(batch.document_room() for batch in batches))
         for batch in batches:
             loss_sum, aux_loss = self._losses(self._on_device(batch))
             self._aux_sum += aux_loss.detach()

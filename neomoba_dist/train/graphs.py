@@ -5,15 +5,19 @@ reads and writes fixed memory: what all blocks share is copied there once per mi
 out there, from where ZeRO 1 and 2 take them before the next backward pass (config/cuda_graphs.py).
 """
 
+import contextlib
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from neomoba_dist.config import ConfigError
 from neomoba_dist.data.batch import LEAST_DOCUMENTS
 from neomoba_dist.model.block import Block, State
 from neomoba_dist.model.moe.layer import MoE
@@ -41,9 +45,19 @@ class CapturedBlocks:
 
     def __init__(self, blocks: nn.ModuleList, sums: Tensor) -> None:
         self.blocks, self.sums = cast(list[Block], list(blocks)), sums
-        self.documents = LEAST_DOCUMENTS  # that micro-batches have room for: those of the last recording
+        self.documents = LEAST_DOCUMENTS  # that micro-batches have room for
         self._kinds: dict[tuple[bool, ...], Kind] = {}  # by which blocks run full attention
         self._pool: Any = None  # of memory, the same for all kinds: steps come one after the other
+
+    def make_room(self, documents: int) -> None:
+        """Before an update, whose micro-batches have so many documents at most: graphs for fewer are given up."""
+        if documents <= self.documents:
+            return
+        self.documents, self._pool = documents, None
+        self._kinds.clear()
+        gc.collect()  # graphs are parts of cycles, and must not be found to be garbage while others are recorded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def __call__(self, block: Block, state: State) -> State:
         """As `block(state)`, but that the next micro-batch overwrites what it returns."""
@@ -52,10 +66,10 @@ class CapturedBlocks:
         full = tuple(other.attention.full for other in self.blocks)
         if block is self.blocks[0]:
             tensors, _ = shared_tensors(state)
-            if full not in self._kinds or _shapes(self._kinds[full].shared) != _shapes(tensors):  # more documents
-                self._kinds.pop(full, None)  # gives its memory back first
+            if full not in self._kinds:
                 self._kinds[full] = self._capture(state)
             for fixed, tensor in zip(self._kinds[full].shared, tensors, strict=True):
+                assert fixed.shape == tensor.shape, "the micro-batches of a phase have one shape"
                 fixed.copy_(tensor)
         hidden, aux_loss, *rest = state
         shared, blocks = self._kinds[full]
@@ -67,7 +81,7 @@ class CapturedBlocks:
 
     @property
     def number(self) -> int:
-        """Graphs so far, forward and backward."""
+        """Graphs that there are now, forward and backward."""
         return 2 * len(self.blocks) * len(self._kinds)
 
     def _capture(self, state: State) -> Kind:
@@ -81,21 +95,35 @@ class CapturedBlocks:
             for block in blocks
         )
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graphs = torch.cuda.make_graphed_callables(blocks, inputs, pool=self._pool)
+        try:
+            with _recording():
+                graphs = torch.cuda.make_graphed_callables(blocks, inputs, pool=self._pool)
+        except RuntimeError as error:
+            raise ConfigError(
+                "neomoba.phase.compile cuda_graphs: these layers cannot be recorded on this device "
+                f"({str(error).splitlines()[0]}); set it to auto"
+            ) from error
+        for block in blocks:
+            block.release()
         self.sums.copy_(sums)
-        self.documents = len(state[3]) - 1
-        seconds, number = time.perf_counter() - began, 2 * len(blocks)
-        logger.info(
-            "recorded %d CUDA graphs in %.1f s, for at most %d documents in a micro-batch",
-            number,
-            seconds,
-            self.documents,
-        )
+        seconds, number, documents = time.perf_counter() - began, 2 * len(blocks), len(state[3]) - 1
+        logger.info("recorded %d CUDA graphs in %.1f s, for %d documents in a micro-batch", number, seconds, documents)
         return Kind(shared, dict(zip(self.blocks, graphs, strict=True)))
 
 
-def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
-    return [tensor.shape for tensor in tensors]
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Other threads may go on using the device (a checkpoint on its way to the disk), and no graph that has become
+    garbage is destroyed: both would end a recording."""
+    graph, collects = torch.cuda.graph, gc.isenabled()
+    torch.cuda.graph = partial(graph, capture_error_mode="thread_local")  # type: ignore[assignment,misc]
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.cuda.graph = graph  # type: ignore[misc]
+        if collects:
+            gc.enable()
 
 
 def _fixed(tensor: Tensor) -> Tensor:
@@ -114,21 +142,32 @@ class _OfTensors(nn.Module):
         super().__init__()
         self.block, self.rest, self.is_mixture = block, rest, isinstance(block.mlp, MoE)
         self.no_loss = torch.zeros_like(aux_loss, requires_grad=False)
+        self.outputs: tuple[Tensor, ...] = ()
 
     def forward(self, hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         aux_loss, *shared = others if self.is_mixture else (self.no_loss, *others)
         hidden, aux_loss, *_ = self.block((hidden, aux_loss, *self.rest(shared)))
-        return (hidden, aux_loss) if self.is_mixture else (hidden,)
+        self.outputs = (hidden, aux_loss) if self.is_mixture else (hidden,)
+        return self.outputs
+
+    def release(self) -> None:
+        """Let go of the autograd graph of the recording, which torch keeps with its outputs: through it the gradients
+        of weights would for ever be taken on the stream of the recording, and DeepSpeed's hooks run there."""
+        for output in self.outputs:
+            output.detach_()
+        self.outputs = ()
 
 
 def shared_tensors(state: State) -> tuple[list[Tensor], Rest]:
-    """What blocks read of a state beside hidden states and auxiliary loss, and the way back to the state."""
+    """What blocks read of a state beside hidden states and auxiliary loss, each tensor once, and the way back."""
     *_, position_ids, cu_seqlens, packed = state
     packed = packed._replace(token_types=None, pairs=None)  # of layers outside of blocks
     leaves, spec = tree_flatten((position_ids, cu_seqlens, packed))
+    found = {id(leaf): leaf for leaf in leaves if leaf is not None}
+    places = {key: place for place, key in enumerate(found)}
+    wanted = [None if leaf is None else places[id(leaf)] for leaf in leaves]
 
     def rest(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        found = iter(tensors)
-        return tree_unflatten([None if leaf is None else next(found) for leaf in leaves], spec)
+        return tree_unflatten([None if place is None else tensors[place] for place in wanted], spec)
 
-    return [leaf for leaf in leaves if leaf is not None], rest
+    return list(found.values()), rest

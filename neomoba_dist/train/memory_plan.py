@@ -47,8 +47,8 @@ class ZeroMemory:
     """Bytes of what DeepSpeed keeps of a rank's parameters, whatever the batch.
 
     own: gradients of this rank's partitions. buckets: of collectives, from the first backward pass to the last one.
-    fetching: beside them while ZeRO-3 gathers weights. reduced: while a bucket is reduced. step: gradients of the largest partition, as the optimizer takes them,
-    and what Muon gathers.
+    fetching: beside them while ZeRO-3 gathers weights. reduced: while a bucket is reduced. step: gradients of the
+    largest partition, as the optimizer takes them, and what Muon gathers.
     """
 
     weights: int

@@ -2,6 +2,7 @@
 the graphs' memory is there no longer in the next micro-batch. Without a GPU (tests/recorded_graphs.py)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from neomoba_dist.config import Config, parse_config
+from neomoba_dist.data.batch import LEAST_DOCUMENTS, Batch
 from neomoba_dist.train.engine import Engine
 from neomoba_dist.train.engines import FlatEngine, build_engine
 from tests.equivalence import Pieces, state_pieces
@@ -35,8 +37,21 @@ def graphs_config(zero: str, objective: str, model: dict[str, Any]) -> Config:
     return parse_config({**tree, "bf16": {"enabled": True}})
 
 
+def with_many_documents(batch: Batch) -> Batch:
+    """The same tokens as documents of three, more than `Batch.trimmed` keeps room for at least."""
+    borders = torch.arange(0, LENGTH + 3, 3, dtype=torch.int32).clamp(max=LENGTH)
+    assert len(borders) > LEAST_DOCUMENTS + 1
+    return replace(batch, cu_seqlens=borders, position_ids=torch.arange(LENGTH) % 3)
+
+
+def padded(batch: Batch) -> Batch:
+    """With room for 64 documents, as all batches of a phase have the same."""
+    return replace(batch, cu_seqlens=torch.nn.functional.pad(batch.cu_seqlens, (0, 65), value=LENGTH)[:65])
+
+
 def trained(config: Config, captured: bool) -> tuple[list[Sequence[float]], Pieces]:
-    """Three updates, the second with full attention: what they report, and the weights and moments after them."""
+    """Three updates: what they report, and the weights and moments after them. The second has full attention, and its
+    last two micro-batches many documents."""
     mesh = build_mesh(config)
     engine: Engine = build_engine(config, config.plan(mesh["world"].size), mesh)
     assert isinstance(engine, FlatEngine)
@@ -46,8 +61,10 @@ def trained(config: Config, captured: bool) -> tuple[list[Sequence[float]], Piec
     reports = []
     for step, batches in enumerate(updates(config.model.objective)):
         engine.set_full_attention(step == 1)
+        if step == 1:
+            batches = [*batches[:2], *map(with_many_documents, batches[2:])]
         engine.set_step(step + 1)
-        result = engine.update(batches[mesh["dp"].index :: mesh["dp"].size], 1e-2)
+        result = engine.update([*map(padded, batches[mesh["dp"].index :: mesh["dp"].size])], 1e-2)
         reports.append((result.loss, result.aux_loss, result.grad_norm, *result.activation_rms))
     if captured:
         blocks, micro_batches = config.model.num_layers, 4 // mesh["dp"].size

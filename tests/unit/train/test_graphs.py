@@ -1,11 +1,13 @@
 """Blocks as CUDA graphs (train/graphs.py) against blocks as they are, without a GPU (tests/recorded_graphs.py)."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from neomoba_dist.config import ConfigError
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.attention.layer import set_full_attention
 from neomoba_dist.model.neobert import NeoBERT
@@ -20,7 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "clm": {"objective": "clm", "moba_gate": "kv_group"},
     "window": {"attention": "sliding_window", "sliding_window": 4, "global_tokens": 2, "sliding_rope_theta": 100.0},
     "dropout": {"dropout": 0.2, "norm_placement": "post", "norm": "layernorm"},
-    "bias": {"position_embedding": "alibi"},
+    "alibi": {"position_embedding": "alibi"},
+    "t5": {"position_embedding": "t5_relative"},
     "experts": {"num_experts": 4, "moe_intermediate_size": 16, "num_shared_experts": 1, "router_jitter": 0.1},
     "capacity": {"num_experts": 4, "moe_capacity_factor": 1.0, "first_k_dense_replace": 1, "router_z_loss_coef": 0.1},
 }
@@ -89,26 +92,31 @@ def test_recomputation_lies_within_the_graphs(recompute: str) -> None:
 
 def test_what_waits_for_the_host_is_not_recorded() -> None:
     """Why config/cuda_graphs.py refuses rerouting, which loops until every token has a place."""
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+    with pytest.raises(ConfigError, match=r"cannot be recorded on this device \(.*not permitted.*\); set it to auto"):
         passes(REROUTE, captured=True)
 
 
-def test_more_documents_are_recorded_anew() -> None:
-    """And graphs for more serve fewer, as `Batch.trimmed` brings them to as many borders."""
+def test_room_for_more_documents_is_made_between_updates() -> None:
+    """What was recorded for fewer goes, with its memory; graphs for more serve fewer, padded to as many borders."""
     plain, captured = (NeoBERT(tiny_model(), Mesh.single(), seed=5) for _ in range(2))
     captured.run_block = blocks = CapturedBlocks(captured.blocks, torch.zeros(1))
     recorded = []
-    for step, documents in enumerate((6, 6, 20, 6)):
+    for step, documents in enumerate((16, 16, 32, 16)):
+        blocks.make_room(documents)
         batch = tiny_batch(step, rows=2)
-        tail = batch.cu_seqlens[-1:].expand(max(documents, blocks.documents) - 6)
+        tail = batch.cu_seqlens[-1:].expand(blocks.documents - 6)
         batch = replace(batch, cu_seqlens=torch.cat((batch.cu_seqlens[:7], tail)))
         for model in (plain, captured):
             model.zero_grad()
             model(batch)[0].backward()
         for one, other in zip(plain.parameters(), captured.parameters(), strict=True):
             assert torch.equal(one.grad, other.grad)
-        recorded.append((blocks.documents, blocks.number))
-    assert recorded == [(16, 6), (16, 6), (20, 6), (20, 6)]
+        (kind,) = blocks._kinds.values()
+        recorded.append(weakref.ref(kind.shared[0]))
+        del kind
+    first, second, third, fourth = (tensor() for tensor in recorded)
+    assert first is second is None
+    assert third is fourth is not None
 
 
 def test_validation_runs_as_before() -> None:
