@@ -21,14 +21,9 @@ MOST_GRAPHS = 64
 
 
 def is_compiled(config: Config, mesh: Mesh) -> bool:
-    """Whether blocks and loss are. "auto": on a GPU that has Triton, with two exceptions.
-
-    ZeRO-3, whose hooks cut every layer to pieces, and fine-tuning, whose micro-batches have as many rows as texts fill.
-    """
-    if config.phase.compile != "auto":
-        return bool(config.phase.compile)  # "cuda_graphs" too
-    pretraining = config.finetune.tasks is None
-    return mesh.device.type == "cuda" and config.zero_stage < 3 and pretraining and is_available("triton")
+    """Whether blocks and loss are. "auto": on a GPU that has Triton only."""
+    can = mesh.device.type == "cuda" and is_available("triton")
+    return config.compiled_on_gpus and (config.phase.compile != "auto" or can)
 
 
 def compile_layers(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from neomoba_dist.train.memory_plan import NO_TEACHER, Beside, RankMemory, Stage
 from neomoba_dist.train.step_plan import Machine, StepPlan, plan_step, update_flops
 
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")  # the less, the faster
+CLOSE = 1.05  # times as long: stated rates tell no closer
 RESERVE = 0.1  # part of a device's memory for what is not planned
 
 
@@ -103,7 +104,7 @@ class Planner:
 
     def best(self, config: Config, budget: float) -> "Search":
         """Of every way to cut the world the best layout whose fullest rank holds at most `budget` bytes; best first."""
-        best: dict[ParallelConfig, Layout] = {}
+        fitting: dict[ParallelConfig, list[Layout]] = {}
         refused = large = 0
         config = replace(config, phase=replace(config.phase, recompute="none"))  # every way is tried
         for candidate in candidates(config, self.world_size, self.machine.gpus):
@@ -113,12 +114,12 @@ class Planner:
             except ConfigError:
                 refused += 1
                 continue
-            fitting = list(self._fitting(candidate, budget))
-            large += not fitting
-            for layout in fitting:
-                known = best.setdefault(layout.config.parallel, layout)
-                best[layout.config.parallel] = min(known, layout, key=_preference)
-        return Search(sorted(best.values(), key=_preference), refused, large)
+            found = list(self._fitting(candidate, budget))
+            large += not found
+            for layout in found:
+                fitting.setdefault(layout.config.parallel, []).append(layout)
+        best = [_in_order(layouts)[0] for layouts in fitting.values()]
+        return Search(_in_order(best), refused, large)
 
     def build(self, config: Config) -> dict[tuple[int, int, int], int]:
         """Parameters of every kind of rank, by its place in tp, pp and ep, each made on the meta device."""
@@ -170,7 +171,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Search:
-    """layouts: the fastest first. refused: layouts that cannot run; large: that fit no memory."""
+    """layouts: the best first. refused: layouts that cannot run; large: that fit no memory."""
 
     layouts: list[Layout]
     refused: int
@@ -242,14 +243,22 @@ def _powers_of_two(most: int) -> Iterator[int]:
     return (1 << exponent for exponent in range(most.bit_length()))
 
 
-def _preference(layout: Layout) -> tuple[float, int, int, int]:
-    """Fast ones first; among those as good as equal the one with fewer axes, less ZeRO, and larger micro-batches."""
-    parallel = layout.config.parallel
-    cut = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.expert_model_parallel_size,
-    )
-    axes = sum(size > 1 for size in cut)
-    return float(f"{layout.step.seconds:.2g}"), axes, layout.config.zero_stage, -layout.config.micro_batch_size
+def _in_order(layouts: list[Layout]) -> list[Layout]:
+    """Those that are CLOSE to the fastest first, simple ones before others: fewer and smaller axes, less ZeRO, larger
+    micro-batches; then the rest, fast ones first."""
+    limit = CLOSE * min((layout.step.seconds for layout in layouts), default=0.0)
+
+    def key(layout: Layout) -> tuple[float, ...]:
+        seconds, parallel = layout.step.seconds, layout.config.parallel
+        if seconds > limit:
+            return (1, seconds)
+        cut = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+            parallel.expert_model_parallel_size,
+        )
+        axes = sum(size > 1 for size in cut)
+        return (0, axes, math.prod(cut), layout.config.zero_stage, -layout.config.micro_batch_size, seconds)
+
+    return sorted(layouts, key=key)

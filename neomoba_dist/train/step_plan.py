@@ -23,12 +23,16 @@ from neomoba_dist.train.layer_memory import Tokens, attention_strategy
 from neomoba_dist.train.memory_plan import Stage
 from neomoba_dist.train.muon import busiest_flops
 
+# tokens per second of phase 1 whose layers are not compiled, of those of compiled ones, measured on an H100
+# (docs/benchmarks.md)
+UNCOMPILED = 108_600 / 133_100
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Stated rates. peak: FLOP/s of a GPU in the compute dtype; share: of it that kernels reach; nvlink, network: bytes
-    per second that a GPU receives from its own machine and from others; tf32, float32: FLOP/s of float32 products, for
-    the former in TF32. Defaults: H100 SXM, 400 Gbit/s per GPU."""
+    """Stated rates. peak: FLOP/s of a GPU in the compute dtype; share: of it that compiled layers reach; nvlink,
+    network: bytes per second that a GPU receives from its own machine and from others; tf32, float32: FLOP/s of float32
+    products, for the former in TF32. Defaults: H100 SXM, 400 Gbit/s per GPU."""
 
     gpus: int = 8
     peak: float = 989e12
@@ -87,7 +91,8 @@ def plan_step(
     micro_batches, pp = plan.gradient_accumulation_steps, mesh["pp"].size
     again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
     share = stage.num_blocks * pp / config.model.num_layers  # 1, but for stages with more blocks than others
-    compute = (flops * (1 + again) + teacher_flops) * share / plan.world_size / (machine.peak * machine.share)
+    reached = machine.peak * machine.share * (1 if config.compiled_on_gpus else UNCOMPILED)
+    compute = (flops * (1 + again) + teacher_flops) * share / plan.world_size / reached
     received = Counter(layer_bytes(config, mesh, stage, micro_batches))
     received.update(zero_bytes(config, mesh, stage, micro_batches))
     received.update(matrix_bytes(mesh, stage))

@@ -1,6 +1,7 @@
 """launch/plan.py: a table or JSON within seconds, one line on a mistake, a file that loads."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,24 @@ def test_a_cluster_file_is_its_phase_but_for_the_layout(phase: str, gpus: int) -
 
 def test_cluster_files_are_all_there() -> None:
     assert {path for pair in ALL for path in cluster_files(*pair)} == set(CLUSTER.iterdir())
+
+
+def cells(line: str) -> tuple[str, str]:
+    """Of a line of the planner's table the layout, and GiB and seconds of a step as docs/planner.md has them."""
+    found = re.match(r"(?:as given|1\.) +(.* recompute \w+) +([\d. ]+)", line)
+    assert found
+    numbers = found[2].split()
+    return found[1], f"{float(numbers[5]):.1f}, {numbers[6]}"
+
+
+def test_the_table_of_the_docs_is_that_of_the_files() -> None:
+    rows = []
+    for phase, gpus in ALL:
+        lines = [line for line in cluster_files(phase, gpus)[1].read_text().splitlines() if " recompute " in line]
+        given = cells(lines[0])[1] if lines[0].startswith("as given") else "refused"
+        first = next(line for line in lines if line.startswith("1. "))
+        rows.append(f"| {phase[-1]} | {gpus} | {given} | {' | '.join(cells(first))} |")
+    assert "\n".join(rows) in (ROOT / "docs/planner.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The planner: what it proposes loads, fits and says why the rest does not; its numbers add up."""
 
+import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,8 +71,15 @@ def test_proposals_load_fit_and_come_in_order(tmp_path: Path) -> None:
     for layout in search.layouts:
         assert layout.memory.total <= budget
         assert planner.layout(parse_config(settings(layout.config))) == layout
-    seconds = [float(f"{layout.step.seconds:.2g}") for layout in search.layouts]
+    fastest = min(layout.step.seconds for layout in search.layouts)
+    close = [layout for layout in search.layouts if layout.step.seconds <= 1.05 * fastest]
+    assert search.layouts[: len(close)] == close
+    axes = [[size for size in dataclasses.astuple(layout.config.parallel)[:3] if size > 1] for layout in close]
+    assert axes == sorted(axes, key=lambda sizes: (len(sizes), math.prod(sizes)))
+    seconds = [layout.step.seconds for layout in search.layouts[len(close) :]]
     assert seconds == sorted(seconds)
+    assert close
+    assert seconds
     assert len({layout.config.parallel for layout in search.layouts}) == len(search.layouts)
 
 
