@@ -241,3 +241,25 @@ def walk(block: Block, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield (*path, name), node
         if isinstance(node, dict):
             yield from walk(node, (*path, name))
+
+
+def test_the_table_of_the_phases_is_that_of_the_files() -> None:
+    """docs/phases.md."""
+    phases = [load_config(FOLDER / f"phase{number}.json") for number in (1, 2, 3)]
+    rows = {
+        "sequence length": [f"{config.phase.sequence_length:,}" for config in phases],
+        "steps": [f"{config.phase.steps:,}" for config in phases],
+        "tokens per update": [f"{config.phase.tokens_per_update:,}" for config in phases],
+        "tokens in all": [
+            f"{config.phase.steps * config.phase.tokens_per_update / 1e9:.1f} billion" for config in phases
+        ],
+        "peak learning rate, warm-up": [
+            f"{config.phase.learning_rate:.0e}, {config.phase.warmup_steps:,} steps".replace("e-0", "e-")
+            for config in phases
+        ],
+        "rows per micro-batch": [str(config.micro_batch_size) for config in phases],
+        "ZeRO, recomputation": [f"{config.zero_stage}, `{config.phase.recompute}`" for config in phases],
+    }
+    lines = (FOLDER.parent / "docs/phases.md").read_text().splitlines()
+    for name, cells in rows.items():
+        assert f"| {name} | {' | '.join(cells)} |" in lines
