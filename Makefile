@@ -88,7 +88,7 @@ runs/bench/passkeys: .venv/ready  # made-up words with a passkey, for the needle
 passkeys = .venv/bin/python -m data_tools.passkeys --output $@.writing/$(1).text --words $(2) --seed $(3) \
 	    --documents $(4) --copies 6 --digits $(5)
 
-bench-gpu:  ## 15 minutes on a GPU with this machine's own Python, whose torch has CUDA: tests, attention, MFU, retrieval
+bench-gpu:  ## 19 minutes on a GPU with this machine's own Python, whose torch has CUDA: attention, experts, MFU, tests, retrieval
 	$(PYTHON) -m evals bench gpu --output runs/bench-gpu
 
 gpu-wheels: .venv/ready  ## what training needs on a GPU machine without a registry, with install.sh, in runs/gpu-wheels

@@ -77,9 +77,9 @@ def progress(items: Iterable[T], total: int, description: str, unit: str, *, dis
 
 
 def write_json(folder: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write `folder`/NAME.json; the folder is made if need be."""
+    """Write `folder`/NAME.json, whole or not at all; the folder is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / f"{name}.json", [json.dumps(result, indent=1)])
 
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
-"""Time (by _timing.py) and memory of MoBA and of torch's own attention on the same tensors."""
+"""Time (by _timing.py) and memory of MoBA, of full attention and of other MoBAs on the same tensors."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -18,11 +19,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from evals.bench._memory import peak_above, resident_bytes
 from evals.bench._timing import least
+from evals.cli import EvalError
 from neomoba_dist.model.attention.moba import moba_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-LONGEST_FLEX = 131072  # each length is compiled anew; beyond, flash and cuDNN are rivals enough
+LONGEST_FLEX = 32768  # each length is compiled anew, and its kernels are the same; beyond, the others are rivals enough
 FLEX_BLOCK = 128
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+LIBRARIES = {"flash_attn_4": "flash_attn.cute", "flash_attn_2": "flash_attn"}
 
 
 class Setting(NamedTuple):
@@ -79,17 +83,30 @@ def sdpa(setting: Setting) -> Attention:
     return attention
 
 
-def measure(setting: Setting, repetitions: int) -> tuple[Measured, Measured]:
-    """Seconds of the fastest of torch's own full attentions, and of MoBA."""
+class Compared(NamedTuple):
+    """Full attention by each kernel that ran, other implementations of MoBA, and ours."""
+
+    rivals: list[Measured]
+    peers: list[Measured]
+    moba: Measured
+
+
+def measure(setting: Setting, repetitions: int, names: Sequence[str] | None = None) -> Compared:
+    """Seconds of all, which take turns. names: of the rivals; None: all. Raises EvalError where none of them runs."""
     q, k, v, grad = tensors(setting)
+    dense, peers = rivals(setting, names), moba_peers(setting)
+    if not dense:
+        raise EvalError(
+            f"--rivals {','.join(names or ())}: none of them runs here, as the lines above say; name others"
+        )
     forward, both = {}, {}
-    for name, attention in {**rivals(setting), "moba": moba(setting)}.items():
+    for name, attention in {**dense, **peers, "moba": moba(setting)}.items():
         forward[name] = partial(_forward, attention, q, k, v)
         both[name] = partial(_both, attention, q, k, v, grad)
     on: dict[str, Any] = {"device": setting.device, "threads": setting.threads, "repetitions": repetitions}
     seconds = {name: least(works, **on) for name, works in (("forward", forward), ("both", both))}
     found = [Measured(name, seconds["forward"][name], seconds["both"][name]) for name in forward]
-    return min(found[:-1], key=lambda measured: measured.both), found[-1]
+    return Compared(found[: len(dense)], found[len(dense) : -1], found[-1])
 
 
 def measure_forward(setting: Setting, repetitions: int) -> float:
@@ -99,23 +116,59 @@ def measure_forward(setting: Setting, repetitions: int) -> float:
     return least(works, device=setting.device, threads=setting.threads, repetitions=repetitions)["moba"]
 
 
-def rivals(setting: Setting) -> dict[str, Attention]:
-    """Full attention by name; on a GPU one entry per kernel that takes these tensors, flash first."""
+def rivals(setting: Setting, names: Sequence[str] | None = None) -> dict[str, Attention]:
+    """Full attention by name; on a GPU one entry per kernel that is installed and takes these tensors.
+
+    names: of those wanted; None: all.
+    """
     if setting.device == "cpu":
         return {"sdpa": sdpa(setting)}
-
-    def with_backend(backend: SDPBackend) -> Attention:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return sdpa(setting)(q, k, v)
-
-        return attention
-
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    found = {name: with_backend(backend) for name, backend in backends.items()}
+    makers: dict[str, Callable[[], Attention]] = {
+        **{name: partial(_with_backend, setting, backend) for name, backend in BACKENDS.items()},
+        **{name: partial(_library, setting, module) for name, module in LIBRARIES.items()},
+    }
     if setting.length <= LONGEST_FLEX and setting.length % FLEX_BLOCK == 0:
-        found["flex"] = _flex(setting)
-    return {name: attention for name, attention in found.items() if _runs(attention, setting)}
+        makers["flex"] = partial(_flex, setting)
+    return _those_that_run({name: make for name, make in makers.items() if names is None or name in names}, setting)
+
+
+def moba_peers(setting: Setting) -> dict[str, Attention]:
+    """Other MoBAs that are installed and take these tensors: fla's, which is causal and repeats no KV heads."""
+    if setting.device == "cpu" or not setting.causal or setting.heads != setting.kv_heads:
+        return {}
+    return _those_that_run({"fla_moba": partial(_fla_moba, setting)}, setting)
+
+
+def _with_backend(setting: Setting, backend: SDPBackend) -> Attention:
+    full = sdpa(setting)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return full(q, k, v)
+
+    return attention
+
+
+def _library(setting: Setting, module: str) -> Attention:
+    """flash_attn_func of flash-attn 2.8.3, which returns the output, or flash-attn-4 4.0.0b36: output and logsumexp.
+
+    Both take [B, T, H, D]. Not through our varlen door: for one document their own function is what a user would take.
+    """
+    function = importlib.import_module(module).flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(q[None], k[None], v[None], causal=setting.causal)
+        return (found[0] if isinstance(found, tuple) else found)[0]
+
+    return attention
+
+
+def _fla_moba(setting: Setting) -> Attention:
+    """fla-org/flash-linear-attention, fla/ops/moba/parallel.py, on flash-attn 2."""
+    function = importlib.import_module("fla.ops.moba.parallel").parallel_moba
+    borders = torch.tensor([0, setting.length], dtype=torch.int32, device=setting.device)
+    options = {"max_seqlen": setting.length, "chunk_size": setting.block_size, "topk": setting.top_k}
+    return lambda q, k, v: function(q[None], k[None], v[None], borders, **options)[0]
 
 
 def causal_block_mask(length: int, device: str) -> BlockMask:
@@ -150,15 +203,20 @@ def _flex(setting: Setting) -> Attention:
     return attention
 
 
-def _runs(attention: Attention, setting: Setting) -> bool:
-    """Whether a kernel takes this dtype and head_dim, forward and backward."""
+def _those_that_run(makers: dict[str, Callable[[], Attention]], setting: Setting) -> dict[str, Attention]:
+    """What is installed and takes these tensors, forward and backward; a line for each that does not."""
     q, k, v, grad = tensors(setting)
-    try:
-        _both(attention, q, k, v, grad)
-    except Exception as error:  # whatever a kernel or its compiler raises, the others can still be measured
-        print(f"left out: {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-        return False
-    return True
+    found = {}
+    for name, make in makers.items():
+        try:
+            attention = make()
+            _both(attention, q, k, v, grad)
+        except Exception as error:  # whatever a kernel or its compiler raises, the others can still be measured
+            reason = (str(error).splitlines() or [""])[0][:200]
+            print(f"{name} left out: {type(error).__name__}: {reason}", file=sys.stderr)
+        else:
+            found[name] = attention
+    return found
 
 
 def _forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:

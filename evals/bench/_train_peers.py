@@ -124,5 +124,3 @@ class Accelerated:
 
 
 PEERS: dict[str, type[Peer]] = {"plain": PlainLoop, "hf": Accelerated}
-# tokens per second of ours over theirs, by device
-GOALS = {("plain", "cpu"): 0.97, ("hf", "cpu"): 1.1, ("hf", "cuda"): 1.5}

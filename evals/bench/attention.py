@@ -1,8 +1,9 @@
-"""Speed and memory of MoBA against torch's full attention on the same tensors.
+"""Speed and memory of MoBA against full attention on the same tensors: torch's, on a GPU flash-attn's too.
 
-Prints a table; --output also gets attention.json and attention.png. On a CPU with one thread, seconds are CPU time of
-the process; full / moba ratios come from one run. The limit is the ratio of the numbers of (query, key) pairs, the gate
-counted as half a pair per block.
+Prints a table with the fastest rival, and the time of each, among them fla's MoBA where it is installed; --output also
+gets attention.json and attention.png. On a CPU with one thread, seconds are CPU time of the process; full / moba ratios
+come from one run. The limit is the ratio of the numbers of (query, key) pairs, the gate counted as half a pair per
+block.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CPU_CASES = "2048:12,4096:12,8192:12,16384:4,32768:2,65536:1"
 LEAST_BYTES = 16_000_000  # of q: below, the buffers of the libraries hide the peak
+RIVALS = ("flash", "cudnn", "flash_attn_4", "flash_attn_2", "flex")  # on a GPU
+SDPA, FLASH_2 = ("flash", "cudnn"), ("flash", "flash_attn_2")  # torch's own; FlashAttention-2, torch's copy of it first
 GPU_CASES = "2048:16,4096:16,8192:16,16384:16,32768:16,65536:16,131072:16,262144:8,524288:4"
 
 
@@ -38,6 +41,14 @@ def cases(text: str) -> list[tuple[int, int]]:
     return found
 
 
+def rival_names(text: str) -> list[str]:
+    """argparse type: a comma-separated list of RIVALS."""
+    names = text.split(",")
+    if not set(names) <= set(RIVALS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(RIVALS)}")
+    return names
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m evals bench attention`."""
     parser.add_argument("--cases", type=cases, metavar="T:H,...", help=f"tokens:heads (default on a CPU: {CPU_CASES})")
@@ -45,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--forward-only", type=cases, default=[], metavar="T:H,...",
         help="MoBA's forward pass alone, at these; without --cases nothing else",
     )  # fmt: skip
+    parser.add_argument(
+        "--rivals", type=rival_names, metavar="NAME,...", help=f"full attention on a GPU by {', '.join(RIVALS)} (all)"
+    )
     parser.add_argument("--block-size", type=positive_int, default=512, metavar="N", help="default: 512")
     parser.add_argument("--top-k", type=positive_int, default=3, metavar="N", help="blocks per query (default: 3)")
     parser.add_argument("--head-dim", type=positive_int, help="default: 64, on a GPU 128")
@@ -99,6 +113,8 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     if device == "cuda" and not torch.cuda.is_available():
         raise EvalError("--device cuda: no GPU is visible to torch; use --device cpu")
     on_gpu = device == "cuda"
+    if args.rivals and not on_gpu:
+        raise EvalError("--rivals: a CPU has torch's SDPA alone; leave it out")
     found = []
     usual = [] if args.forward_only else cases(GPU_CASES if on_gpu else CPU_CASES)
     for length, heads in [*(args.cases or usual), *args.forward_only]:
@@ -111,18 +127,21 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     return found
 
 
-def measure(setting: Setting, repetitions: int, *, memory: bool) -> dict[str, Any]:
-    """One row of the table: seconds, ratios, and peak memory in tensors of the size of q."""
+def measure(setting: Setting, repetitions: int, names: list[str] | None, *, memory: bool) -> dict[str, Any]:
+    """One row of the table: seconds, ratios against the fastest rival, and peak memory in tensors of the size of q."""
     from evals.bench._attention_timing import measure as seconds
     from evals.bench._attention_timing import peak_bytes
 
-    full, moba = seconds(setting, repetitions)
+    rivals, peers, moba = seconds(setting, repetitions, names)
+    full = min(rivals, key=lambda rival: rival.both)
     all_pairs, sparse_pairs, _ = pairs(setting)
     row: dict[str, Any] = {
         "length": setting.length,
         "heads": setting.heads,
         "full": full._asdict(),
         "moba": moba._asdict(),
+        "rivals": {rival.name: rival._asdict() for rival in rivals},
+        "moba_peers": {peer.name: peer._asdict() for peer in peers},
         "forward_ratio": full.forward / moba.forward,
         "both_ratio": full.both / moba.both,
         "pair_limit": pair_limit(setting),
@@ -163,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     compared = len(todo) - len(args.forward_only)
     for index, setting in enumerate(todo):
         if index < compared:
-            result["rows"].append(measure(setting, args.repetitions, memory=not args.no_memory))
+            result["rows"].append(measure(setting, args.repetitions, args.rivals, memory=not args.no_memory))
         else:
             result["forward_only"].append(measure_alone(setting, args.repetitions))
         print(f"{setting.length} tokens x {setting.heads} heads measured", file=sys.stderr, flush=True)
@@ -171,6 +190,10 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.output, "attention", result)
     if compared:
         print_table([HEADER, *(_cells(row) for row in result["rows"])])
+        for row in result["rows"]:
+            others = [*row["rivals"].values(), *row["moba_peers"].values()]
+            times = ", ".join(f"{other['name']} {1e3 * other['both']:.4g}" for other in others)
+            print(f"{row['length']} tokens x {row['heads']}, f+b ms: moba {1e3 * row['moba']['both']:.4g}, {times}")
     for row in result["forward_only"]:
         speed = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.0f} TFLOP/s"
         print(f"{row['length']} tokens x {row['heads']} heads, MoBA forward: {speed}")

@@ -1,9 +1,10 @@
-"""Everything that wants a GPU, in at most 15 minutes: tests, attention, experts, training steps, retrieval.
+"""Everything that wants a GPU: attention, experts and training steps against their goals, tests, retrieval.
 
-Each stage is a command of its own under its own time limit; one that fails or runs out of time costs no other. OUTPUT
-gets summary.json and summary.md after every stage, the stages' own results and their logs. --only runs some stages and
-keeps what OUTPUT has of the others, so that several short calls make one summary. The last lines are its short table.
---toy runs all of it on a CPU in a minute, at sizes that mean nothing.
+Each stage is a command of its own under its own time limit; one that fails or runs out of time costs no other, and what
+one leaves of its time the next may use. OUTPUT gets summary.json and summary.md after every stage, the stages' own
+results and their logs. --only runs some stages and keeps what OUTPUT has of the others, so that several short calls
+make one summary. The last lines are its short table: what must be reached, what was measured; below it the stages.
+--toy runs all of it on a CPU in two minutes, at sizes that mean nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evals.bench._gpu_table import must_lines, stage_lines
 from evals.bench._profile import profile_lines
+from evals.bench.attention import FLASH_2, SDPA
 from evals.cli import EvalError, print_table
 
 ROOT = Path(__file__).resolve().parents[2]
-# forward + backward against the fastest full attention; memory against flash
-RATIO_GOALS, RATIO_FLOOR, MEMORY_GOAL = {16384: 2.0, 32768: 4.0, 65536: 4.0, 131072: 10.0}, 1.0, 1.2
-STEPS = ("phase1", "phase2", "phase3")
+STEPS = ("phase1", "phase2", "phase3", "phase1_graphs")  # those that --profile profiles
 
 
 class Stage(NamedTuple):
@@ -36,9 +37,14 @@ class Stage(NamedTuple):
     words: list[str]
     limit: int
     results: list[str]
+    left_out: str = ""  # why it is not run
 
 
-NAMES = ("tests", "moe", "attention", *STEPS, "million", "recall", "tune")
+# two calls of five minutes with all that must be reached, each ending with what may need more time; then the others
+NAMES = (
+    "moe", "moe_large", "phase2", "phase3_shape", "flash_moba", "attention", "phase1", "phase3", "peer",
+    "phase1_graphs", "million", "tests", "recall", "tune",
+)  # fmt: skip
 USUAL = NAMES[:-1]  # tuning changes what the code runs from then on: only where it is asked for
 
 
@@ -53,59 +59,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def stages(output: Path, toy: bool, profile: bool = False) -> list[Stage]:
-    """The stages of NAMES, in its order: what is most wanted first."""
+    """The stages of NAMES, in its order."""
     device = ["--device", "cpu" if toy else "cuda"]
-    pytest = [
-        "-m",
-        "pytest",
-        "-m",
-        "gpu and not full",
-        "tests/gpu",
-        "-q",
-        "-o",
-        "addopts=-ra",
-        "-p",
-        "no:cacheprovider",
-    ]
-    bench = {name: ["-m", "evals", "bench", name, *device] for name in ("attention", "moe", "recall")}
-    attention, moe, recall = ([*words, "--output", str(output)] for words in bench.values())
-    million = [*bench["attention"], "--output", str(output / "million")]
-    million += ["--forward-only", "1024:1" if toy else f"{1 << 20}:16"]
+    tune = ["-m", "evals", "bench", "tune", *device, "--output", str(output)]
+    recall = ["-m", "evals", "bench", "recall", *device, "--output", str(output)]
     if toy:
-        pytest.append("--collect-only")
-        sizes = ["--block-size", "64", "--top-k", "2", "--head-dim", "32", "--repetitions", "1"]
-        million += sizes
-        attention += [*sizes, "--cases", "256:2,512:2"]
-        moe += ["--tokens", "256", "--hidden", "32", "--width", "32", "--repetitions", "1"]
         recall += ["--lengths", "128", "--block-size", "16", "--top-k", "2", "--hidden-size", "32"]
         recall += ["--tokens-per-step", "512", "--seconds", "3"]
     else:
-        if importlib.util.find_spec("xdist"):
-            pytest += ["-n", "auto"]  # compiling kernels is most of the work, and keeps one core busy each
-        attention += ["--cases", ",".join(f"{length}:16" for length in (8192, 16384, 32768, 65536, 131072))]
-        moe += ["--dtype", "bfloat16"]
         recall += ["--seconds", "170"]
-    return [
-        Stage("tests", pytest, 190, []),
-        Stage("moe", moe, 40, ["moe.json"]),
-        Stage("attention", attention, 120, ["attention.json"]),
-        *(_steps_stage(phase, output, toy, profile) for phase in STEPS),
-        Stage("million", million, 60, ["million/attention.json"]),
+    large = ["--tokens", "32768", "--hidden", "768", "--experts", "32", "--top-k", "4"]
+    lengths = ",".join(f"{length}:16" for length in (8192, 16384, 32768, 65536, 131072))
+    flash_moba = ["--cases", "32768:16,65536:16", "--block-size", "128", "--top-k", "8", "--rivals", ",".join(FLASH_2)]
+    found = [
+        _moe_stage("moe", 35, output, toy, []),
+        _moe_stage("moe_large", 30, output, toy, large),
+        _steps_stage("phase2", 50, output, toy, profile),
+        _attention_stage("phase3_shape", 30, output, toy, _phase3_shape()),
+        _attention_stage("flash_moba", 35, output, toy, flash_moba),
+        _attention_stage("attention", 105, output, toy, ["--cases", lengths]),
+        _steps_stage("phase1", 60, output, toy, profile),
+        _steps_stage("phase3", 95, output, toy, profile),
+        _peer_stage(130, output, toy),
+        _graphs_stage(55, output, toy, profile),
+        _attention_stage("million", 40, output, toy, ["--forward-only", f"{1 << 20}:16"]),
+        _tests_stage(190, toy),
         Stage("recall", recall, 230, ["recall.json"]),
-        Stage("tune", ["-m", "evals", "bench", "tune", *device, "--output", str(output)], 285, ["tune.json"]),
+        Stage("tune", tune, 285, ["tune.json"]),
     ]
+    assert tuple(stage.name for stage in found) == NAMES
+    return found
 
 
-def _steps_stage(phase: str, output: Path, toy: bool, profile: bool) -> Stage:
-    config = "ds_configs/cpu_tiny.json" if toy else f"ds_configs/{phase}.json"
+def _folder(name: str, usual: str, output: Path) -> tuple[Path, str]:
+    """Where a stage writes, and its result in OUTPUT: those that run one command with other options have their own."""
+    return (output, f"{usual}.json") if name == usual else (output / name, f"{name}/{usual}.json")
+
+
+def _moe_stage(name: str, limit: int, output: Path, toy: bool, options: list[str]) -> Stage:
+    folder, result = _folder(name, "moe", output)
+    words = ["-m", "evals", "bench", "moe", "--device", "cpu" if toy else "cuda", *options, "--output", str(folder)]
+    words += ["--tokens", "256", "--hidden", "32", "--width", "32", "--repetitions", "1"] * toy
+    return Stage(name, words if toy else [*words, "--dtype", "bfloat16"], limit, [result])
+
+
+def _attention_stage(name: str, limit: int, output: Path, toy: bool, options: list[str]) -> Stage:
+    folder, result = _folder(name, "attention", output)
+    words = ["-m", "evals", "bench", "attention", "--device", "cpu" if toy else "cuda", "--output", str(folder)]
+    if toy:  # one case for each that there would be
+        flag, sizes = ("--forward-only", "1024:1") if name == "million" else ("--cases", "256:2,512:2")
+        options = [flag, sizes, "--block-size", "64", "--top-k", "2", "--head-dim", "32", "--repetitions", "1"]
+    return Stage(name, words + options, limit, [result])
+
+
+def _phase3_shape() -> list[str]:
+    """One row of phase 3 as its JSON has it, against SDPA."""
+    found = json.loads((ROOT / "ds_configs/phase3.json").read_text(encoding="utf-8"))["neomoba"]
+    model, heads = found["model"], found["model"]["num_attention_heads"]
+    words = ["--cases", f"{found['phase']['sequence_length']}:{heads}", "--bidirectional", "--rivals", ",".join(SDPA)]
+    sizes = {
+        "group": heads // model["num_key_value_heads"],
+        "head-dim": model["hidden_size"] // heads,
+        "block-size": model["moba_block_size"],
+        "top-k": model["moba_top_k"],
+    }
+    return words + [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+
+
+def _steps_stage(name: str, limit: int, output: Path, toy: bool, profile: bool, phase: str = "") -> Stage:
+    """Steps of a phase's JSON, called `name` so that each has its own result. phase: `name` where none is given."""
+    config = f"ds_configs/{'cpu_tiny' if toy else phase or name}.json"
     words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
-    words += ["--set", f"neomoba.phase.name={phase}", "--micro-batches", "1" if toy else "4"]
+    words += ["--set", f"neomoba.phase.name={name}", "--micro-batches", "1" if toy else "4"]
     words += ["--steps", "1" if toy else "2"]
-    return Stage(phase, words + ["--profile"] * profile, 110 if phase == "phase3" else 65, [f"{phase}.json"])
+    return Stage(name, words + ["--profile"] * profile, limit, [f"{name}.json"])
+
+
+def _peer_stage(limit: int, output: Path, toy: bool) -> Stage:
+    """Phase 1 against transformers, whose model is compiled as a whole: most of the time that it takes."""
+    stage = _steps_stage("peer", limit, output, toy, False, "phase1")
+    return stage._replace(words=[*stage.words, "--peer", "hf"])
+
+
+def _graphs_stage(limit: int, output: Path, toy: bool, profile: bool) -> Stage:
+    """Phase 1 by CUDA graphs, which a CPU refuses."""
+    stage = _steps_stage("phase1_graphs", limit, output, toy, profile, "phase1")
+    words = [*stage.words, "--set", "neomoba.phase.compile=cuda_graphs"]
+    return stage._replace(words=words, left_out="CUDA graphs need a GPU" if toy else "")
+
+
+def _tests_stage(limit: int, toy: bool) -> Stage:
+    words = ["-m", "pytest", "-m", "gpu and not full", "tests/gpu", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider"]
+    if toy:
+        words.append("--collect-only")
+    elif importlib.util.find_spec("xdist"):
+        words += ["-n", "auto"]  # compiling kernels is most of the work, and keeps one core busy each
+    return Stage("tests", words, limit, [])
 
 
 def run_stage(stage: Stage, output: Path) -> dict[str, Any]:
     """Run it to its end or its limit; what it printed goes to OUTPUT/STAGE.log."""
+    command = shlex.join(["python", *stage.words])
+    if stage.left_out:
+        status = f"left out: {stage.left_out}"
+        return {"command": command, "status": status, "seconds": 0.0, "last_lines": [], "results": {}}
     for name in stage.results:
         (output / name).unlink(missing_ok=True)  # a result of an earlier run would pass for this one's
     began, log = time.monotonic(), output / f"{stage.name}.log"
@@ -126,7 +183,7 @@ def run_stage(stage: Stage, output: Path) -> dict[str, Any]:
         if path.exists():
             results[name] = json.loads(path.read_text(encoding="utf-8"))
     return {
-        "command": shlex.join(["python", *stage.words]),
+        "command": command,
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
         "last_lines": log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:],
@@ -147,78 +204,24 @@ def machine() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary_lines(stages_done: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The short table: what was measured, the figure, the goal."""
-    lines = [["what", "measured", "goal"]]
-    for name, done in stages_done.items():
-        last = next((line for line in reversed(done["last_lines"]) if line.strip()), "")
-        figure = last[:60] if name == "tests" or done["status"] != "ok" else ""
-        lines.append(
-            [f"{name}: {done['status']}, {done['seconds']:.0f} s", figure, "all pass" if name == "tests" else ""]
-        )
-        for result in done["results"].values():
-            lines += ROWS.get(name, _steps)(result)
-    return lines
+def tables(head: dict[str, str], stages_done: dict[str, dict[str, Any]]) -> list[list[list[str]]]:
+    """The short table: what must be reached, and the stages. At toy sizes nothing counts as measured."""
+    return [must_lines({} if head["sizes"] == "toy" else stages_done), stage_lines(stages_done)]
 
 
-def _attention(result: dict[str, Any]) -> list[list[str]]:
-    lines = []
-    for row in result["rows"]:
-        rival, goal = row["full"]["name"], max(RATIO_FLOOR, RATIO_GOALS.get(row["length"], RATIO_FLOOR))
-        speed = f"fwd {row['forward_ratio']:.2f} f+b {row['both_ratio']:.2f} x {rival}"
-        speed += f", {row['moba_tflops']:.3g} / {row['full_tflops']:.3g} TFLOP/s"
-        if "moba_peak_bytes" in row:
-            speed += f", memory {row['moba_peak_bytes'] / max(1, row['full_peak_bytes']):.2f}"
-        lines.append([f"  {row['length']} tokens x {row['heads']}", speed, f"f+b {goal:g}, memory {MEMORY_GOAL}"])
-    for row in result["forward_only"]:
-        measured = f"{row['moba_forward']:.4g} s, {row['moba_forward_tflops']:.3g} TFLOP/s"
-        lines.append([f"  {row['length']} tokens x {row['heads']}, MoBA forward", measured, "runs"])
-    return lines
-
-
-def _steps(result: dict[str, Any]) -> list[list[str]]:
-    lines = []
-    for row in result["rows"]:
-        mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
-        peak = "" if row["peak_gib"] is None else f", {row['peak_gib']:.0f} GiB"
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s, MFU {mfu}{peak}"
-        lines.append([f"  rows of {row['length']}, {row['attention']}", speed, ""])
-    return lines
-
-
-def _moe(result: dict[str, Any]) -> list[list[str]]:
-    speed = f"{result['ratio']:.3f} x a dense layer, {result['moe_seconds']:.4g} s, {result['dtype']}"
-    return [["  experts, forward + backward", speed, f"at most {result['goal']:g}"]]
-
-
-def _recall(result: dict[str, Any]) -> list[list[str]]:
-    lines = []
-    for cells in zip(*result["cells"].values(), strict=True):
-        head = cells[0]
-        shown = ", ".join(f"{name} {100 * c['accuracy']:.0f} %" for name, c in zip(result["cells"], cells, strict=True))
-        lines.append([f"  {head['length']} tokens, distance {head['from']}-{head['to']}", shown, ""])
-    return lines
-
-
-def _tune(result: dict[str, Any]) -> list[list[str]]:
-    from evals.bench.tune import cells
-
-    rows = (cells(row) for row in result["rows"])
-    return [
-        [f"  {what}", f"{best}: {figures} (ms, MiB)", f"others: {others[:60]}"] for what, best, figures, others in rows
-    ]
-
-
-ROWS = {"tune": _tune, "attention": _attention, "million": _attention, "moe": _moe, "recall": _recall}
+def title(head: dict[str, str]) -> str:
+    """Device and versions, as the summary's first line has them."""
+    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "triton", "python"))
+    return f"{head['device']}, {versions}{', toy sizes' * (head['sizes'] == 'toy')}"
 
 
 def write_summary(output: Path, head: dict[str, str], stages_done: dict[str, dict[str, Any]]) -> None:
     """summary.json with all results, summary.md with commands and what they printed."""
     everything = {"machine": head, "stages": stages_done}
     (output / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    text = [f"# {head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}", ""]
-    header, *rows = summary_lines(stages_done)
-    text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+    text = [f"# {title(head)}"]
+    for header, *rows in tables(head, stages_done):
+        text += ["", *(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))]
     for name, done in stages_done.items():
         text += ["", f"## {name}: {done['status']}, {done['seconds']} s", "", f"`{done['command']}`", "", "```text"]
         text += [*done["last_lines"], "```"]
@@ -244,18 +247,24 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         raise EvalError(f"--only {','.join(unknown)}: no such stage; choose of {', '.join(NAMES)}")
-    head = machine()
+    head = {**machine(), "sizes": "toy" if args.toy else "whole"}
     done = earlier_stages(output, head) if args.only else {}
-    for stage in stages(output, args.toy, args.profile):
-        if stage.name in wanted:
-            print(f"{stage.name}: at most {stage.limit} s", file=sys.stderr, flush=True)
-            done[stage.name] = run_stage(stage, output)
-            done = {name: done[name] for name in NAMES if name in done}
-            write_summary(output, head, done)
-    print(f"{head['device']}, torch {head['torch']}, triton {head['triton']}, Python {head['python']}; {output}")
-    print_table(summary_lines(done))
-    for name in [name for name in STEPS if name in wanted] if args.profile else []:
+    spare = 0.0  # seconds that earlier stages left
+    todo = [stage for stage in stages(output, args.toy, args.profile) if stage.name in wanted]
+    for stage in todo:
+        limit = int(stage.limit + spare)
+        print(f"{stage.name}: at most {limit} s", file=sys.stderr, flush=True)
+        done[stage.name] = run_stage(stage._replace(limit=limit), output)
+        spare = max(0.0, limit - done[stage.name]["seconds"])
+        done = {name: done[name] for name in NAMES if name in done}
+        write_summary(output, head, done)
+    for name in [stage.name for stage in todo if stage.name in STEPS and args.profile]:
         for row in (row for result in done[name]["results"].values() for row in result["rows"] if "profile" in row):
-            print(f"\n{name}, {row['attention']}: one update")
+            print(f"{name}, {row['attention']}: one update")
             print_table(profile_lines(row["profile"]))
-    return 0 if all(done[name]["status"] == "ok" for name in wanted) else 1
+            print()
+    print(f"{title(head)}; {output}")
+    for table in tables(head, done):
+        print_table(table)
+        print()
+    return 0 if all(stage.left_out or done[stage.name]["status"] == "ok" for stage in todo) else 1

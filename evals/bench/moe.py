@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "machine": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "device": device,
         "dtype": dtype,
+        **{name: getattr(args, name) for name in ("tokens", "hidden", "experts", "top_k", "width")},
         **{f"{name}_seconds": value for name, value in fastest.items()},
         "ratio": fastest["moe"] / fastest["dense"],
         "goal": LARGE_GOAL if device == "cuda" and args.tokens > SMALL_TOKENS else SMALL_GOAL,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # dense bf16 TFLOP/s of the maker's data sheet
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+# tokens per second of ours over a peer's, by device
+GOALS = {("plain", "cpu"): 0.97, ("hf", "cpu"): 1.1, ("hf", "cuda"): 1.5}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +147,6 @@ def compare(
     import torch
 
     from evals.bench._timing import in_turns
-    from evals.bench._train_peers import GOALS
 
     device, rate = engine.mesh.device.type, config.phase.learning_rate
     engine.set_full_attention(config.phase.full_attention_fraction == 1)
@@ -206,6 +207,11 @@ def run(args: argparse.Namespace) -> int:
     peak = args.peak_tflops or next((peak for name, peak in PEAKS.items() if name in machine), None)
     batches, fraction = random_batches(config, plan), config.phase.full_attention_fraction
     result: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "peak_tflops": peak, "rows": []}
+
+    def keep() -> None:  # after every row: a run that is stopped keeps what it has
+        if mesh.rank == 0 and args.output is not None:
+            write_json(args.output, config.phase.name, result)
+
     if peer is None:
         for full in [False, True] if 0 < fraction < 1 else [fraction == 1]:
             row = measure(engine, batches, config, full, args.steps)
@@ -213,8 +219,10 @@ def run(args: argparse.Namespace) -> int:
             if args.profile:
                 update = functools.partial(engine.update, batches, config.phase.learning_rate)
                 result["rows"][-1]["profile"] = kernel_times(update, mesh.device.type)
+            keep()
     else:
         result["comparison"] = compare(engine, peer, batches, config, args)
+        keep()
     if mesh.rank == 0:
         if peer is None:
             print_table([HEADER, *(_cells(row) for row in result["rows"])])
@@ -224,8 +232,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             print_comparison(result["comparison"])
         print(f"{machine}, torch {torch.__version__}, {config.dtype_name}")
-        if args.output is not None:
-            write_json(args.output, config.phase.name, result)
     sys.stdout.flush()
     torch.distributed.destroy_process_group()
     return 0
