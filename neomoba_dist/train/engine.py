@@ -38,7 +38,7 @@ from neomoba_dist.train.compiled import compile_layers, is_compiled
 from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
-from neomoba_dist.train.gradient_sums import average_in
+from neomoba_dist.train.gradient_sums import add_in_place, average_in
 from neomoba_dist.train.graphs import CapturedBlocks
 from neomoba_dist.train.heap import keep_freed_memory
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
@@ -129,6 +129,8 @@ class Engine(ABC):
         if config.zero_stage == 2:
             dtypes = getattr(torch, config.dtype_name), self.engine.communication_data_type
             average_in(torch.promote_types(*dtypes), self.engine.optimizer)
+        if config.zero_stage == 1:
+            add_in_place(self.engine.optimizer, together=self.compiled)
         self.gradient_norms = GradientNorms(
             self.engine.optimizer, config.zero_stage, self.module, config.model.num_layers, mesh
         )

@@ -17,6 +17,7 @@ from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import parts_of
 from neomoba_dist.model.neobert import Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train.compiled import is_compiled
 from neomoba_dist.train.layer_memory import Held, Tokens, block_memory, encoder_end_memory, head_memory
 from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
 from neomoba_dist.train.optim import moments_of, parameter_groups
@@ -123,6 +124,11 @@ class Stage:
         """All of them."""
         return sum(len(indices) for _, indices in self.blocks)
 
+    @property
+    def block_elements(self) -> int:
+        """Elements of their parameters."""
+        return sum(len(indices) * sum(p.numel() for p in block.parameters()) for block, indices in self.blocks)
+
 
 class Beside(NamedTuple):
     """Bytes that a teacher adds: weights, what is kept for the student's backward pass, what passes by then."""
@@ -138,7 +144,8 @@ NO_TEACHER = Beside()
 def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teacher: Beside = NO_TEACHER) -> RankMemory:
     """The most that the rank at `mesh` holds.
 
-    At the start of an update's last backward pass, at its end, or in the optimizer's step. ConfigError for offload.
+    At the start of an update's last backward pass, at its end or that of an earlier one, or in the optimizer's step.
+    ConfigError for offload.
     """
     for key in ("offload_optimizer", "offload_param"):
         if config.deepspeed["zero_optimization"].get(key, {}).get("device", "none") != "none":
@@ -154,6 +161,8 @@ def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teach
         activations=graphs + kept + teacher.kept,
         buffers=zero.buckets + zero.fetching + passing + teacher.passing,
     )
+    waiting = waiting_memory(config, plan, mesh, stage)
+    added = replace(states, gradients=zero.gradients + waiting, buffers=zero.buckets)
     # the sum of earlier micro-batches, where these are not added to it in float32 as they are reduced
     doubled = zero.own if several and config.zero_stage == 2 and not _adds_in_place(config) else 0
     # at stage 1 what is added to in place is made then, while gradients move into the buckets
@@ -161,7 +170,7 @@ def plan_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage, teach
     again = zero.buckets if mesh["pp"].size > 1 else 0  # DeepSpeed's pipeline makes another bucket, and leaves it empty
     end = replace(states, buffers=zero.buckets + again + reduced + doubled)
     step = replace(states, gradients=zero.own, buffers=zero.step)
-    return max((backward, end, step), key=lambda moment: moment.total)
+    return max((backward, added, end, step), key=lambda moment: moment.total)
 
 
 def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
@@ -176,8 +185,7 @@ def zero_memory(config: Config, mesh: Mesh, stage: Stage) -> ZeroMemory:
         elements, owned, largest = elements + sum(group.sizes), owned + part, max(largest, part)
         optimizer += 4 * (1 + group.moments) * part
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
-    overlap = zero.get("overlap_comm") and number < 3 and mesh["pp"].size == 1  # else DeepSpeed turns it off
-    buckets = bucket * zero.get("contiguous_gradients", True) * (2 if overlap else 1)
+    buckets = bucket * zero.get("contiguous_gradients", True) * (2 if _overlaps(config, mesh) else 1)
     # stage 1 fills it with the sums, stage 2 as `gradient_sums.average_in` has it
     buckets *= {1: summed, 2: max(element, sent)}.get(number, sent)
     step = matrix_memory(mesh, stage, number) + (0 if _adds_in_place(config) else 4 * largest)
@@ -229,8 +237,7 @@ def graph_memory(config: Config, mesh: Mesh, stage: Stage) -> int:
     hidden = tokens.element * tokens.between * config.model.hidden_size
     # an input, an output and their gradients; blocks keep the input of one kind without graphs, too
     states = stage.num_blocks * (4 * kinds - 1) * hidden
-    elements = sum(len(indices) * sum(p.numel() for p in block.parameters()) for block, indices in stage.blocks)
-    return round(held.kept + held.passing) + states + kinds * tokens.element * elements
+    return round(held.kept + held.passing) + states + kinds * tokens.element * stage.block_elements
 
 
 def blocks_memory(config: Config, mesh: Mesh, stage: Stage) -> Held:
@@ -242,6 +249,23 @@ def blocks_memory(config: Config, mesh: Mesh, stage: Stage) -> Held:
             held = block_memory(block, config, mesh, Tokens.of_block(block, config, mesh), way)
             kept, passing = kept + number * held.kept, max(passing, held.passing)
     return Held(kept, passing)
+
+
+def waiting_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> int:
+    """Bytes of a micro-batch's gradients at the end of its backward pass, where they wait for that to be added together
+    (gradient_sums.py). Those that come out of CUDA graphs are among the memory of these."""
+    if not (config.zero_stage == 1 and _adds_in_place(config) and is_compiled(config, mesh)):
+        return 0
+    if plan.gradient_accumulation_steps == 1 and _overlaps(config, mesh):
+        return 0  # the last ones are reduced as they come
+    elements = sum(sum(group.sizes) for group in stage.groups)
+    return 2 * (elements - stage.block_elements if config.phase.cuda_graphs else elements)
+
+
+def _overlaps(config: Config, mesh: Mesh) -> bool:
+    """Whether gradients are reduced beside the backward pass, from two buckets. DeepSpeed never does in pipelines."""
+    asked = config.deepspeed["zero_optimization"].get("overlap_comm", False)
+    return bool(asked) and config.zero_stage < 3 and mesh["pp"].size == 1
 
 
 def activation_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """In bf16 the gradients of micro-batches are added up, and reduced over ranks, in float32: in every engine.
 
 What AdamW gets (its first moment after one step is (1 - beta1) times the gradient) is compared with the float64 sum of
-the gradients that the same model in bf16 has of each micro-batch.
+the gradients that the same model in bf16 has of each micro-batch. How they are added at ZeRO-1, one by one or together,
+changes no bit.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +17,12 @@ from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import Batch
 from neomoba_dist.model.neobert import NeoBERT
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train import engine as engine_module
 from neomoba_dist.train.engines import build_engine
+from neomoba_dist.train.gradient_sums import _add
 from tests.equivalence import Pieces, assemble, pieces, state_pieces
-from tests.models import LENGTH, tiny_batch
+from tests.gpu_code import GPUCode
+from tests.models import LENGTH, tiny_batch, tiny_model
 from tests.parallel.test_engines import make_config
 from tests.ranks import run_ranks
 from tests.runs import build_mesh
@@ -32,6 +37,7 @@ ENGINES: dict[str, tuple[int, dict[str, int], int, dict[str, Any]]] = {
     "zero3": (2, {}, 3, {}),
     "pipeline": (2, PIPELINE, 1, {}),
     "zero1_plain": (3, {}, 1, PLAIN),
+    "zero1_overlap": (2, {}, 1, {"overlap_comm": True}),
     "zero2_plain": (2, {}, 2, PLAIN),
     "zero2_small_buckets": (3, {}, 2, {"reduce_bucket_size": 1000}),  # most gradients are too large for one
     "zero3_plain": (2, {}, 3, PLAIN),
@@ -112,3 +118,84 @@ def test_bf16_sums_are_there_for_their_memory() -> None:
     """And lose precision: what the test above could not see if it did not look at sums."""
     config = bf16_config("zero1", "mlm", 32, data_types={"grad_accum_dtype": "bf16"})
     assert 2e-3 < error("zero1", config) < 2e-2
+
+
+WAYS = {"DeepSpeed's": None, "one by one": False, "together": True}
+
+
+def way_rank(config: Config, way: str) -> tuple[list[Pieces], list[int], list[int]]:
+    """First moments after every update, the tensors of every list that was compiled, and of every one that was added.
+
+    The last update is one of full attention.
+    """
+    compiled: list[int] = []
+    added: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*tensors: torch.Tensor) -> Any:
+            added.append(len(tensors) // 2)
+            return graph(*tensors)
+
+        compiled.append(len(inputs) // 2)
+        return run
+
+    torch._dynamo.reset()
+    compile_function = torch.compile
+    torch.compile = lambda function, **how: compile_function(
+        function, **how, backend=backend if function is _add else "eager"
+    )
+    engine_module.compile_layers = lambda module: None
+    if WAYS[way] is None:
+        engine_module.add_in_place = lambda zero, *, together: None
+    config = replace(config, phase=replace(config.phase, compile=way == "together"))
+    mesh = build_mesh(config)
+    engine = build_engine(config, config.plan(mesh["world"].size), mesh)
+    batches, moments = micro_batches_of(config)[mesh["dp"].index :: mesh["dp"].size], []
+    for full in (False, False, True):
+        engine.set_full_attention(full)
+        engine.update(batches, 1e-2)
+        moments.append(state_pieces(engine, "exp_avg"))
+    return moments, compiled, added
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(name, marks=() if name in ("zero1_overlap", "pipeline") else pytest.mark.full)
+        for name, (*_, stage, _) in ENGINES.items()
+        if stage == 1
+    ],
+)
+def test_each_way_gives_the_same_bits(engine: str) -> None:
+    """And adds whole lists together wherever they are not needed one by one; one graph for all updates."""
+    ranks, layout, _, zero = ENGINES[engine]
+    config = bf16_config(engine, "clm", 4)
+    results = {way: run_ranks(ranks, way_rank, config, way) for way in WAYS}
+    for update in range(3):
+        expected, *others = (assemble([moments[update] for moments, *_ in found]) for found in results.values())
+        assert all(value.count_nonzero() for value in expected.values())
+        for moments in others:
+            assert moments.keys() == expected.keys()
+            assert all(torch.equal(moments[name], value) for name, value in expected.items())
+    passes = 4 if layout or not zero.get("overlap_comm") else 3  # whose gradients wait; the first ones are copied
+    for _, compiled, added in results["together"]:
+        assert len(compiled) == 1
+        assert compiled[0] > 5
+        assert added == 3 * (passes - 1) * compiled
+    assert not any(added for way in ("DeepSpeed's", "one by one") for _, _, added in results[way])
+
+
+def test_kernels_of_a_gpu() -> None:
+    """As many weights as phase 1 has are added by three kernels, which read and write nothing twice."""
+    torch._dynamo.reset()
+    model = NeoBERT(tiny_model(num_hidden_layers=28, qk_norm=False), Mesh.single(), seed=5)
+    sums = [torch.ones_like(weight) for weight in model.parameters()]
+    gradients = [weight.detach().bfloat16() for weight in model.parameters()]
+    gpu = GPUCode()
+    torch.compile(_add, dynamic=False, fullgraph=True, backend=gpu)(sums, gradients)
+    (graph,) = gpu.graphs
+    assert len(sums) == 171
+    assert len(graph.kernels) == 3
+    assert graph.moved == 10 * sum(weight.numel() for weight in sums)
+    for total, gradient in zip(sums, gradients, strict=True):
+        assert torch.equal(total, 1 + gradient.float())

@@ -12,8 +12,10 @@ import torch
 
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.data.batch import LEAST_DOCUMENTS, Batch
+from neomoba_dist.train import engine as engine_module
 from neomoba_dist.train.engine import Engine
 from neomoba_dist.train.engines import FlatEngine, build_engine
+from neomoba_dist.train.gradient_sums import add_in_place
 from tests.equivalence import Pieces, state_pieces
 from tests.models import LENGTH
 from tests.parallel.test_engines import make_config, updates
@@ -51,7 +53,12 @@ def padded(batch: Batch) -> Batch:
 
 def trained(config: Config, captured: bool) -> tuple[list[Sequence[float]], Pieces]:
     """Three updates: what they report, and the weights and moments after them. The second has full attention, and its
-    last two micro-batches many documents."""
+    last two micro-batches many documents.
+
+    Gradients from graphs wait for the end of a backward pass where ZeRO-1 lets them, as in compiled engines.
+    """
+    torch.compile = partial(torch.compile, backend="eager")
+    engine_module.add_in_place = lambda zero, *, together: add_in_place(zero, together=captured)
     mesh = build_mesh(config)
     engine: Engine = build_engine(config, config.plan(mesh["world"].size), mesh)
     assert isinstance(engine, FlatEngine)

@@ -6,6 +6,7 @@ All allocations of tensors count, those inside torch's and DeepSpeed's operators
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from neomoba_dist.checkpoint.load import CheckpointReader
 from neomoba_dist.config import Config, parse_config
 from neomoba_dist.parallel.mesh import Mesh
+from neomoba_dist.train import engine as engine_module
 from neomoba_dist.train.checkpoint_plan import stage_module
 from neomoba_dist.train.distill import build_distill_engine
 from neomoba_dist.train.distill_plan import PlannedTeacher
@@ -56,6 +58,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str, dict[str, Any], dict[str
     "tp2_pp2_bf16": (4, {TP: 2, PP: 2}, 1, "full", {}, {"bf16": {"enabled": True}}),
     # few tokens and wide layers: with Muon the optimizer's step is the fullest moment
     "wide": (1, {}, 1, "full", WIDE, SHORT),
+    "wide_dp4_bf16": (4, {}, 1, "full", WIDE, {**SHORT, "bf16": {"enabled": True}}),
     "wide_dp2_zero2_bf16": (2, {}, 2, "full", WIDE, {**SHORT, "bf16": {"enabled": True}}),
     "wide_tp2": (2, {TP: 2}, 1, "full", WIDE, SHORT),
     # weights that are gathered are larger than all that layers keep
@@ -164,6 +167,23 @@ def test_with_a_teacher(name: str, hidden_weight: float, tmp_path: Path) -> None
     config = replace(config, distill=replace(config.distill, **settings))
     for measured, planned in run_ranks(LAYOUTS[name][0], _measured_and_planned, config, tmp_path / "teacher"):
         assert planned == pytest.approx(measured, rel=0.1)
+
+
+def _measured_with_waiting_gradients(config: Config) -> tuple[int, int]:
+    """As a compiled engine has them. Its layers are not: the plan is that of layers as they stand."""
+    engine_module.compile_layers = lambda module: None
+    torch.compile = partial(torch.compile, backend="eager")
+    return _measured_and_planned(config)
+
+
+def test_gradients_that_wait_for_the_end_of_a_pass() -> None:
+    """With few tokens and wide layers that is the fullest moment."""
+    config = _config("wide_dp4_bf16")
+    plain = _planned(config, Mesh.place(config.parallel, 4, 0, num_key_value_heads=2))
+    config = replace(config, phase=replace(config.phase, compile=True))
+    measured, planned = run_ranks(4, _measured_with_waiting_gradients, config)[0]
+    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned > 1.05 * plain
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
