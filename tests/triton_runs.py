@@ -31,9 +31,10 @@ def run_python(arguments: list[str], **environment: str) -> str:
     return process.stdout
 
 
-def interpret(tests: Path) -> None:
-    """Run a file of tests in Triton's interpreter; all must pass."""
-    output = run_python(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)], TRITON_INTERPRET="1")
+def interpret(tests: Path, marked: str = "not full") -> None:
+    """Run those tests of a file that are so marked in Triton's interpreter; all must pass."""
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(tests)]
+    output = run_python(words, TRITON_INTERPRET="1")
     assert " passed" in output
 
 

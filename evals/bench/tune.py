@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 Work = Callable[[], "tuple[Tensor, ...]"]
 
-# rows, keys, warps, stages, loads by descriptors: what fits an SM of an H100 at D 64 and 128
+# rows, keys, warps, stages, loads by descriptors, dq by atomics: what fits an SM of an H100 at D 64 and 128
 TILES: tuple[tuple[Any, ...], ...] = (
     (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2),
     (128, 64, 8, 3, True), (128, 128, 8, 2, True), (64, 64, 4, 3, True),
 )  # fmt: skip
-KEY_TILES = ((32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2))
+KEY_TILES: tuple[tuple[Any, ...], ...] = (
+    (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2),
+    (32, 128, 8, 3, False, True), (16, 128, 8, 3, False, True), (32, 64, 8, 3, False, True),
+)  # fmt: skip
 SHORT = 32768  # tokens; a longer row is timed so many times less often
 LARGEST_DIFFERENCE = 4e-2  # of the largest value, as the tests on a GPU allow in bfloat16
 
@@ -159,7 +162,7 @@ def triton_tiles(setting: Setting, clocks: Clocks) -> Found:
 
 
 def triton_key_tiles(setting: Setting, tiles: list[Any] | None, clocks: Clocks) -> Found:
-    """Tiles of dk and dv, with the fastest others."""
+    """Tiles of dk and dv, with the fastest others; also those that add up dq by atomics."""
     from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_key_tiles
 
     problem, grad = _problem(setting)

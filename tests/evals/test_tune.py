@@ -17,6 +17,7 @@ from neomoba_dist.model.attention.kernels.choice import Call, MobaCall, full_att
 from neomoba_dist.model.attention.kernels.tuned import full_key, moba_key, write_table
 
 GPU = torch.device("cuda", 0)
+BY_ATOMICS = [32, 16, 4, 1, False, True]
 
 
 def clock(seconds: dict[str, float]) -> Clocks:
@@ -104,10 +105,10 @@ def test_measured_tiles_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     bf16 = torch.bfloat16
     usual = common.choose_tiles(64, bf16, 512, 8192), common.choose_key_tiles(64, bf16, 512, 8192)
-    measured = {moba_key("tiles", bf16, 64, 512): [16, 32, 4, 2], moba_key("key_tiles", bf16, 64, 512): [32, 16, 4, 1]}
+    measured = {moba_key("tiles", bf16, 64, 512): [16, 32, 4, 2], moba_key("key_tiles", bf16, 64, 512): BY_ATOMICS}
     monkeypatch.setattr(common, "tuned", lambda key, tokens: measured.get(key) if tokens == 8192 else None)
     chosen = common.choose_tiles(64, bf16, 512, 8192), common.choose_key_tiles(64, bf16, 512, 8192)
-    assert chosen == (common.Tiles(16, 32, 4, 2), common.Tiles(32, 16, 4, 1))
+    assert chosen == (common.Tiles(16, 32, 4, 2), common.Tiles(32, 16, 4, 1, atomics=True))
     assert chosen != usual
     assert common.choose_tiles(64, bf16, 256, 8192) == usual[0]
     assert common.choose_tiles(64, bf16, 512, 32768) == usual[0]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from evals.bench.tune import KEY_TILES
 from neomoba_dist.model.attention.kernels.choice import gate_kernel
 from neomoba_dist.model.attention.kernels.layout import make_layout
 from neomoba_dist.model.attention.kernels.select import select_blocks_any
+from neomoba_dist.model.attention.kernels.triton import common
 from neomoba_dist.model.attention.moba import attend, block_means, full_attention, moba_attention, select_blocks
 
 pytestmark = pytest.mark.gpu
@@ -165,3 +167,31 @@ def test_a_block_that_everybody_chooses() -> None:
     out = attend(*exact, block_indices.cpu(), block_size=128)[0]
     for got, want in zip(runs[0], (out, *torch.autograd.grad(out, exact, grad.cpu().double())), strict=True):
         assert (got.cpu().double() - want).abs().max() < LARGEST[q.dtype] * max(1.0, float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("tiles", [tiles for tiles in KEY_TILES if common.Tiles(*tiles).atomics])
+def test_dq_by_atomics(tiles: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that tuning times: exact, also where a list is split; deterministic algorithms bring today's bits back."""
+    q, k, v, grad = draw(16384, (2, 1), 128, torch.bfloat16)
+    block_indices = select_blocks(q, block_means(k, block_size=128), block_size=128, top_k=3)
+    block_indices[128:, :, 1] = 0
+    block_indices[:, :, 2] = -1
+
+    def gradients(chosen: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(common, "tuned", lambda key, tokens: chosen if key.startswith("key_tiles") else None)
+        return torch.autograd.grad(attend(q, k, v, block_indices, block_size=128)[0], (q, k, v), grad)
+
+    in_order, by_atomics = gradients(tiles[:4]), gradients(tiles)
+    assert not torch.equal(by_atomics[0], in_order[0])
+    for got, want in zip(by_atomics, in_order, strict=True):
+        assert (got - want).abs().max() < LARGEST[q.dtype] * max(1.0, float(want.abs().max()))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        again = gradients(tiles)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(got, want) for got, want in zip(again, in_order, strict=True))
+    for head_dim, dtype in ((64, torch.bfloat16), (96, torch.bfloat16), (128, torch.float16)):
+        drawn = draw(2048, (4, 2), head_dim, dtype)
+        assert_equals_float64(*drawn, block_size=100, top_k=3, causal=True, cu_seqlens=cu(BORDERS))
+        assert_equals_float64(*drawn, block_size=128, top_k=3, causal=False, cu_seqlens=None)

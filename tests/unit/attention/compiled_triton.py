@@ -5,7 +5,10 @@ Arguments: cases such as bf16:128. Prints one line per kernel: name, dtype, head
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from evals.bench.tune import KEY_TILES
 from neomoba_dist.model.attention.kernels.library import rows as library_rows
 from neomoba_dist.model.attention.kernels.triton import backward as triton_backward
 from neomoba_dist.model.attention.kernels.triton import forward as triton_forward
@@ -31,11 +35,12 @@ from neomoba_dist.model.attention.kernels.triton.common import (
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # of one SM that a program may use
+MOST_STACK = 256  # bytes of a thread's spilt registers, in the kernels of dk and dv
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = ("spans_pointer", "offset_pointer")
 FLOAT32 = (
     "lse_pointer", "part_lse_pointer", "own_lse_pointer", "lse_rows_pointer", "delta_pointer", "grad_lse_pointer",
-    "dk_sums_pointer", "dv_sums_pointer",
+    "dq_sums_pointer", "dk_sums_pointer", "dv_sums_pointer",
 )  # fmt: skip
 TENSORS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "means", "part")
 
@@ -59,8 +64,8 @@ def argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     return f"*{dtype}" if name.removesuffix("_pointer").removesuffix("_rows") in TENSORS else "*i32"
 
 
-def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> str:
-    """Down to machine code, with the alignment of pointers and strides that real calls have. Returns the PTX."""
+def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **constants: Any) -> Any:
+    """Down to machine code, with the alignment of pointers and strides that real calls have. Returns what was made."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else argument_type(n, dtype, constants) for n in names}
     aligned = [i for i, n in enumerate(names) if n not in constants and ("pointer" in n or "stride" in n)]
@@ -74,12 +79,39 @@ def compile_kernel(kernel: Any, dtype: str, warps: int = 4, stages: int = 3, **c
     assert "cubin" in compiled.asm
     assert compiled.metadata.shared <= SHARED_MEMORY, (kernel.__name__, dtype, compiled.metadata.shared)
     print(kernel.__name__, dtype, constants.get("DIM", ""), compiled.metadata.shared, flush=True)
-    return compiled.asm["ptx"]
+    return compiled.asm
 
 
 def attention_constants(tiles: Tiles, dim: int, dtype: str) -> dict[str, Any]:
     shape = {"DIM": dim, "BM": tiles.rows, "BN": tiles.keys, "BD": padded(dim)}
     return {**shape, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+
+
+def compile_key_gradients(tiles: Tiles, dim: int, dtype: str) -> None:
+    """Kernels of dk and dv, with dq by atomics where the tiles have them."""
+    constants = {**attention_constants(tiles, dim, dtype), "BT": key_gradient.BT}
+    options = constants if tiles.atomics else {"dq_sums_pointer": None, **constants}
+    launch = (dtype, tiles.warps, tiles.stages)
+    made = [compile_kernel(key_gradient.long_list_kernel, *launch, **options)]
+    for given in ({}, {"dk_sums_pointer": None, "dv_sums_pointer": None}):
+        made.append(compile_kernel(key_gradient.key_gradient_kernel, *launch, **given, **options, CAUSAL=True))
+    for kernel in made:
+        assert bool(re.search(r"(red|atom)\.global\S*\.add\S*\.f32", kernel["ptx"])) == tiles.atomics
+        if dtype != "fp32":
+            assert "wgmma.mma_async" in kernel["ptx"]
+            assert "mma.sync" not in kernel["ptx"]
+        if dtype != "fp32" and dim <= 128:  # others spill more, and are not what trains
+            assert stack_bytes(kernel["cubin"]) <= MOST_STACK, (tiles, dim, dtype, stack_bytes(kernel["cubin"]))
+
+
+def stack_bytes(machine_code: bytes) -> int:
+    """What a thread has of local memory: registers that were spilt."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[0])
 
 
 def main(cases: list[str]) -> None:
@@ -90,18 +122,16 @@ def main(cases: list[str]) -> None:
         constants = attention_constants(tiles, dim, dtype)
         launch = (tiles.warps, tiles.stages)
         for given in ({"k_tiles": None, "v_tiles": None}, *([{}] * (dim == padded(dim)))):
-            assembly = compile_kernel(triton_forward.selected_forward_kernel, dtype, *launch, **given, **constants)
-            assert ("cp.async.bulk.tensor" in assembly) == (not given)
+            made = compile_kernel(triton_forward.selected_forward_kernel, dtype, *launch, **given, **constants)
+            assert ("cp.async.bulk.tensor" in made["ptx"]) == (not given)
         compile_kernel(triton_forward.current_forward_kernel, dtype, *launch, **constants, CAUSAL=True)
         launch = (tiles.warps, max(1, tiles.stages - 1))
         compile_kernel(triton_backward.selected_query_gradient_kernel, dtype, *launch, **constants)
         compile_kernel(triton_backward.current_query_gradient_kernel, dtype, *launch, **constants, CAUSAL=True)
-        key_constants = attention_constants(key_tiles, dim, dtype)
-        launch = (key_tiles.warps, key_tiles.stages)
-        for given in ({}, {"dk_sums_pointer": None, "dv_sums_pointer": None}):
-            options = {**given, **key_constants, "CAUSAL": True, "BT": key_gradient.BT}
-            compile_kernel(key_gradient.key_gradient_kernel, dtype, *launch, **options)
-        compile_kernel(key_gradient.long_list_kernel, dtype, *launch, **key_constants, BT=key_gradient.BT)
+        compile_key_gradients(key_tiles, dim, dtype)
+        fast = [Tiles(*chosen) for chosen in KEY_TILES if Tiles(*chosen).atomics]
+        for chosen in fast if dtype != "fp32" and dim <= 128 else (key_tiles._replace(atomics=True),):
+            compile_key_gradients(chosen, dim, dtype)
         delta = {"HAS_GRAD_LSE": True, "DIM": dim, "BM": tiles.rows, "BD": padded(dim)}
         compile_kernel(triton_backward.delta_kernel, dtype, **delta)
         rows = {"DIM": dim, "BM": library_rows.BM, "BD": padded(dim)}

@@ -26,7 +26,7 @@ from neomoba_dist.model.attention.kernels.library.moba import (
 )
 from neomoba_dist.model.attention.kernels.library.varlen import Varlen
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
-from neomoba_dist.model.attention.kernels.triton.common import tiles_of
+from neomoba_dist.model.attention.kernels.triton.common import Tiles, tiles_of
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton, index_length
 from neomoba_dist.model.attention.kernels.triton.layout import own_tiles
 
@@ -82,6 +82,7 @@ def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return gradients
 
 
+ATOMICS = Tiles(32, 128, 8, 3, atomics=True)
 FLASH = Varlen(_flash_forward, _flash_backward)
 
 
@@ -103,20 +104,24 @@ def problem_of(shape: Shape) -> tuple[Problem, Tensor]:
 
 
 def moba_bytes(shape: Shape, path: str) -> tuple[int, int]:
-    """Most bytes beside the inputs in the forward pass, and in the backward pass with what the former keeps."""
+    """Most bytes beside the inputs in the forward pass, and in the backward pass with what the former keeps.
+
+    path: "triton", "atomics" (Triton with these for dq) or "library".
+    """
     problem, grad = problem_of(shape)
     selected = problem.block_indices
     assert selected is not None
     with Held() as held:
         held.now = held.most = selected.nbytes
-        out, lse, index = attend_triton(problem) if path == "triton" else attend_library(problem, FLASH)
+        out, lse, index = attend_library(problem, FLASH) if path == "library" else attend_triton(problem)
         forward, kept = held.most, held.now
         assert kept == selected.nbytes + out.nbytes + lse.nbytes + index.nbytes
         held.most = 0
-        if path == "triton":
-            gradients = attend_triton_backward(problem, out, lse, grad, None, index)
-        else:
+        if path == "library":
             gradients = attend_library_backward(problem, out, lse, grad, index, FLASH)
+        else:
+            key_tiles = ATOMICS if path == "atomics" else None
+            gradients = attend_triton_backward(problem, out, lse, grad, None, index, key_tiles=key_tiles)
         assert held.now == kept + sum(x.nbytes for x in gradients)
         return forward, held.most
 
@@ -149,6 +154,7 @@ def test_triton_holds_what_the_formula_says(shape: Shape) -> None:
     forward = kept_bytes(problem) + heads // head_groups(q, heads, out) * out + places
     backward = kept_bytes(problem) + q.nbytes + 2 * problem.k.nbytes + 4 * tokens * heads + places
     assert moba_bytes(shape, "triton") == (forward, backward + heads // head_groups(q, heads, dq) * dq)
+    assert moba_bytes(shape, "atomics") == (forward, backward + 4 * q.numel())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -169,7 +175,7 @@ def test_a_library_holds_what_the_formula_says(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("tokens", [32768, 131072])
-@pytest.mark.parametrize("path", ["triton", "library"])
+@pytest.mark.parametrize("path", ["triton", "atomics", "library"])
 def test_moba_holds_little_more_than_flash_attention(path: str, tokens: int) -> None:
     shape = (tokens, *REFERENCE[1:])
     assert flash_bytes(shape) < max(moba_bytes(shape, path)) <= GOAL * flash_bytes(shape)

@@ -15,6 +15,15 @@ def test_kernels_are_exact_in_the_interpreter() -> None:
     interpret(HERE / "interpreted_triton.py")
 
 
+def test_dq_by_atomics_is_exact_in_the_interpreter() -> None:
+    interpret(HERE / "interpreted_atomics.py")
+
+
+@pytest.mark.full
+def test_dq_by_atomics_is_exact_in_the_whole_grid() -> None:
+    interpret(HERE / "interpreted_atomics.py", "full")
+
+
 def test_moba_by_libraries_is_exact_with_their_kernels_in_the_interpreter() -> None:
     interpret(HERE / "interpreted_library.py")
 

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from neomoba_dist.model.attention.kernels.layout import BlockLayout, Problem, make_layout
 from neomoba_dist.model.attention.kernels.triton.backward import attend_triton_backward
-from neomoba_dist.model.attention.kernels.triton.common import choose_tiles
+from neomoba_dist.model.attention.kernels.triton.common import Tiles, choose_tiles
 from neomoba_dist.model.attention.kernels.triton.forward import attend_triton, index_length
 from neomoba_dist.model.attention.kernels.triton.layout import place_blocks_triton
 from neomoba_dist.model.attention.kernels.triton.select import block_means_triton, select_blocks_triton
@@ -44,7 +44,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     return made
 
 
-def steps(tokens: int, cu_seqlens: Tensor | None, known: bool = False) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def steps(
+    tokens: int, cu_seqlens: Tensor | None, known: bool = False, key_tiles: Tiles | None = None
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The Triton path of one call of moba_attention: forward and backward. known: with what the first layer found."""
     q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
     k = q[:, :2]
@@ -64,7 +66,7 @@ def steps(tokens: int, cu_seqlens: Tensor | None, known: bool = False) -> tuple[
         block_indices = torch.empty(tokens, 4, 3, dtype=torch.int32)
         lse, problem = torch.empty(tokens, 4), Problem(q, k, k, block_indices, layout(tokens), True)
         index = torch.empty(index_length(problem), dtype=torch.int32) if known else None
-        attend_triton_backward(problem, q, lse, q, None, index)
+        attend_triton_backward(problem, q, lse, q, None, index, key_tiles=key_tiles)
 
     return forward, backward
 
@@ -80,6 +82,22 @@ def test_a_call_takes_few_operators(launches: list[Variant], borders: list[int] 
             step()
         assert launches
         assert operators.count + len(launches) == expected
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dq_by_atomics_takes_no_launch_of_its_own(launches: list[Variant], deterministic: bool) -> None:
+    """Zeros, one launch for all gradients, and the scale, however many groups of heads; else those of dq."""
+    _, backward = steps(16384, None, True, Tiles(32, 128, 8, 3, atomics=True))
+    launches.clear()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Operators() as operators:
+            backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    of_dq = ["selected_query_gradient_kernel", "current_query_gradient_kernel"] if deterministic else []
+    assert [name for name, *_ in launches] == ["delta_kernel", "long_list_kernel", "key_gradient_kernel", *of_dq]
+    assert operators.count == (0 if deterministic else 2)
 
 
 def test_lengths_do_not_make_variants(launches: list[Variant]) -> None:

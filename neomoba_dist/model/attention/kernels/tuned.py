@@ -1,7 +1,7 @@
 """What was the fastest on this card, as `python -m evals bench gpu --only tune` found it.
 
 One JSON file per card in the folder `tuned` beside this file: {"device", "torch", "triton", "fastest"}. "fastest" maps
-a key (below) to what was the fastest at each length that was measured: the name of a kernel, or the four numbers of
+a key (below) to what was the fastest at each length that was measured: the name of a kernel, or the fields of
 `triton.common.Tiles`. The nearest length counts, by its ratio. A file counts for the versions of torch and triton that
 it was measured with; without one the built-in order and tiles stand.
 """

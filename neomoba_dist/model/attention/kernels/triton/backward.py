@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
-"""Triton backward pass of MoBA from the final output and logsumexp: deterministic, without atomics.
+"""Triton backward pass of MoBA from the final output and logsumexp: deterministic, unless atomics are asked for.
 
 dk and dv: key_gradient.py. dq: parts list by list, then the current blocks with the sum of the parts, as in the forward
-pass.
+pass. Or, where `Tiles.atomics` says so and no deterministic algorithms are asked for, dq by the kernels of dk and dv.
 
 Legend: T queries, S keys, Hq/Hkv query and KV heads, BM queries, BN keys per tile.
 """
@@ -118,7 +118,8 @@ def attend_triton_backward(
     long_list: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, Hq, D], k and v [S, Hkv, D]. buffer: the index that `attend_triton` returned, where kept.
-    tiles, key_tiles, long_list: None: as chosen in common.py and key_gradient.py.
+    tiles, key_tiles, long_list: None: as chosen in common.py and key_gradient.py. The same bits every time, unless
+    key_tiles has atomics and torch.are_deterministic_algorithms_enabled() is false.
     """
     layout, causal = problem.layout, problem.causal
     q, k, v, grad_out = (last_contiguous(x) for x in (problem.q, problem.k, problem.v, grad_out))
@@ -126,11 +127,10 @@ def attend_triton_backward(
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     key_tiles = choose_key_tiles(dim, q.dtype, layout.block_size, tokens) if key_tiles is None else key_tiles
     tiles = tiles_of(problem) if tiles is None else tiles
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     make = torch.empty if layout.spans is None else torch.zeros  # given spans may leave keys out
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     if tokens == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return q.new_empty(q.shape), dk.zero_(), dv.zero_()
     columns, heads_per_row = block_indices.shape[2], heads // block_indices.shape[1]
     row_tiles, scale = triton.cdiv(tokens, tiles.rows), dim**-0.5
     launch = {"num_warps": tiles.warps, "num_stages": max(1, tiles.stages - 1)}
@@ -146,6 +146,8 @@ def attend_triton_backward(
     buffer = build_index(block_indices, own.blocks, tiles.rows) if buffer is None else buffer
     index = index_shape(block_indices, layout.num_blocks, tiles.rows).view(buffer)
     places, num_tiles = index.queries.shape[1], index.tiles.shape[1]
+    by_atomics = key_tiles.atomics and not torch.are_deterministic_algorithms_enabled()
+    dq_sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if by_atomics else None
     key_gradients(
         q,
         k,
@@ -155,6 +157,7 @@ def attend_triton_backward(
         delta,
         dk,
         dv,
+        dq_sums,
         block_indices,
         index,
         own.blocks,
@@ -163,6 +166,9 @@ def attend_triton_backward(
         key_tiles,
         long_list,
     )
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # not before the sums of long lists are gone
+    if dq_sums is not None:
+        return torch.mul(dq_sums, scale, out=dq), dk, dv
     together = heads // head_groups(q, heads, places * dim * q.element_size())
     dq_parts = torch.empty(together, places, dim, dtype=q.dtype, device=q.device)
     for first_head in range(0, heads, together):

@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
 
     descriptors: `selected_forward_kernel` loads whole tiles of keys and values by tensor descriptors, which is the
     tensor memory accelerator's work from Hopper on, and not by one pointer per row.
+    atomics: `key_gradient_kernel` adds up dq too, in float32 and in no fixed order, and no other kernel does.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False
+    atomics: bool = False
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype, block_size: int, tokens: int) -> Tiles:

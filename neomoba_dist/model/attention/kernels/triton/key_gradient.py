@@ -5,6 +5,9 @@ One program per part of a block and KV head walks the lists of queries that chos
 current block it is. Of a long list (everybody chooses the first block) it walks the first chunk alone: programs of a
 launch before take a chunk each and leave float32 sums, which are added in the order of the chunks.
 
+Where sums of dq are given, each program adds its keys' share of the gradients of its queries to them by atomics, in
+whatever order programs come: with the five products per pair of FlashAttention's backward pass (arXiv 2307.08691).
+
 Legend: T queries, S keys, Hq/Hkv query and KV heads, R rows of the selection, N blocks, BM queries, BN keys per tile,
 BT blocks at a time.
 """
@@ -36,13 +39,27 @@ def load_statistics(lse_pointer, delta_pointer, rows, valid, heads, head):
 
 
 @triton.jit
-def add_key_gradients(
-    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
-    q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the share of some queries to dk and dv [BN, BD].
+def add_query_gradients(
+    dq_sums_pointer, k, slope, rows, valid, heads, head, DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add the share of keys [BN, BD] to the sums of dq of the queries that count. slope: [BN, BM], in k's dtype."""
+    d = tl.arange(0, BD)
+    # as dq^T, because tensor cores of Hopper take 64 rows or more: of those BD has enough, BM may not
+    dq = tl.trans(tl.dot(tl.trans(k), slope, input_precision=PRECISION))
+    cells = dq_sums_pointer + (rows.to(tl.int64) * heads + head)[:, None] * DIM + d[None, :]
+    tl.atomic_add(cells, dq, mask=valid[:, None] & (d < DIM)[None, :], sem="relaxed")
 
-    valid: which queries count. visible: the keys that each sees; None: all, and every row can be read.
+
+@triton.jit
+def add_key_gradients(
+    dk, dv, k, v, inside, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer, dq_sums_pointer,
+    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the share of some queries to dk and dv [BN, BD], and the keys' share to the sums of dq where given.
+
+    inside: which keys exist. valid: which queries count. visible: the keys that each sees; None: all, and every row can
+    be read.
     """
     there = None if visible is None else valid
     q = load_rows(q_pointer, rows, there, head, q_stride_t, q_stride_h, DIM, BD)
@@ -52,9 +69,15 @@ def add_key_gradients(
     weights = tl.exp2(logits - lse[None, :])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
+    if dq_sums_pointer is not None:
+        # keys that do not exist are zeros, but their weights, those of logits of 0, may be infinite
+        weights = tl.where(inside[:, None], weights, 0.0)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     slope = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
-    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
+    slope = slope.to(q.dtype)
+    dk = tl.dot(slope, q, dk, input_precision=PRECISION)
+    if dq_sums_pointer is not None:
+        add_query_gradients(dq_sums_pointer, k, slope, rows, valid, heads, head, DIM, BD, PRECISION)
     return dk, dv
 
 
@@ -85,9 +108,9 @@ def find_chunk(first_pointer, num_blocks, chunk, BT: tl.constexpr):
 
 @triton.jit
 def add_list(
-    dk, dv, k, v, entries, begin, end, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head, scale,
-    q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dk, dv, k, v, inside, entries, begin, end, q_pointer, grad_pointer, lse_pointer, delta_pointer, dq_sums_pointer,
+    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of the queries begin..end of a list."""
     for place in range(begin, end, BM):
@@ -95,18 +118,20 @@ def add_list(
         # past the end stands the last query again, with weights of 0: nothing else needs a mask
         rows = tl.load(entries + tl.minimum(at, end - 1))
         dk, dv = add_key_gradients(
-            dk, dv, k, v, rows, at < end, None, q_pointer, grad_pointer, lse_pointer, delta_pointer, heads, head,
-            scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
+            dk, dv, k, v, inside, rows, at < end, None, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+            dq_sums_pointer, heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD,
+            PRECISION,
         )  # fmt: skip
     return dk, dv
 
 
 @kernel
 def long_list_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_sums_pointer, dv_sums_pointer,
-    queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row, num_blocks, places, chunk, chunks,
-    scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h,
-    DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dq_sums_pointer, dk_sums_pointer,
+    dv_sums_pointer, queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row, num_blocks, places,
+    chunk, chunks, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, grad_stride_t,
+    grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """float32 sums [R, chunks, parts, BN, DIM] for dk, still without 1 / sqrt(DIM), and dv of one further chunk."""
     part, list_row = tl.program_id(1), tl.program_id(2)
@@ -124,9 +149,9 @@ def long_list_kernel(
         end = tl.minimum(begin + chunk, tl.load(first + block + 1))
         for member in range(heads_per_row):
             dk, dv = add_list(
-                dk, dv, k, v, queries_pointer + list_row.to(tl.int64) * places, begin, end, q_pointer, grad_pointer,
-                lse_pointer, delta_pointer, heads, list_row * heads_per_row + member, scale, q_stride_t, q_stride_h,
-                grad_stride_t, grad_stride_h, DIM, BM, BD, PRECISION,
+                dk, dv, k, v, inside, queries_pointer + list_row.to(tl.int64) * places, begin, end, q_pointer,
+                grad_pointer, lse_pointer, delta_pointer, dq_sums_pointer, heads, list_row * heads_per_row + member,
+                scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BM, BD, PRECISION,
             )  # fmt: skip
         row = ((list_row.to(tl.int64) * chunks + tl.program_id(0)) * tl.num_programs(1) + part) * BN + tl.arange(0, BN)
         store_rows(dk_sums_pointer, dk, row, inside, 0, DIM, 0, DIM, BD)
@@ -155,13 +180,16 @@ def add_sums(
 
 @kernel
 def key_gradient_kernel(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, dk_sums_pointer,
-    dv_sums_pointer, indices_pointer, queries_pointer, first_pointer, blocks_pointer, heads, kv_heads, heads_per_row,
-    columns, num_blocks, places, parts, chunk, chunks, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BT: tl.constexpr,
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer, dq_sums_pointer,
+    dk_sums_pointer, dv_sums_pointer, indices_pointer, queries_pointer, first_pointer, blocks_pointer, heads, kv_heads,
+    heads_per_row, columns, num_blocks, places, parts, chunk, chunks, scale, q_stride_t, q_stride_h, k_stride_t,
+    k_stride_h, v_stride_t, v_stride_h, grad_stride_t, grad_stride_h, DIM: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [S, Hkv, DIM] of BN keys of one block. dk_sums_pointer: None where no list can be long."""
+    """dk and dv [S, Hkv, DIM] of BN keys of one block, and their share of dq, without 1 / sqrt(DIM).
+
+    dq_sums_pointer: float32 [T, Hq, DIM] or None. dk_sums_pointer: None where no list can be long.
+    """
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     kv_head = tl.program_id(1)
     group, list_rows = heads // kv_heads, heads // heads_per_row
@@ -194,9 +222,9 @@ def key_gradient_kernel(
                 begin, end = tl.load(cell), tl.load(cell + 1)
             end = tl.minimum(end, begin + chunk)
             dk, dv = add_list(
-                dk, dv, k, v, queries_pointer + list_row.to(tl.int64) * places, begin, end, q_pointer, grad_pointer,
-                lse_pointer, delta_pointer, heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h,
-                DIM, BM, BD, PRECISION,
+                dk, dv, k, v, inside, queries_pointer + list_row.to(tl.int64) * places, begin, end, q_pointer,
+                grad_pointer, lse_pointer, delta_pointer, dq_sums_pointer, heads, head, scale, q_stride_t, q_stride_h,
+                grad_stride_t, grad_stride_h, DIM, BM, BD, PRECISION,
             )  # fmt: skip
             for place in range(own_begin, own_end, BM):
                 rows = place + tl.arange(0, BM)
@@ -205,8 +233,9 @@ def key_gradient_kernel(
                 if CAUSAL:
                     visible &= n[:, None] <= (rows + shift)[None, :]
                 dk, dv = add_key_gradients(
-                    dk, dv, k, v, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
-                    heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD, PRECISION,
+                    dk, dv, k, v, inside, rows, valid, visible, q_pointer, grad_pointer, lse_pointer, delta_pointer,
+                    dq_sums_pointer, heads, head, scale, q_stride_t, q_stride_h, grad_stride_t, grad_stride_h, DIM, BD,
+                    PRECISION,
                 )  # fmt: skip
         store_rows(dk_pointer, dk * scale, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
         store_rows(dv_pointer, dv, n, inside, kv_head, kv_heads * DIM, DIM, DIM, BD)
@@ -228,6 +257,7 @@ def key_gradients(
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dq_sums: Tensor | None,
     block_indices: Tensor,
     index: BlockIndex,
     blocks: Tensor,
@@ -238,6 +268,7 @@ def key_gradients(
 ) -> None:
     """Write dk and dv [S, Hkv, D] in one launch, or two where a list can be longer than a chunk.
 
+    dq_sums: float32 [T, Hq, D]; where given, dq * sqrt(D) is added to it.
     chunk: queries; None: so many that the sums of all chunks stay below MOST_CHUNKS blocks per row of the selection.
     """
     (tokens, heads, dim), kv_heads, (_, list_rows, columns) = q.shape, k.shape[1], block_indices.shape
@@ -253,11 +284,11 @@ def key_gradients(
         sums = (list_rows, chunks, parts, tiles.keys, dim)
         dk_sums, dv_sums = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
         long_list_kernel[(chunks, parts, list_rows)](
-            q, k, v, grad_out, lse, delta, dk_sums, dv_sums, index.queries, index.first, blocks, heads, kv_heads,
-            heads // list_rows, num_blocks, places, chunk, chunks, dim**-0.5, *strides, *shape, BT, **launch,
+            q, k, v, grad_out, lse, delta, dq_sums, dk_sums, dv_sums, index.queries, index.first, blocks, heads,
+            kv_heads, heads // list_rows, num_blocks, places, chunk, chunks, dim**-0.5, *strides, *shape, BT, **launch,
         )  # fmt: skip
     key_gradient_kernel[(num_blocks * parts, kv_heads)](
-        q, k, v, grad_out, lse, delta, dk, dv, dk_sums, dv_sums, block_indices, index.queries, index.first, blocks,
-        heads, kv_heads, heads // list_rows, columns, num_blocks, places, parts, chunk, chunks, dim**-0.5, *strides,
-        *shape, causal, BT, **launch,
+        q, k, v, grad_out, lse, delta, dk, dv, dq_sums, dk_sums, dv_sums, block_indices, index.queries, index.first,
+        blocks, heads, kv_heads, heads // list_rows, columns, num_blocks, places, parts, chunk, chunks, dim**-0.5,
+        *strides, *shape, causal, BT, **launch,
     )  # fmt: skip
