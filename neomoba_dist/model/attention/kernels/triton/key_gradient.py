@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations of kernels as types; arguments of kernels carry none)
-"""Triton kernels for the gradients of keys and values: deterministic, without atomics.
+"""Triton kernels for the gradients of keys and values: deterministic, without atomics, unless they add up dq as well.
 
 One program per part of a block and KV head walks the lists of queries that chose the block, then the queries whose
 current block it is. Of a long list (everybody chooses the first block) it walks the first chunk alone: programs of a
