@@ -127,8 +127,9 @@ def _phase3_shape() -> list[str]:
 
 
 def _steps_stage(name: str, limit: int, output: Path, toy: bool, profile: bool, phase: str = "") -> Stage:
-    """Steps of a phase's JSON, called `name` so that each has its own result. phase: `name` where none is given."""
-    config = f"ds_configs/{'cpu_tiny' if toy else phase or name}.json"
+    """Steps of a phase as the planner lays it out on one GPU, with micro-batches as large as fit; they are called
+    `name`, so that each has its own result. phase: `name` where none is given."""
+    config = f"ds_configs/{'cpu_tiny' if toy else f'cluster/{phase or name}_1'}.json"
     words = ["-m", "evals", "bench", "train_step", "--ds-config", config, "--output", str(output)]
     words += ["--set", f"neomoba.phase.name={name}", "--micro-batches", "1" if toy else "4"]
     words += ["--steps", "1" if toy else "2"]
@@ -138,7 +139,8 @@ def _steps_stage(name: str, limit: int, output: Path, toy: bool, profile: bool, 
 def _peer_stage(limit: int, output: Path, toy: bool) -> Stage:
     """Phase 1 against transformers, whose model is compiled as a whole: most of the time that it takes."""
     stage = _steps_stage("peer", limit, output, toy, False, "phase1")
-    return stage._replace(words=[*stage.words, "--peer", "hf"])
+    fewer = [] if toy else ["--set", "train_micro_batch_size_per_gpu=16"]  # more do not fit for transformers
+    return stage._replace(words=[*stage.words, *fewer, "--peer", "hf"])
 
 
 def _graphs_stage(limit: int, output: Path, toy: bool, profile: bool) -> Stage:

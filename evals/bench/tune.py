@@ -29,7 +29,7 @@ TILES: tuple[tuple[Any, ...], ...] = (
     (128, 64, 8, 3, True), (128, 128, 8, 2, True), (64, 64, 4, 3, True),
 )  # fmt: skip
 KEY_TILES: tuple[tuple[Any, ...], ...] = (
-    (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2),
+    (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (16, 128, 8, 3), (32, 64, 8, 3),
     (32, 128, 8, 3, False, True), (16, 128, 8, 3, False, True), (32, 64, 8, 3, False, True),
 )  # fmt: skip
 SHORT = 32768  # tokens; a longer row is timed so many times less often
