@@ -1,4 +1,4 @@
-"""What a phase would need on so many GPUs, without any: memory, bytes, time, and the layouts that should be fastest.
+"""What a phase would need on so many GPUs, without any: memory, bytes, time, and the layouts that should be best.
 
 python launch/plan.py --ds_config ds_configs/phase3.json --gpus 64 --gpu_memory 80
 python launch/plan.py --ds_config ds_configs/scale_70b.json --gpus 1024 --build
@@ -33,7 +33,7 @@ RATES = (
     ("tflops", 989.0, "of a GPU in the compute dtype, dense"),
     ("tf32_tflops", 495.0, "of a GPU in TF32, in which Muon's products are if neomoba.phase.allow_tf32"),
     ("fp32_tflops", 67.0, "of a GPU in float32, in which they are else"),
-    ("kernel_share", 0.5, "part of it that kernels reach"),
+    ("kernel_share", 0.5, "part of it that compiled layers reach"),
     ("nvlink", 450.0, "GB/s that a GPU receives from its machine"),
     ("network", 50.0, "GB/s that a GPU receives from other machines"),
 )

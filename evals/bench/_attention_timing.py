@@ -96,9 +96,8 @@ def measure(setting: Setting, repetitions: int, names: Sequence[str] | None = No
     q, k, v, grad = tensors(setting)
     dense, peers = rivals(setting, names), moba_peers(setting)
     if not dense:
-        raise EvalError(
-            f"--rivals {','.join(names or ())}: none of them runs here, as the lines above say; name others"
-        )
+        wanted = f"--rivals {','.join(names)}: none of them" if names else "no kernel of full attention"
+        raise EvalError(f"{wanted} runs here, as the lines above say; name others with --rivals")
     forward, both = {}, {}
     for name, attention in {**dense, **peers, "moba": moba(setting)}.items():
         forward[name] = partial(_forward, attention, q, k, v)

@@ -73,9 +73,12 @@ class Accelerated:
     def __init__(self, config: Config, plan: BatchPlan, device: torch.device) -> None:
         try:
             from accelerate import Accelerator
+            from transformers import Qwen3Config, Qwen3ForCausalLM
         except ImportError as error:
-            raise EvalError(f"--peer hf needs accelerate ({error}); install requirements-dev.txt") from error
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+            raise EvalError(
+                f"--peer hf needs transformers and accelerate ({error}); install requirements-dev.txt, or what "
+                "`make gpu-wheels` collects"
+            ) from error
 
         phase = config.phase
         self.rows, self.clipping, self.device = plan.micro_batch_size, config.gradient_clipping, device

@@ -21,9 +21,10 @@ def cuda_graphs(config: Config) -> Iterator[str]:
             f"set the stage to 1 or 2, {off}"
         )
     if config.dtype_name == "float32" or config.gradient_dtype != "fp32":
+        mend = "set bf16.enabled to true" if config.dtype_name == "float32" else "delete data_types.grad_accum_dtype"
         yield (
             f"{key} writes each micro-batch's gradients where the last one's were, so their sum must lie elsewhere: in "
-            f"float32, beside half-precision ones; set bf16.enabled to true and delete data_types, {off}"
+            f"float32, beside half-precision ones; {mend}, {off}"
         )
     if model.num_decoder_layers or config.finetune.tasks is not None or config.distill.teacher is not None:
         yield (

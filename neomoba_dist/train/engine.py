@@ -39,7 +39,6 @@ from neomoba_dist.train.drawn import WritePart, WrittenOneByOne
 from neomoba_dist.train.expert_groups import check_rows, declare_experts, update_biases
 from neomoba_dist.train.fragments import Fragment, flat_partitions, fragments, is_copy, partition_groups
 from neomoba_dist.train.gradient_sums import add_in_place, average_in
-from neomoba_dist.train.graphs import CapturedBlocks
 from neomoba_dist.train.heap import keep_freed_memory
 from neomoba_dist.train.layer_stats import GradientNorms, LayerStatistics
 from neomoba_dist.train.losses import LOSSES, means
@@ -91,7 +90,6 @@ def not_finite(loss: float, grad_norm: float) -> str | None:
 class Engine(ABC):
     """What the training loop and checkpoints need. `module` is this rank's part of the model."""
 
-    captured: CapturedBlocks | None = None  # blocks that run by CUDA graphs
     PARTS: tuple[str, ...] = ()  # of the loss, for the log, beside those that the model's own losses have
 
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:

@@ -26,6 +26,8 @@ from neomoba_dist.train.losses import tokens_per_pair
 class FlatEngine(Engine):
     """pp = 1: the whole model in every process (but for tp), ZeRO 1, 2 or 3 over dp x cp."""
 
+    captured: CapturedBlocks | None = None  # blocks that run by CUDA graphs
+
     def __init__(self, config: Config, plan: BatchPlan, mesh: Mesh) -> None:
         if config.phase.cuda_graphs and mesh.device.type != "cuda":
             raise ConfigError("neomoba.phase.compile cuda_graphs: there is no GPU here; set it to auto")

@@ -47,6 +47,7 @@ class CapturedBlocks:
         self.blocks, self.sums = cast(list[Block], list(blocks)), sums
         self.documents = LEAST_DOCUMENTS  # that micro-batches have room for
         self._kinds: dict[tuple[bool, ...], Kind] = {}  # by which blocks run full attention
+        self._seen: set[tuple[bool, ...]] = set()
         self._pool: Any = None  # of memory, the same for all kinds: steps come one after the other
 
     def make_room(self, documents: int) -> None:
@@ -67,7 +68,7 @@ class CapturedBlocks:
         if block is self.blocks[0]:
             tensors, _ = shared_tensors(state)
             if full not in self._kinds:
-                self._kinds[full] = self._capture(state)
+                self._record(full, state)
             for fixed, tensor in zip(self._kinds[full].shared, tensors, strict=True):
                 assert fixed.shape == tensor.shape, "the micro-batches of a phase have one shape"
                 fixed.copy_(tensor)
@@ -84,8 +85,16 @@ class CapturedBlocks:
         """Graphs that there are now, forward and backward."""
         return 2 * len(self.blocks) * len(self._kinds)
 
+    def _record(self, full: tuple[bool, ...], state: State) -> None:
+        """Record this kind of step, and again those that were given up: what does not fit should be found now."""
+        self._seen.add(full)
+        for kind in [*sorted(self._seen - self._kinds.keys() - {full}), full]:  # the present one last
+            for block, is_full in zip(self.blocks, kind, strict=True):
+                block.attention.full = is_full
+            self._kinds[kind] = self._capture(state)
+
     def _capture(self, state: State) -> Kind:
-        """Record all blocks for states of these shapes."""
+        """Record all blocks for states of these shapes, with the attention that they are set to."""
         began, sums = time.perf_counter(), self.sums.clone()
         (hidden, aux_loss, *_), (tensors, rest) = state, shared_tensors(state)
         shared = [_fixed(tensor) for tensor in tensors]
@@ -98,6 +107,8 @@ class CapturedBlocks:
         try:
             with _recording():
                 graphs = torch.cuda.make_graphed_callables(blocks, inputs, pool=self._pool)
+        except torch.OutOfMemoryError:
+            raise  # memory.py says what fills it
         except RuntimeError as error:
             raise ConfigError(
                 "neomoba.phase.compile cuda_graphs: these layers cannot be recorded on this device "

@@ -60,17 +60,20 @@ def _capacity(mesh: Mesh) -> str:
 
 
 def remedies(config: Config, mesh: Mesh) -> list[str]:
-    """Three keys that make less of it, the cheapest first, with values that differ from those of now."""
+    """At most three keys that make less of it, the cheapest first, with values that differ from those of now."""
     rows, phase, parallel = config.plan(mesh["world"].size).micro_batch_size, config.phase, config.parallel
-    found = []
+    found, graphs = [], phase.cuda_graphs
+    if graphs:
+        found.append('set neomoba.phase.compile to "auto"')
     if rows > 1:
         found.append(f"lower train_micro_batch_size_per_gpu from {rows} to {rows // 2}")
     if phase.recompute != "full":
         found.append(f'set neomoba.phase.recompute to "{"selective" if phase.recompute == "none" else "full"}"')
-    most = 1 if mesh["pp"].size > 1 else 2 if config.model.moe_layers and mesh["tp"].size > 1 else 3
+    most = 1 if mesh["pp"].size > 1 else 2 if graphs or (config.model.moe_layers and mesh["tp"].size > 1) else 3
     if config.zero_stage < most:
         found.append(f"raise zero_optimization.stage from {config.zero_stage} to {config.zero_stage + 1}")
-    found.append(f"raise neomoba.parallel.context_parallel_size from {parallel.context_parallel_size}")
-    found.append(f"raise neomoba.parallel.tensor_model_parallel_size from {parallel.tensor_model_parallel_size}")
+    if not graphs:
+        found.append(f"raise neomoba.parallel.context_parallel_size from {parallel.context_parallel_size}")
+        found.append(f"raise neomoba.parallel.tensor_model_parallel_size from {parallel.tensor_model_parallel_size}")
     found.append(f"lower neomoba.phase.sequence_length from {phase.sequence_length}")
     return found[:3]

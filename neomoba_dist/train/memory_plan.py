@@ -17,7 +17,6 @@ from neomoba_dist.model.block import Block
 from neomoba_dist.model.init import parts_of
 from neomoba_dist.model.neobert import Head, recompute_of
 from neomoba_dist.parallel.mesh import Mesh
-from neomoba_dist.train.compiled import is_compiled
 from neomoba_dist.train.layer_memory import Held, Tokens, block_memory, encoder_end_memory, head_memory
 from neomoba_dist.train.muon import Matrix, buffer_elements, matrices_of
 from neomoba_dist.train.optim import moments_of, parameter_groups
@@ -254,7 +253,8 @@ def blocks_memory(config: Config, mesh: Mesh, stage: Stage) -> Held:
 def waiting_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> int:
     """Bytes of a micro-batch's gradients at the end of its backward pass, where they wait for that to be added together
     (gradient_sums.py). Those that come out of CUDA graphs are among the memory of these."""
-    if not (config.zero_stage == 1 and _adds_in_place(config) and is_compiled(config, mesh)):
+    compiled = config.compiled_on_gpus and (config.phase.compile != "auto" or mesh.device.type == "cuda")
+    if not (config.zero_stage == 1 and _adds_in_place(config) and compiled):
         return 0
     if plan.gradient_accumulation_steps == 1 and _overlaps(config, mesh):
         return 0  # the last ones are reduced as they come

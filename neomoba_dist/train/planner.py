@@ -1,7 +1,7 @@
 """Layouts of a phase on so many ranks: which are possible, which fit, and which should be the fastest."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -118,8 +118,9 @@ class Planner:
             large += not found
             for layout in found:
                 fitting.setdefault(layout.config.parallel, []).append(layout)
-        best = [_in_order(layouts)[0] for layouts in fitting.values()]
-        return Search(_in_order(best), refused, large)
+        fastest = min((layout.step.seconds for layouts in fitting.values() for layout in layouts), default=0.0)
+        best = [min(layouts, key=_preference(fastest)) for layouts in fitting.values()]
+        return Search(sorted(best, key=_preference(fastest)), refused, large)
 
     def build(self, config: Config) -> dict[tuple[int, int, int], int]:
         """Parameters of every kind of rank, by its place in tp, pp and ep, each made on the meta device."""
@@ -243,14 +244,13 @@ def _powers_of_two(most: int) -> Iterator[int]:
     return (1 << exponent for exponent in range(most.bit_length()))
 
 
-def _in_order(layouts: list[Layout]) -> list[Layout]:
-    """Those that are CLOSE to the fastest first, simple ones before others: fewer and smaller axes, less ZeRO, larger
-    micro-batches; then the rest, fast ones first."""
-    limit = CLOSE * min((layout.step.seconds for layout in layouts), default=0.0)
+def _preference(fastest: float) -> Callable[[Layout], tuple[float, ...]]:
+    """Layouts that are CLOSE to the fastest first, simple ones before others: fewer and smaller axes, less ZeRO, larger
+    micro-batches; then the rest, fast ones first. fastest: seconds of its step."""
 
     def key(layout: Layout) -> tuple[float, ...]:
         seconds, parallel = layout.step.seconds, layout.config.parallel
-        if seconds > limit:
+        if seconds > CLOSE * fastest:
             return (1, seconds)
         cut = (
             parallel.tensor_model_parallel_size,
@@ -261,4 +261,4 @@ def _in_order(layouts: list[Layout]) -> list[Layout]:
         axes = sum(size > 1 for size in cut)
         return (0, axes, math.prod(cut), layout.config.zero_stage, -layout.config.micro_batch_size, seconds)
 
-    return sorted(layouts, key=key)
+    return key

@@ -29,6 +29,7 @@ ZERO: dict[str, tuple[int, dict[str, Any]]] = {
     "zero1_plain": (1, {"contiguous_gradients": False, "overlap_comm": False}),
     "zero2_small_buckets": (2, {"reduce_bucket_size": 1000, "overlap_comm": True}),
     "zero1_offload": (1, {"offload_optimizer": {"device": "cpu"}}),
+    "zero2_offload": (2, {"offload_optimizer": {"device": "cpu"}}),
 }
 
 
@@ -84,6 +85,7 @@ def trained(config: Config, captured: bool) -> tuple[list[Sequence[float]], Piec
     [
         ("zero1", "clm", {}),  # a tied matrix, both of whose uses are outside of the graphs
         ("zero2", "mlm", {"num_experts": 4, "moe_intermediate_size": 16, "router_bias_update_rate": 0.01}),
+        pytest.param("zero1", "mlm", {"num_experts": 4, "moe_intermediate_size": 16}, marks=pytest.mark.full),
         *(pytest.param(zero, "mlm", {}, marks=pytest.mark.full) for zero in ZERO),
     ],
 )

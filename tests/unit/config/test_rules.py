@@ -68,7 +68,7 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # what is set, wha
     ),
     (
         {**GRAPHS, "data_types.grad_accum_dtype": "bf16"},
-        "set bf16.enabled to true and delete data_types",
+        "beside half-precision ones; delete data_types.grad_accum_dtype",
         {"data_types.grad_accum_dtype": "fp32"},
     ),
     (

@@ -119,6 +119,22 @@ def test_room_for_more_documents_is_made_between_updates() -> None:
     assert third is fourth is not None
 
 
+def test_kinds_that_were_given_up_are_recorded_again_at_once() -> None:
+    """Not hours later, at the first full step: what does not fit should be found now."""
+    model = NeoBERT(tiny_model(), Mesh.single(), seed=5)
+    model.run_block = blocks = CapturedBlocks(model.blocks, torch.zeros(1))
+    for full in (False, True):
+        set_full_attention(model, full)
+        model(tiny_batch(0))
+    assert blocks.number == 2 * 2 * 3
+    blocks.make_room(32)
+    assert blocks.number == 0
+    set_full_attention(model, False)
+    model(tiny_batch(0))
+    assert blocks.number == 2 * 2 * 3
+    assert [block.attention.full for block in model.blocks] == [False, False, True]  # as it was set
+
+
 def test_validation_runs_as_before() -> None:
     """Other shapes, no gradients: blocks as they are, whose results do not lie in a graph's memory."""
     config = tiny_model()

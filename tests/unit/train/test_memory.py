@@ -1,6 +1,7 @@
 """Out of memory: recognised, divided into parts, and told with keys that help."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,12 @@ def test_only_keys_that_can_be_changed_are_named() -> None:
         "raise neomoba.parallel.context_parallel_size from 1",
         "raise neomoba.parallel.tensor_model_parallel_size from 1",
     ]
+    phase = replace(config.phase, compile="cuda_graphs")
+    deepspeed = {**config.deepspeed, "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+    assert remedies(replace(config, phase=phase, deepspeed=deepspeed), Mesh.single()) == [
+        'set neomoba.phase.compile to "auto"',
+        f"lower neomoba.phase.sequence_length from {phase.sequence_length}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_only_keys_that_can_be_changed_are_named() -> None:
         ({}, 1, {}, (4, 4, 12 / 4)),
         ({}, 2, {"bf16": {"enabled": True}}, (2, 4 / 4, 12 / 4)),
         ({}, 1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, (2, 2, 12 / 4)),
-        ({}, 3, {}, (4 / 4, 4 / 4, 8 / 4)),  # in float32 the weights are their own masters
+        ({}, 3, {}, (4 / 4, 4 / 4, 12 / 4)),
         ({"tensor_model_parallel_size": 2}, 1, {}, (4, 4, 12 / 2)),
     ],
 )

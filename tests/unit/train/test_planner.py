@@ -117,6 +117,8 @@ def test_seconds_follow_from_the_rates() -> None:
     assert step.bubble == pytest.approx(3 / (plan.gradient_accumulation_steps + 3))
     assert step.mfu == pytest.approx(step.flops / (step.seconds * 64 * 1e15))
     slow = Planner(64, Machine(peak=1e15, network=1e9)).layout(config).step
+    eager = replace(config, phase=replace(config.phase, compile=False))  # measured once: docs/benchmarks.md
+    assert step.compute / Planner(64, Machine(peak=1e15)).layout(eager).step.compute == pytest.approx(0.816, abs=1e-3)
     assert slow.communication["tp"] == step.communication["tp"], "8 tensor-parallel ranks are in one machine"
     assert slow.communication["dp_cp"] > step.communication["dp_cp"]
 
