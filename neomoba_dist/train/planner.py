@@ -251,7 +251,7 @@ def _preference(fastest: float) -> Callable[[Layout], tuple[float, ...]]:
     def key(layout: Layout) -> tuple[float, ...]:
         seconds, parallel = layout.step.seconds, layout.config.parallel
         if seconds > CLOSE * fastest:
-            return (1, seconds)
+            return (1, seconds, layout.config.zero_stage, -layout.config.micro_batch_size)
         cut = (
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
