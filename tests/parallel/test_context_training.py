@@ -30,6 +30,7 @@ def phase3(layout: dict[str, Any], length: int) -> Config:
     return parse_config({**tree, "train_micro_batch_size_per_gpu": 1})
 
 
+@pytest.mark.timeout(900)  # four minutes alone on two cores
 @pytest.mark.parametrize("length", [1024, pytest.param(32768, marks=pytest.mark.full)])
 def test_phase_3(length: int, tmp_path: Path) -> None:
     config = phase3({}, length)
