@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from neomoba_dist.config import Config, parse_config
+from neomoba_dist.config import Config, ConfigError, parse_config
 from neomoba_dist.data.batch import LEAST_DOCUMENTS, Batch
 from neomoba_dist.train import engine as engine_module
 from neomoba_dist.train.engine import Engine
@@ -129,3 +129,18 @@ def test_a_run_is_the_same(tmp_path: Path) -> None:
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "graphs")
     assert saved[0]
     assert saved[0] == saved[1]
+
+
+def refused_here(config: Config) -> str:
+    mesh = build_mesh(config)
+    with pytest.raises(ConfigError) as caught:
+        build_engine(config, config.plan(1), mesh)
+    return str(caught.value)
+
+
+def test_without_a_gpu_it_is_one_line() -> None:
+    config = graphs_config("zero1", "mlm", {})
+    config = replace(config, phase=replace(config.phase, compile="cuda_graphs"))
+    assert run_ranks(1, refused_here, config) == [
+        "neomoba.phase.compile cuda_graphs: there is no GPU here; set it to auto"
+    ]
