@@ -85,13 +85,12 @@ class Config:
         """Tokens of the longest rows that the model reads; those of an encoder-decoder are its encoder's."""
         return self.corrupted_lengths.encoder if self.model.num_decoder_layers else self.phase.sequence_length
 
-    @property
-    def compiled_on_gpus(self) -> bool:
-        """Whether layers are compiled there. "auto": but at ZeRO-3, whose hooks cut every layer to pieces, and in
-        fine-tuning, whose micro-batches have as many rows as texts fill."""
+    def compiled_on(self, device: str) -> bool:
+        """Whether layers are to be compiled on "cuda" or "cpu". "auto": on GPUs, but not at ZeRO-3, whose hooks cut
+        every layer to pieces, nor in fine-tuning, whose micro-batches have as many rows as texts fill."""
         if self.phase.compile != "auto":
             return bool(self.phase.compile)  # "cuda_graphs" too
-        return self.zero_stage < 3 and self.finetune.tasks is None
+        return device == "cuda" and self.zero_stage < 3 and self.finetune.tasks is None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole JSON again with every default resolved; `parse_config` of it gives an equal Config."""

@@ -21,9 +21,8 @@ MOST_GRAPHS = 64
 
 
 def is_compiled(config: Config, mesh: Mesh) -> bool:
-    """Whether blocks and loss are. "auto": on a GPU that has Triton only."""
-    can = mesh.device.type == "cuda" and is_available("triton")
-    return config.compiled_on_gpus and (config.phase.compile != "auto" or can)
+    """Whether blocks and loss are. "auto": only where there is Triton, too."""
+    return config.compiled_on(mesh.device.type) and (config.phase.compile != "auto" or is_available("triton"))
 
 
 def compile_layers(module: nn.Module) -> None:

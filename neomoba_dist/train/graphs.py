@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     """
 
     shared: list[Tensor]
-    blocks: dict[Block, Callable[..., Any]]  # -> hidden states, and a mixture's auxiliary loss
+    graphs: "dict[Block, _OfTensors]"
 
 
 class CapturedBlocks:
@@ -48,42 +48,48 @@ class CapturedBlocks:
         self.documents = LEAST_DOCUMENTS  # that micro-batches have room for
         self._kinds: dict[tuple[bool, ...], Kind] = {}  # by which blocks run full attention
         self._seen: set[tuple[bool, ...]] = set()
+        self._now: Kind | None = None  # of the micro-batch under way
         self._pool: Any = None  # of memory, the same for all kinds: steps come one after the other
 
     def make_room(self, documents: int) -> None:
         """Before an update, whose micro-batches have so many documents at most: graphs for fewer are given up."""
         if documents <= self.documents:
             return
-        self.documents, self._pool = documents, None
+        self.documents, self._pool, self._now = documents, None, None
         self._kinds.clear()
         gc.collect()  # graphs are parts of cycles, and must not be found to be garbage while others are recorded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def __call__(self, block: Block, state: State) -> State:
         """As `block(state)`, but that the next micro-batch overwrites what it returns."""
         if not (block.training and torch.is_grad_enabled()):
             return block(state)
-        full = tuple(other.attention.full for other in self.blocks)
         if block is self.blocks[0]:
-            tensors, _ = shared_tensors(state)
-            if full not in self._kinds:
-                self._record(full, state)
-            for fixed, tensor in zip(self._kinds[full].shared, tensors, strict=True):
-                assert fixed.shape == tensor.shape, "the micro-batches of a phase have one shape"
-                fixed.copy_(tensor)
+            self._now = self._enter(state)
+        assert self._now is not None
         hidden, aux_loss, *rest = state
-        shared, blocks = self._kinds[full]
-        if isinstance(block.mlp, MoE):
-            hidden, aux_loss = blocks[block](hidden, aux_loss, *shared)
+        shared, graph = self._now.shared, self._now.graphs[block]
+        if graph.is_mixture:
+            hidden, aux_loss = graph(hidden, aux_loss, *shared)
         else:
-            (hidden,) = blocks[block](hidden, *shared)
+            (hidden,) = graph(hidden, *shared)
         return hidden, aux_loss, *rest
 
     @property
     def number(self) -> int:
         """Graphs that there are now, forward and backward."""
         return 2 * len(self.blocks) * len(self._kinds)
+
+    def _enter(self, state: State) -> Kind:
+        """The graphs of this kind of step, with what they share set to this micro-batch's."""
+        full = tuple(block.attention.full for block in self.blocks)
+        if full not in self._kinds:
+            self._record(full, state)
+        kind, (tensors, _) = self._kinds[full], shared_tensors(state)
+        for fixed, tensor in zip(kind.shared, tensors, strict=True):
+            assert fixed.shape == tensor.shape, "the micro-batches of a phase have one shape"
+            fixed.copy_(tensor)
+        return kind
 
     def _record(self, full: tuple[bool, ...], state: State) -> None:
         """Record this kind of step, and again those that were given up: what does not fit should be found now."""
@@ -106,7 +112,7 @@ class CapturedBlocks:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             with _recording():
-                graphs = torch.cuda.make_graphed_callables(blocks, inputs, pool=self._pool)
+                torch.cuda.make_graphed_callables(blocks, inputs, pool=self._pool)  # of modules it changes `forward`
         except torch.OutOfMemoryError:
             raise  # memory.py says what fills it
         except RuntimeError as error:
@@ -119,7 +125,7 @@ class CapturedBlocks:
         self.sums.copy_(sums)
         seconds, number, documents = time.perf_counter() - began, 2 * len(blocks), len(state[3]) - 1
         logger.info("recorded %d CUDA graphs in %.1f s, for %d documents in a micro-batch", number, seconds, documents)
-        return Kind(shared, dict(zip(self.blocks, graphs, strict=True)))
+        return Kind(shared, dict(zip(self.blocks, blocks, strict=True)))
 
 
 @contextlib.contextmanager

@@ -253,8 +253,7 @@ def blocks_memory(config: Config, mesh: Mesh, stage: Stage) -> Held:
 def waiting_memory(config: Config, plan: BatchPlan, mesh: Mesh, stage: Stage) -> int:
     """Bytes of a micro-batch's gradients at the end of its backward pass, where they wait for that to be added together
     (gradient_sums.py). Those that come out of CUDA graphs are among the memory of these."""
-    compiled = config.compiled_on_gpus and (config.phase.compile != "auto" or mesh.device.type == "cuda")
-    if not (config.zero_stage == 1 and _adds_in_place(config) and compiled):
+    if not (config.zero_stage == 1 and _adds_in_place(config) and config.compiled_on(mesh.device.type)):
         return 0
     if plan.gradient_accumulation_steps == 1 and _overlaps(config, mesh):
         return 0  # the last ones are reduced as they come

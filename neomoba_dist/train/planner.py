@@ -36,16 +36,21 @@ class Layout:
     step: StepPlan
 
     @property
-    def axes(self) -> str:
-        """In words."""
-        config, parallel = self.config, self.config.parallel
+    def cut(self) -> dict[str, int]:
+        """Ranks along the axes that cut the model or its tokens, where there are several."""
+        parallel = self.config.parallel
         sizes = {
             "tp": parallel.tensor_model_parallel_size,
             "cp": parallel.context_parallel_size,
             "pp": parallel.pipeline_model_parallel_size,
             "ep": parallel.expert_model_parallel_size,
         }
-        split = "".join(f"{name} {size} " for name, size in sizes.items() if size > 1)
+        return {name: size for name, size in sizes.items() if size > 1}
+
+    @property
+    def axes(self) -> str:
+        """In words."""
+        config, split = self.config, "".join(f"{name} {size} " for name, size in self.cut.items())
         return (
             f"{split}dp {self.plan.data_parallel_size} ZeRO-{config.zero_stage} micro-batch {config.micro_batch_size} "
             f"x {self.plan.gradient_accumulation_steps} recompute {config.phase.recompute}"
@@ -249,16 +254,9 @@ def _preference(fastest: float) -> Callable[[Layout], tuple[float, ...]]:
     micro-batches; then the rest, fast ones first. fastest: seconds of its step."""
 
     def key(layout: Layout) -> tuple[float, ...]:
-        seconds, parallel = layout.step.seconds, layout.config.parallel
+        seconds, simple = layout.step.seconds, (layout.config.zero_stage, -layout.config.micro_batch_size)
         if seconds > CLOSE * fastest:
-            return (1, seconds, layout.config.zero_stage, -layout.config.micro_batch_size)
-        cut = (
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.context_parallel_size,
-            parallel.expert_model_parallel_size,
-        )
-        axes = sum(size > 1 for size in cut)
-        return (0, axes, math.prod(cut), layout.config.zero_stage, -layout.config.micro_batch_size, seconds)
+            return (1, seconds, *simple)
+        return (0, len(layout.cut), math.prod(layout.cut.values()), *simple, seconds)
 
     return key

@@ -91,7 +91,7 @@ def plan_step(
     micro_batches, pp = plan.gradient_accumulation_steps, mesh["pp"].size
     again = {"none": 0.0, "selective": 0.0, "full": 1 / 3 / config.phase.recompute_every}[config.phase.recompute]
     share = stage.num_blocks * pp / config.model.num_layers  # 1, but for stages with more blocks than others
-    reached = machine.peak * machine.share * (1 if config.compiled_on_gpus else UNCOMPILED)
+    reached = machine.peak * machine.share * (1 if config.compiled_on("cuda") else UNCOMPILED)
     compute = (flops * (1 + again) + teacher_flops) * share / plan.world_size / reached
     received = Counter(layer_bytes(config, mesh, stage, micro_batches))
     received.update(zero_bytes(config, mesh, stage, micro_batches))
